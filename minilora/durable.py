@@ -1,0 +1,138 @@
+"""Files and directories that are complete or do not exist, whenever the process dies.
+
+The rule for both: write under a temporary name, fsync, rename to the final name, fsync the parent.
+POSIX `rename` replaces its target atomically, and the two fsyncs order the data before the name, so
+that even a power loss leaves either the old state or the new one. Temporary names start with a dot:
+nothing that looks for `checkpoint-<step>` (HF Trainer's `get_last_checkpoint` included) can mistake
+them.
+"""
+
+import contextlib
+import fcntl
+import os
+import re
+import shutil
+import uuid
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from minilora.errors import MiniloraError
+
+TEMPORARY = ".tmp-"
+TRASH = ".trash-"
+LOCK_NAME = ".minilora.lock"
+# What a killed run may leave behind in its directory: "<prefix><final name>-<8 hex digits>".
+LEFTOVER = re.compile(r"\.(tmp|trash)-.+-[0-9a-f]{8}")
+
+
+def write_file(path: Path, data: bytes) -> None:
+    """Replace `path` by `data`, or leave it exactly as it was.
+
+    Raises:
+        OSError: disk full, read-only, permission; the temporary file is gone again.
+    """
+    temporary = _sibling(path, TEMPORARY)
+    try:
+        _write_new(temporary, data)
+        os.rename(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    _sync_directory(path.parent)
+
+
+def commit_directory(path: Path, files: Mapping[str, bytes]) -> None:
+    """Create the directory `path` holding `files`, written in their order; all of it, or nothing.
+
+    An existing directory of that name is replaced (moved aside first, then deleted).
+
+    Raises:
+        OSError: disk full, read-only, permission; the temporary directory is gone again.
+    """
+    temporary = _sibling(path, TEMPORARY)
+    try:
+        temporary.mkdir()
+        for name, data in files.items():
+            _write_new(temporary / name, data)
+        _sync_directory(temporary)
+        if path.exists():
+            remove_directory(path)
+        os.rename(temporary, path)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    _sync_directory(path.parent)
+
+
+def remove_directory(path: Path) -> None:
+    """Delete a directory so that a half-deleted one never bears its name."""
+    trash = _sibling(path, TRASH)
+    os.rename(path, trash)
+    _sync_directory(path.parent)
+    shutil.rmtree(trash)
+
+
+def set_aside(path: Path, reason: str) -> Path:
+    """Rename a directory to `.<reason>-<name>-<random>`, out of every reader's sight, and return
+    its new path.
+    """
+    aside = _sibling(path, f".{reason}-")
+    os.rename(path, aside)
+    _sync_directory(path.parent)
+    return aside
+
+
+def sweep_leftovers(directory: Path) -> None:
+    """Delete what a killed run left half-written or half-deleted. Call only while holding the lock."""
+    for entry in directory.iterdir():
+        if LEFTOVER.fullmatch(entry.name) and not entry.is_symlink():
+            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+
+
+def is_leftover(name: str) -> bool:
+    """Whether a file name is one that only a killed run or a lock leaves behind."""
+    return name == LOCK_NAME or LEFTOVER.fullmatch(name) is not None
+
+
+@contextlib.contextmanager
+def exclusive(directory: Path) -> Iterator[None]:
+    """Hold `directory` for this process alone.
+
+    The kernel drops a `flock` when its process dies, so a stale lock file is never in the way.
+
+    Raises:
+        MiniloraError: another live process holds it.
+    """
+    descriptor = os.open(directory / LOCK_NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise MiniloraError(
+            f"{directory} is in use by another run: wait for it to end, or give another --output_dir"
+        ) from None
+    try:
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _sibling(path: Path, prefix: str) -> Path:
+    return path.with_name(f"{prefix}{path.name}-{uuid.uuid4().hex[:8]}")
+
+
+def _write_new(path: Path, data: bytes) -> None:
+    # O_EXCL: never write through a file or symbolic link that somebody else put there.
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+    with os.fdopen(descriptor, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(descriptor)
+
+
+def _sync_directory(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,97 @@
+"""Fine-tune a BERT with LoRA, from a labelled text file to an adapter that PEFT loads.
+
+    python -m minilora.train                                                the packaged sentences and model
+    python -m minilora.train --train_file F --validation_file F --output_dir OUT
+    python -m minilora.train --resume_from_checkpoint OUT                   nothing else needed
+
+This file is the command: flags in, one JSON line out. What it runs is `fine_tuning.fine_tune`.
+"""
+
+import json
+import sys
+from typing import TYPE_CHECKING, Any
+
+from minilora.command import (
+    INTERRUPTED,
+    Parser,
+    add_fields,
+    parsed_fields,
+    run_command,
+    stop_signals,
+)
+from minilora.lora.config import LoraConfig
+from minilora.training.config import LORA_DEFAULTS, TrainConfig
+
+if TYPE_CHECKING:
+    from minilora.fine_tuning import TrainResult
+
+
+def main() -> int:
+    """Parse, train, print. Returns the exit code."""
+    train_arguments, lora_arguments = parse_arguments(sys.argv[1:])
+    if "resume_from_checkpoint" not in train_arguments:
+        # Bad values are answered before torch is imported.
+        TrainConfig(**train_arguments)
+        LoraConfig(**lora_arguments)
+    with stop_signals() as received:
+        from minilora.fine_tuning import run_fine_tuning  # the slow import: torch and transformers
+
+        result = run_fine_tuning(
+            train_arguments, lora_arguments, should_stop=lambda: bool(received)
+        )
+    print_summary(result, stopped=bool(received))
+    return INTERRUPTED + received[0] if received else 0
+
+
+def parse_arguments(arguments: list[str]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The given flags of the run and of the adapter, by field name; flags not given are absent."""
+    parser = Parser(
+        prog="python -m minilora.train",
+        description="Fine-tune a BERT with LoRA. Without any flag: the packaged sentences and model.",
+        allow_abbrev=False,
+    )
+    add_fields(parser, TrainConfig)
+    add_fields(parser, LoraConfig, group="LoRA", defaults=LORA_DEFAULTS)
+    namespace = parser.parse_args(arguments)
+    return parsed_fields(TrainConfig, namespace), parsed_fields(LoraConfig, namespace)
+
+
+def print_summary(result: "TrainResult", stopped: bool) -> None:
+    """What came out, where it is, what to do next; last, one JSON object."""
+    if stopped:
+        print(f"stopped at step {result.global_step}; nothing is lost")
+    else:
+        print_scores(result)
+        print(
+            f"adapter: {result.output_dir}  (for PEFT: PeftModel.from_pretrained(base_model, {result.output_dir!r}))"
+        )
+    print(f"resume:  python -m minilora.train --resume_from_checkpoint {result.output_dir}")
+    print(
+        json.dumps(
+            {**result.metrics, "global_step": result.global_step, "output_dir": result.output_dir}
+        )
+    )
+
+
+def print_scores(result: "TrainResult") -> None:
+    """The untrained head's accuracy, where it was measured, the trained one's, and that of each
+    kind of example.
+    """
+    accuracies = [
+        row["eval_accuracy"]
+        for row in result.log_history
+        if "eval_accuracy" in row and row["step"] == 0
+    ]
+    if accuracies:
+        print(f"accuracy of the untrained head:  {accuracies[0]:.3f}")
+    for name, value in result.metrics.items():
+        if name.startswith("eval_accuracy"):
+            kind = name.removeprefix("eval_accuracy").removeprefix("_")
+            print(
+                f"accuracy{f' on {kind}' if kind else ' after training'}:".ljust(33)
+                + f"{value:.3f}"
+            )
+
+
+if __name__ == "__main__":
+    run_command(main)

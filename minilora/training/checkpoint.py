@@ -1,0 +1,299 @@
+"""A checkpoint directory, complete or absent, and what proves it.
+
+    checkpoint-<step>/
+      adapter_model.safetensors  adapter_config.json    the adapter, as PEFT writes it
+      optimizer.pt  scheduler.pt                        torch state dicts; load with weights_only=True
+      rng_state.pth                                     every generator's state; the same
+      trainer_state.json                                HF Trainer's progress and log
+      minilora.json                                     written last: `TrainState`, the run's arguments, what it ran
+                                                        on, and size and SHA-256 of every other file
+                                                        and of itself
+
+HF Trainer resumes from the first six, minilora from all seven. Reading verifies every hash before
+it parses anything, so that a flipped bit, a truncated or a swapped file is an error that names the
+file, and never a wrong run.
+"""
+
+import dataclasses
+import hashlib
+import io
+import json
+import os
+import platform
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy
+import safetensors
+import torch
+from torch import nn
+
+from minilora import __version__
+from minilora.durable import commit_directory, remove_directory
+from minilora.errors import MiniloraError
+from minilora.lora.adapter_files import (
+    CONFIG_NAME,
+    WEIGHTS_NAME,
+    adapter_files,
+    assign_tensors,
+    check_same_adapter,
+    read_config,
+    read_tensors,
+)
+from minilora.lora.inject import adapters_of
+from minilora.training.loop import TrainState
+from minilora.training.rng import rng_state, set_rng_state
+from minilora.training.trainer_files import STATE_NAME
+
+OPTIMIZER_NAME = "optimizer.pt"
+SCHEDULER_NAME = "scheduler.pt"
+RNG_NAME = "rng_state.pth"
+MANIFEST_NAME = "minilora.json"
+TRAINING_ARGS_NAME = "training_args.bin"  # Trainer's pickle; never opened here
+CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+SCHEMA_VERSION = 1
+
+# A manifest is a few kB of arguments and hashes; parsing something huge could exhaust memory.
+MAX_MANIFEST_BYTES = 50_000_000
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What `minilora.json` says beside its list of files."""
+
+    state: dict[str, Any]
+    """`TrainState`, without its log_history (which `trainer_state.json` holds)."""
+    run: dict[str, Any]
+    """What the caller recorded: the arguments, fingerprints and label names."""
+    environment: dict[str, Any]
+    """What bit-exactness is promised for; see `environment`."""
+
+
+def save_checkpoint(
+    output_dir: str | Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    scheduler: torch.optim.lr_scheduler.LRScheduler,
+    state: TrainState,
+    trainer_state: bytes,
+    run: dict[str, Any] | None = None,
+    adapter_name: str = "default",
+) -> Path:
+    """Write `output_dir/checkpoint-<global_step>` and return its path. After a crash at any moment
+    it is complete or absent.
+
+    Args:
+        trainer_state: the contents of trainer_state.json (`trainer_files.trainer_state`).
+        run: anything JSON that a resume needs to rebuild the run; kept as it is.
+
+    Raises:
+        OSError: the disk is full or the directory cannot be written; nothing has changed then.
+    """
+    files = adapter_files(model, adapter_name)
+    files[OPTIMIZER_NAME] = _torch_bytes(optimizer.state_dict())
+    files[SCHEDULER_NAME] = _torch_bytes(scheduler.state_dict())
+    files[RNG_NAME] = _torch_bytes(rng_state())
+    files[STATE_NAME] = trainer_state
+    files[MANIFEST_NAME] = _manifest(state, run or {}, files)
+    path = Path(output_dir) / f"checkpoint-{state.global_step}"
+    commit_directory(path, files)
+    return path
+
+
+def load_checkpoint(
+    path: str | Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    scheduler: torch.optim.lr_scheduler.LRScheduler,
+    adapter_name: str = "default",
+) -> TrainState:
+    """Put everything back as it was when the checkpoint was saved, the random generators last.
+
+    The model must carry the same adapter (its values are overwritten); optimizer and scheduler must
+    be built over it.
+
+    Raises:
+        MiniloraError: a file is missing, damaged or of another run. Generators and optimizer are
+            untouched then.
+    """
+    path = Path(path)
+    manifest = verify(path)
+    check_same_adapter(adapters_of(model).configs[adapter_name], read_config(path), path)
+    optimizer_state = _read_torch(path / OPTIMIZER_NAME)
+    scheduler_state = _read_torch(path / SCHEDULER_NAME)
+    generators = _read_torch(path / RNG_NAME)
+    check_optimizer(optimizer, optimizer_state, path / OPTIMIZER_NAME)
+    assign_tensors(model, read_tensors(path), adapter_name, path / WEIGHTS_NAME)
+    optimizer.load_state_dict(optimizer_state)
+    scheduler.load_state_dict(scheduler_state)
+    log_history = json.loads((path / STATE_NAME).read_bytes())["log_history"]
+    state = TrainState(**manifest.state, log_history=log_history)
+    set_rng_state(generators)
+    return state
+
+
+def latest_checkpoint(output_dir: str | Path) -> Path | None:
+    """The checkpoint with the highest step that verifies, or None. Changes nothing."""
+    for path in sorted_checkpoints(output_dir):
+        try:
+            verify(path)
+        except MiniloraError:
+            continue
+        return path
+    return None
+
+
+def sorted_checkpoints(output_dir: str | Path) -> list[Path]:
+    """Directories named exactly checkpoint-<step>, the highest step first, whatever is in them."""
+    found = []
+    if Path(output_dir).is_dir():
+        for entry in Path(output_dir).iterdir():
+            match = CHECKPOINT.fullmatch(entry.name)
+            if match and entry.is_dir() and not entry.is_symlink():
+                found.append((int(match.group(1)), entry))
+    return [path for _, path in sorted(found, reverse=True)]
+
+
+def rotate_checkpoints(output_dir: str | Path, limit: int, best_step: int | None) -> None:
+    """Delete the oldest checkpoints beyond `limit`, never the newest and never the best."""
+    checkpoints = sorted_checkpoints(output_dir)
+    protected = {checkpoints[0].name, f"checkpoint-{best_step}"} if checkpoints else set()
+    removable = [path for path in checkpoints if path.name not in protected]
+    excess = len(checkpoints) - max(limit, len(checkpoints) - len(removable))
+    for path in removable[len(removable) - excess :] if excess > 0 else []:
+        remove_directory(path)
+
+
+def verify(path: Path) -> Manifest:
+    """Check size and SHA-256 of every file of a checkpoint, and that none is missing.
+
+    Raises:
+        MiniloraError: names the file and what is wrong with it.
+    """
+    document = _read_manifest(path)
+    for name, expected in document["files"].items():
+        file = path / name
+        if os.path.basename(name) != name or file.is_symlink() or not file.is_file():
+            raise MiniloraError(f"{file} is missing or not a plain file: the checkpoint is damaged")
+        if file.stat().st_size != expected["size"]:
+            raise MiniloraError(
+                f"{file} has {file.stat().st_size} bytes where {expected['size']} were written: "
+                "the checkpoint is damaged; resume from another one"
+            )
+        if hashlib.sha256(file.read_bytes()).hexdigest() != expected["sha256"]:
+            raise MiniloraError(
+                f"{file} is not what was written (SHA-256 differs); resume from another checkpoint"
+            )
+    return Manifest(document["state"], document["run"], document["environment"])
+
+
+def environment() -> dict[str, Any]:
+    """What a run's bits depend on, beside its arguments: resuming elsewhere is allowed,
+    bit-exactness not promised.
+    """
+    return {
+        "minilora": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": numpy.__version__,
+        "safetensors": safetensors.__version__,
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "num_threads": torch.get_num_threads(),
+        "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+    }
+
+
+def check_optimizer(optimizer: torch.optim.Optimizer, loaded: Any, place: Path) -> None:
+    """Refuse an optimizer state that is not of this optimizer's groups and parameter shapes.
+
+    torch itself checks the number of groups and parameters only; a moment of the wrong shape would
+    surface, if at all, as a broadcasting error at the first step.
+
+    Raises:
+        MiniloraError: names the first difference.
+    """
+    if not isinstance(loaded, dict) or {"state", "param_groups"} - set(loaded):
+        raise MiniloraError(f"{place} is not an optimizer's state")
+    ours = [len(group["params"]) for group in optimizer.param_groups]
+    theirs = [len(group["params"]) for group in loaded["param_groups"]]
+    if ours != theirs:
+        raise MiniloraError(
+            f"{place} has parameter groups of sizes {theirs}, this run {ours}: it is of another run"
+        )
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    for index, values in loaded["state"].items():
+        for name in ("exp_avg", "exp_avg_sq"):
+            shape = tuple(values[name].shape)
+            if shape != tuple(parameters[index].shape):
+                raise MiniloraError(
+                    f"{place}: {name} of parameter {index} has shape {shape}, this run's {tuple(parameters[index].shape)}"
+                )
+
+
+def _manifest(state: TrainState, run: dict[str, Any], files: dict[str, bytes]) -> bytes:
+    values = {
+        f.name: getattr(state, f.name) for f in dataclasses.fields(state) if f.name != "log_history"
+    }
+    document = {
+        "schema_version": SCHEMA_VERSION,
+        "state": values,
+        "run": run,
+        "environment": environment(),
+        "files": {
+            name: {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+            for name, data in files.items()
+        },
+    }
+    return (
+        json.dumps({**document, "sha256": _own_hash(document)}, indent=2, sort_keys=True) + "\n"
+    ).encode()
+
+
+def _own_hash(document: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()
+
+
+def _read_manifest(path: Path) -> dict[str, Any]:
+    file = path / MANIFEST_NAME
+    if not file.is_file():
+        hint = (
+            "written by HF Trainer"
+            if (path / TRAINING_ARGS_NAME).exists()
+            else "incomplete or not a checkpoint"
+        )
+        raise MiniloraError(
+            f"{path} has no {MANIFEST_NAME}: it is {hint}; give a checkpoint that minilora wrote"
+        )
+    if file.stat().st_size > MAX_MANIFEST_BYTES:
+        raise MiniloraError(
+            f"{file} is {file.stat().st_size:,} bytes: it is not a manifest of minilora's"
+        )
+    try:
+        document = json.loads(file.read_bytes())
+        recorded = document.pop("sha256")
+    except (ValueError, RecursionError, AttributeError, KeyError, TypeError) as error:
+        raise MiniloraError(f"{file} is damaged: {error}") from None
+    if document.get("schema_version") != SCHEMA_VERSION:
+        raise MiniloraError(
+            f"{file} has schema version {document.get('schema_version')!r}, this minilora reads {SCHEMA_VERSION}: "
+            "use the version that wrote it"
+        )
+    if recorded != _own_hash(document):
+        raise MiniloraError(f"{file} was changed after it was written (its checksum differs)")
+    expected = {WEIGHTS_NAME, CONFIG_NAME, OPTIMIZER_NAME, SCHEDULER_NAME, RNG_NAME, STATE_NAME}
+    if expected - set(document["files"]):
+        raise MiniloraError(f"{file} does not list {sorted(expected - set(document['files']))}")
+    return document
+
+
+def _torch_bytes(value: Any) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    return buffer.getvalue()
+
+
+def _read_torch(path: Path) -> Any:
+    # Safe without further ado: the hash has been verified, and weights_only cannot run code anyway.
+    return torch.load(path, map_location="cpu", weights_only=True)

@@ -1,0 +1,332 @@
+"""The loop: state, one optimizer step, evaluation, and the order in which things happen.
+
+Knows neither BERT nor files: batches, the loss and the metrics come in as functions, rows and
+checkpoints go out through functions. The order within a step is HF Trainer's (5.23): update, log,
+evaluate, save.
+"""
+
+import contextlib
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from minilora.errors import MiniloraError
+
+Batch = dict[str, Tensor]
+"""What one forward pass takes: input_ids (B, T), attention_mask (B, T), ..., and labels (B,)."""
+
+TIMING_KEYS = ("runtime", "samples_per_second", "steps_per_second")
+
+
+@dataclass
+class TrainState:
+    """Everything the loop changes, apart from the model, optimizer, scheduler and random
+    generators.
+
+    A step is an optimizer update taken. The position in the data is (epoch, step_in_epoch): the
+    order of an epoch is a pure function of the seed and its number, so two integers suffice.
+    """
+
+    global_step: int = 0
+    """Steps taken in the whole run."""
+    epoch: int = 0
+    """Epochs completed, their evaluation and checkpoint included."""
+    step_in_epoch: int = 0
+    """Steps taken in the current epoch."""
+    epoch_ends: bool = False
+    """The last step of the epoch (or run) is taken, and what is due at its end, evaluation and
+    checkpoint, is still to come. A checkpoint may be written in between."""
+    loss_sum: float = 0.0
+    """Sum of the step losses since the last logged row."""
+    loss_total: float = 0.0
+    """Sum of the step losses before that row."""
+    logged_step: int = 0
+    """`global_step` at the last logged row."""
+    best_metric: float | None = None
+    """Best value so far of the metric that ranks checkpoints."""
+    best_step: int | None = None
+    """`global_step` of that evaluation."""
+    evaluations_since_best: int = 0
+    """Evaluations since then, for early stopping."""
+    stopped_early: bool = False
+    """Whether early stopping has ended the run."""
+    log_history: list[dict[str, Any]] = field(default_factory=list)
+    """The rows of metrics.jsonl so far, under Trainer's keys."""
+
+
+@dataclass(frozen=True)
+class Cadence:
+    """When the loop logs, evaluates, saves and ends. Counts are optimizer steps; 0 means not by
+    steps.
+    """
+
+    max_steps: int
+    steps_per_epoch: int
+    logging_steps: int
+    eval_steps: int
+    eval_each_epoch: bool
+    save_steps: int
+    save_each_epoch: bool
+    best_metric: str | None
+    best_is_greatest: bool
+    early_stopping_patience: int | None
+
+
+def fit(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    scheduler: torch.optim.lr_scheduler.LRScheduler,
+    state: TrainState,
+    cadence: Cadence,
+    max_grad_norm: float,
+    updates: Callable[[int, int], Iterator[list[Batch]]],
+    loss: Callable[[nn.Module, Batch], Tensor],
+    evaluate: Callable[[], dict[str, float]] | None,
+    record: Callable[[dict[str, Any]], None],
+    save: Callable[[TrainState], None],
+    should_stop: Callable[[], bool],
+    progress: Callable[[int, float, float], None],
+) -> None:
+    """Train from `state` to the end of the run, or until `should_stop`. Changes `state` in place.
+
+    Args:
+        updates: (epoch, steps to skip) to an iterator over the batches of each optimizer step.
+        evaluate: metrics of the validation data under `eval_...` keys, or None.
+        record: takes one row of metrics.jsonl.
+        save: writes a checkpoint of `state` and everything else.
+        should_stop: asked before each step; when true, a checkpoint is saved and the loop ends.
+        progress: told (examples, loss, learning rate) after each step.
+
+    Raises:
+        MiniloraError: a loss or gradient is not finite. The parameters are those of the last good
+            step.
+    """
+    saved_step = state.global_step
+    while True:
+        if state.epoch_ends and end_epoch(state, cadence, evaluate, record, save):
+            saved_step = state.global_step
+        if is_finished(state, cadence):
+            return
+        for batches in updates(state.epoch, state.step_in_epoch):
+            if should_stop():
+                if saved_step != state.global_step:
+                    save(state)
+                return
+            learning_rate = float(scheduler.get_last_lr()[0])
+            step_loss, grad_norm = training_step(
+                model, optimizer, scheduler, batches, max_grad_norm, loss, state.global_step + 1
+            )
+            state.global_step += 1
+            state.step_in_epoch += 1
+            state.loss_sum += step_loss
+            progress(sum(len(batch["labels"]) for batch in batches), step_loss, learning_rate)
+            if _due(cadence.logging_steps, state):
+                log_loss(state, cadence, grad_norm, learning_rate, record)
+            if evaluate and _due(cadence.eval_steps, state):
+                evaluate_and_rank(state, cadence, evaluate, record)
+            run_ends = is_finished(state, cadence)
+            state.epoch_ends = run_ends or state.step_in_epoch >= cadence.steps_per_epoch
+            if _due(cadence.save_steps, state) and not run_ends:
+                save(state)
+                saved_step = state.global_step
+            if state.epoch_ends:
+                break
+
+
+def training_step(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    scheduler: torch.optim.lr_scheduler.LRScheduler,
+    batches: list[Batch],
+    max_grad_norm: float,
+    loss: Callable[[nn.Module, Batch], Tensor],
+    step: int,
+) -> tuple[float, float]:
+    """One optimizer update from one or more batches: forward, backward, clip, step. Returns (loss,
+    gradient norm).
+
+    The gradient is that of the mean loss over all examples of all batches, so that accumulating k
+    batches equals one batch k times as large. (HF Trainer sums the batches' means for BERT's heads,
+    transformers#47688.)
+
+    Raises:
+        MiniloraError: the loss or the gradient norm is not finite; names `step`.
+    """
+    model.train()
+    examples = sum(len(batch["labels"]) for batch in batches)
+    total = 0.0
+    for batch in batches:
+        # With a single batch the factor is 1.0, which changes no bit.
+        share = loss(model, batch) * (len(batch["labels"]) / examples)
+        share.backward()
+        total += share.item()
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    # An infinite bound computes the norm and clips nothing.
+    grad_norm = nn.utils.clip_grad_norm_(parameters, max_grad_norm or math.inf).item()
+    if not (math.isfinite(total) and math.isfinite(grad_norm)):
+        raise MiniloraError(
+            f"step {step}: the loss is {total} and the gradient norm {grad_norm}; training stops before this step. "
+            "Lower --learning_rate, or resume from the last checkpoint"
+        )
+    optimizer.step()
+    scheduler.step()
+    optimizer.zero_grad()
+    return total, grad_norm
+
+
+def evaluate_model(
+    model: nn.Module,
+    batches: Iterator[Batch],
+    loss: Callable[[nn.Module, Batch], tuple[Tensor, Tensor]],
+    metrics: Callable[[np.ndarray, np.ndarray], dict[str, float]],
+    prefix: str,
+) -> dict[str, float]:
+    """Metrics of the model over `batches` under `<prefix>_...` keys, timing keys last.
+
+    Draws nothing from any generator and leaves the model in the mode it was in, so that it changes
+    no training number.
+
+    Args:
+        loss: (model, batch) to the batch's mean loss and its logits (B, C).
+        metrics: (logits, labels) of all examples to named numbers.
+    """
+    start, steps = time.perf_counter(), 0
+    losses, logits, labels = [], [], []
+    with torch.no_grad(), evaluation_mode(model):
+        for batch in batches:
+            batch_loss, batch_logits = loss(model, batch)
+            # Each example counts once, whatever the size of the last batch; float32, as Trainer
+            # averages.
+            losses.append(np.full(len(batch["labels"]), batch_loss.item(), dtype=np.float32))
+            logits.append(batch_logits.float().cpu().numpy())
+            labels.append(batch["labels"].cpu().numpy())
+            steps += 1
+    found = {"loss": np.concatenate(losses).mean().item()}
+    found |= metrics(np.concatenate(logits), np.concatenate(labels))
+    seconds = time.perf_counter() - start
+    examples = sum(len(part) for part in labels)
+    found |= dict(zip(TIMING_KEYS, (seconds, examples / seconds, steps / seconds), strict=True))
+    return {f"{prefix}_{name}": value for name, value in found.items()}
+
+
+@contextlib.contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """The model in eval mode, and afterwards every module in the mode it was in."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def log_loss(
+    state: TrainState,
+    cadence: Cadence,
+    grad_norm: float,
+    learning_rate: float,
+    record: Callable[[dict[str, Any]], None],
+) -> None:
+    """Record the mean loss since the last row, and start a new mean."""
+    row = {
+        "loss": state.loss_sum / (state.global_step - state.logged_step),
+        "grad_norm": grad_norm,
+        "learning_rate": learning_rate,
+    }
+    state.loss_total += state.loss_sum
+    state.loss_sum, state.logged_step = 0.0, state.global_step
+    _record(state, cadence, row, record)
+
+
+def evaluate_and_rank(
+    state: TrainState,
+    cadence: Cadence,
+    evaluate: Callable[[], dict[str, float]],
+    record: Callable[[dict[str, Any]], None],
+) -> None:
+    """Evaluate, record the metrics, remember the best, and notice when early stopping is due.
+
+    Raises:
+        MiniloraError: the metric that ranks checkpoints is not among those computed.
+    """
+    metrics = evaluate()
+    _record(state, cadence, metrics, record)
+    if cadence.best_metric is None:
+        return
+    if cadence.best_metric not in metrics:
+        computed = ", ".join(name for name in metrics if not name.endswith(TIMING_KEYS))
+        raise MiniloraError(
+            f"metric_for_best_model: there is no {cadence.best_metric}; computed are {computed}"
+        )
+    value = metrics[cadence.best_metric]
+    sign = 1 if cadence.best_is_greatest else -1
+    if state.best_metric is None or sign * value > sign * state.best_metric:
+        state.best_metric, state.best_step, state.evaluations_since_best = (
+            value,
+            state.global_step,
+            0,
+        )
+    else:
+        state.evaluations_since_best += 1
+        patience = cadence.early_stopping_patience
+        state.stopped_early = patience is not None and state.evaluations_since_best >= patience
+
+
+def end_epoch(
+    state: TrainState,
+    cadence: Cadence,
+    evaluate: Callable[[], dict[str, float]] | None,
+    record: Callable[[dict[str, Any]], None],
+    save: Callable[[TrainState], None],
+) -> bool:
+    """What is due when an epoch, or the run in its midst, ends: evaluation, then the position, then
+    a checkpoint. Returns whether one was saved.
+
+    A run that saves by steps saves here at its very end, too, after the last evaluation.
+    """
+    if evaluate and cadence.eval_each_epoch:
+        evaluate_and_rank(state, cadence, evaluate, record)
+    if state.step_in_epoch >= cadence.steps_per_epoch:
+        state.epoch, state.step_in_epoch = state.epoch + 1, 0
+    state.epoch_ends = False
+    saves = cadence.save_each_epoch or (cadence.save_steps > 0 and is_finished(state, cadence))
+    if saves:
+        save(state)
+    return saves
+
+
+def is_finished(state: TrainState, cadence: Cadence) -> bool:
+    """Whether nothing is left to train."""
+    return state.global_step >= cadence.max_steps or state.stopped_early
+
+
+def mean_loss(state: TrainState) -> float:
+    """Mean step loss of the whole run, resumes included."""
+    return (state.loss_total + state.loss_sum) / max(1, state.global_step)
+
+
+def epochs_done(state: TrainState, cadence: Cadence) -> float:
+    """Trainer's `epoch`: passes over the data, with the fraction."""
+    return state.epoch + state.step_in_epoch / cadence.steps_per_epoch
+
+
+def _due(every: int, state: TrainState) -> bool:
+    return every > 0 and state.global_step % every == 0
+
+
+def _record(
+    state: TrainState,
+    cadence: Cadence,
+    values: dict[str, Any],
+    record: Callable[[dict[str, Any]], None],
+) -> None:
+    row = {"step": state.global_step, "epoch": epochs_done(state, cadence), **values}
+    state.log_history.append(row)
+    record(row)

@@ -1,0 +1,41 @@
+"""Every random generator a run draws from: seeded together, saved together, restored together."""
+
+import random
+from typing import Any
+
+import numpy as np
+import torch
+
+
+def seed_all(seed: int) -> None:
+    """Seed python, numpy and torch (all devices), in the way and order of transformers' `set_seed`."""
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+def rng_state() -> dict[str, Any]:
+    """The state of every generator, in HF Trainer's structure (`rng_state.pth`).
+
+    numpy's key is a list instead of an array: Trainer restores it all the same, and the file then
+    loads with plain `weights_only=True`, no numpy reconstruction function allowed.
+    """
+    name, keys, position, has_gauss, cached_gaussian = np.random.get_state(legacy=True)
+    state: dict[str, Any] = {
+        "python": random.getstate(),
+        "numpy": (name, [int(key) for key in keys], position, has_gauss, cached_gaussian),
+        "cpu": torch.get_rng_state(),
+    }
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def set_rng_state(state: dict[str, Any]) -> None:
+    """Restore what `rng_state` returned. Call it last: whatever is built after it may draw."""
+    version, keys, gauss_next = state["python"]
+    random.setstate((version, tuple(keys), gauss_next))
+    np.random.set_state(tuple(state["numpy"]))
+    torch.set_rng_state(state["cpu"])
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])

@@ -1,0 +1,162 @@
+"""A run's directory beside its checkpoints: `run.json`, `metrics.jsonl`, and where a resume begins.
+
+run.json         every resolved argument, label names, fingerprints of model and data; written before the first step
+metrics.jsonl    one JSON object for each log or evaluation
+"""
+
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from minilora.durable import is_leftover, set_aside, write_file
+from minilora.errors import MiniloraError
+from minilora.training.checkpoint import CHECKPOINT, MANIFEST_NAME, sorted_checkpoints, verify
+
+RUN_NAME = "run.json"
+METRICS_NAME = "metrics.jsonl"
+
+
+@dataclass(frozen=True)
+class ResumePoint:
+    """Where a resumed run goes on."""
+
+    output_dir: Path
+    checkpoint: Path | None
+    """None: the run was stopped before its first checkpoint and starts at step 0."""
+    run: dict[str, Any]
+    """What `run.json`, or the checkpoint itself, records."""
+
+
+def new_output_dir(path: Path) -> None:
+    """Create the directory of a new run. One that holds only leftovers of a killed start counts as
+    empty.
+
+    Raises:
+        MiniloraError: it is a file, or holds something already.
+    """
+    if path.exists() and not path.is_dir():
+        raise MiniloraError(f"output_dir {str(path)!r} is a file: give a new or empty directory")
+    if path.is_dir():
+        held = sorted(entry.name for entry in path.iterdir() if not is_leftover(entry.name))
+        if held:
+            raise MiniloraError(
+                f"output_dir {str(path)!r} is not empty (it holds {held[0]}): give a new one, or continue its run with "
+                f"--resume_from_checkpoint {path}"
+            )
+    path.mkdir(parents=True, exist_ok=True)
+
+
+def find_resume_point(path: Path) -> ResumePoint:
+    """What resuming from `path`, a run's directory or one of its checkpoints, means. Changes
+    nothing.
+
+    Of a directory it is the highest checkpoint that verifies. A resume writes where `path` lies,
+    never to a recorded place.
+
+    Raises:
+        MiniloraError: nothing there to resume, or the named checkpoint is damaged.
+    """
+    if not path.is_dir():
+        raise MiniloraError(f"resume_from_checkpoint {str(path)!r}: there is no such directory")
+    # Resolved, so that "." and "checkpoint-4/" have a name and a parent.
+    path = path.resolve()
+    if CHECKPOINT.fullmatch(path.name) or (path / MANIFEST_NAME).exists():
+        return ResumePoint(path.parent, path, verify(path).run)
+    for checkpoint in sorted_checkpoints(path):
+        try:
+            return ResumePoint(path, checkpoint, verify(checkpoint).run)
+        except MiniloraError:
+            continue
+    if (path / RUN_NAME).is_file():
+        return ResumePoint(path, None, read_run(path))
+    raise MiniloraError(
+        f"resume_from_checkpoint {str(path)!r} holds neither a checkpoint-<step> nor a {RUN_NAME}"
+    )
+
+
+def clear_way(point: ResumePoint) -> None:
+    """Set every checkpoint newer than the resume point aside, with a notice. Call only while
+    holding the lock.
+
+    Damaged ones become `.invalid-...`, intact ones (the user chose an older one) `.superseded-...`:
+    HF Trainer's `get_last_checkpoint` would pick them otherwise.
+    """
+    for checkpoint in sorted_checkpoints(point.output_dir):
+        if checkpoint == point.checkpoint:
+            return
+        try:
+            verify(checkpoint)
+            reason = "superseded"
+        except MiniloraError as error:
+            sys.stderr.write(f"warning: {error}\n")
+            reason = "invalid"
+        aside = set_aside(checkpoint, reason)
+        sys.stderr.write(f"warning: {checkpoint.name} is {reason} and now named {aside.name}\n")
+
+
+def write_run(output_dir: Path, run: dict[str, Any]) -> None:
+    """Write `run.json`."""
+    write_file(output_dir / RUN_NAME, (json.dumps(run, indent=2, sort_keys=True) + "\n").encode())
+
+
+def read_run(output_dir: Path) -> dict[str, Any]:
+    """What `run.json` records.
+
+    Raises:
+        MiniloraError: it is missing or damaged.
+    """
+    path = output_dir / RUN_NAME
+    try:
+        run = json.loads(path.read_bytes())
+    except OSError as error:
+        raise MiniloraError(f"{path} cannot be read: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
+        raise MiniloraError(f"{path} is damaged: {error}") from None
+    if not isinstance(run, dict) or {"arguments", "lora"} - set(run):
+        raise MiniloraError(f"{path} does not record a run's arguments")
+    return run
+
+
+class MetricsFile:
+    """`metrics.jsonl`, holding exactly the rows of `log_history`, whole lines only.
+
+    A row that cannot be written (disk full) is not lost: the next one writes the whole file anew.
+    """
+
+    def __init__(self, path: Path, log_history: list[dict[str, Any]]) -> None:
+        """Begin with the rows of a checkpoint: those that a killed run wrote after it are dropped."""
+        self.path = path
+        self.rows = log_history
+        self.behind = True
+        self.write_all()
+
+    def append(self, row: dict[str, Any]) -> None:
+        """Add `row`, which the loop has just appended to `log_history`."""
+        if self.behind:
+            self.write_all()
+            return
+        try:
+            with self.path.open("ab", buffering=0) as file:
+                file.write(_line(row))
+        except OSError as error:
+            self._fell_behind(error)
+
+    def write_all(self) -> None:
+        """Write every row, atomically."""
+        try:
+            write_file(self.path, b"".join(map(_line, self.rows)))
+            self.behind = False
+        except OSError as error:
+            self._fell_behind(error)
+
+    def _fell_behind(self, error: OSError) -> None:
+        self.behind = True
+        sys.stderr.write(
+            f"warning: {self.path} cannot be written ({error.strerror}); the rows are kept for later\n"
+        )
+
+
+def _line(row: dict[str, Any]) -> bytes:
+    return (json.dumps(row) + "\n").encode()

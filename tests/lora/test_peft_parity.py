@@ -1,0 +1,218 @@
+"""PEFT as the oracle: the same seed gives the same model, gradients and files, bit for bit.
+
+Each case is a `LoraConfig` asked of both libraries on the same tiny BERT. The comparison is `torch.equal`, in float32
+and bfloat16 alike: the operations and their order are the same.
+"""
+
+import warnings
+
+import peft
+import pytest
+import safetensors.torch
+import torch
+from transformers import (
+    BertForMaskedLM,
+    BertForQuestionAnswering,
+    BertForSequenceClassification,
+    BertForTokenClassification,
+    BertModel,
+    set_seed,
+)
+
+import minilora
+from tests.conftest import tiny_config
+
+IDS = torch.arange(1, 33).reshape(4, 8) % 30
+MASK = torch.ones_like(IDS)
+MASK[1, 5:] = 0
+
+CASES = {
+    "default": {},
+    "dropout": {"lora_dropout": 0.1},
+    "r and alpha": {"r": 4, "lora_alpha": 3},
+    "rslora": {"use_rslora": True},
+    "all attention": {"target_modules": ["query", "key", "value", "attention.output.dense"]},
+    "exact name": {"target_modules": ["bert.encoder.layer.1.attention.self.query"]},
+    "regular expression": {"target_modules": r".*layer\.1.*(query|key)"},
+    "all-linear": {"target_modules": "all-linear"},
+    "excluded": {"target_modules": ["query", "dense"], "exclude_modules": ["pooler.dense"]},
+    "one layer": {"target_modules": ["query"], "layers_to_transform": [1]},
+    "one layer of a pattern": {
+        "target_modules": ["query"],
+        "layers_to_transform": 0,
+        "layers_pattern": "layer",
+    },
+    "patterns": {"rank_pattern": {"query": 4, r".*\.1\..*value": 2}, "alpha_pattern": {"value": 3}},
+    "modules_to_save": {"modules_to_save": ["pooler"]},
+    "bias all": {"bias": "all"},
+    "bias lora_only": {"bias": "lora_only"},
+    "lora_bias": {"lora_bias": True},
+    "gaussian": {"init_lora_weights": "gaussian"},
+    "no init": {"init_lora_weights": False},
+    "orthogonal": {"init_lora_weights": "orthogonal"},
+    "olora": {"init_lora_weights": "olora"},
+    "pissa": {"init_lora_weights": "pissa"},
+    "pissa_niter_4": {"init_lora_weights": "pissa_niter_4"},
+    "dora": {"use_dora": True},
+    "dora with dropout": {"use_dora": True, "lora_dropout": 0.1},
+    "embedding": {"target_modules": ["word_embeddings", "query"]},
+    "embedding dora": {"target_modules": ["word_embeddings", "query"], "use_dora": True},
+}
+DTYPES = [torch.float32, torch.bfloat16]
+
+
+def build(model_class=BertForSequenceClassification, dtype=torch.float32):
+    set_seed(0)
+    return model_class(tiny_config(num_labels=3)).to(dtype)
+
+
+def adapted(
+    settings, model_class=BertForSequenceClassification, dtype=torch.float32, task_type="SEQ_CLS"
+):
+    """(PEFT's model, ours), adapted with the same seed, and the generator's state after each."""
+    theirs, ours = build(model_class, dtype), build(model_class, dtype)
+    set_seed(1)
+    theirs = peft.get_peft_model(theirs, peft.LoraConfig(task_type=task_type, **settings))
+    after_theirs = torch.get_rng_state()
+    set_seed(1)
+    minilora.add_adapter(ours, minilora.LoraConfig(task_type=task_type, **settings))
+    assert torch.equal(torch.get_rng_state(), after_theirs), "the generators differ"
+    return theirs, ours
+
+
+def perturb(*models):
+    """Move every trainable tensor off its initial value, equally in each model, so that B is not zero."""
+    for model in models:
+        draw = torch.Generator().manual_seed(3)
+        for _, parameter in minilora.trainable_parameters(model):
+            change = torch.randn(parameter.shape, generator=draw) * 0.05
+            parameter.data += change.to(parameter.dtype)
+
+
+def first_output(model):
+    return model(input_ids=IDS, attention_mask=MASK)[0]
+
+
+@pytest.fixture(autouse=True)
+def quiet_peft():
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module="peft")
+        yield
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("settings", CASES.values(), ids=CASES)
+def test_initial_tensors_order_and_dtypes_are_pefts(settings, dtype):
+    theirs, ours = adapted(settings, dtype=dtype)
+    expected = [p for p in theirs.parameters() if p.requires_grad]
+    found = [p for _, p in minilora.trainable_parameters(ours)]
+    assert [(p.shape, p.dtype) for p in found] == [(p.shape, p.dtype) for p in expected]
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("settings", CASES.values(), ids=CASES)
+def test_training_logits_and_every_gradient_are_pefts(settings, dtype):
+    models = adapted(settings, dtype=dtype)
+    perturb(*models)
+    logits, gradients = [], []
+    for model in models:
+        model.train()
+        set_seed(5)
+        output = model(input_ids=IDS, attention_mask=MASK, labels=torch.tensor([0, 1, 2, 0]))
+        output.loss.backward()
+        logits.append(output.logits)
+        gradients.append([p.grad for _, p in minilora.trainable_parameters(model)])
+    assert torch.equal(*logits)
+    for theirs, ours in zip(*gradients, strict=True):
+        assert torch.equal(theirs, ours)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("settings", CASES.values(), ids=CASES)
+def test_files_hold_the_same_and_load_both_ways(settings, dtype, tmp_path):
+    theirs, ours = adapted(settings, dtype=dtype)
+    perturb(theirs, ours)
+    theirs.save_pretrained(tmp_path / "theirs")
+    minilora.save_adapter(ours, tmp_path / "ours")
+    expected = safetensors.torch.load_file(tmp_path / "theirs" / "adapter_model.safetensors")
+    found = safetensors.torch.load_file(tmp_path / "ours" / "adapter_model.safetensors")
+    junk = {"classifier.modules_to_save.bias", "classifier.original_module.bias"}
+    junk |= {"bert.pooler.dense.modules_to_save.bias"}
+    expected = {
+        k: t for k, t in expected.items() if k.removeprefix("base_model.model.") not in junk
+    }
+    assert {k: t.dtype for k, t in found.items()} == {k: t.dtype for k, t in expected.items()}
+    assert all(torch.equal(found[key], expected[key]) for key in expected)
+
+    if "niter" in str(settings.get("init_lora_weights")):
+        return  # its randomised SVD is drawn anew at each loading: not even PEFT's own round trip is exact
+    logits = first_output(theirs.eval())
+    reloaded = build(dtype=dtype)
+    minilora.load_adapter(reloaded, tmp_path / "theirs")
+    assert torch.equal(first_output(reloaded.eval()), logits)
+    by_peft = peft.PeftModel.from_pretrained(build(dtype=dtype), tmp_path / "ours")
+    assert torch.equal(first_output(by_peft.eval()), logits)
+
+
+@pytest.mark.parametrize(
+    ("model_class", "task_type"),
+    [
+        (BertForTokenClassification, "TOKEN_CLS"),
+        (BertForQuestionAnswering, "QUESTION_ANS"),
+        (BertForMaskedLM, None),
+        (BertModel, "FEATURE_EXTRACTION"),
+        (BertForSequenceClassification, None),
+    ],
+)
+def test_every_kind_of_head_agrees_with_peft(model_class, task_type, tmp_path):
+    """Initial tensors, logits and key sets for the other BERT classes, and without a task type."""
+    theirs, ours = adapted({"lora_dropout": 0.1}, model_class, task_type=task_type)
+    perturb(theirs, ours)
+    theirs.save_pretrained(tmp_path / "theirs")
+    minilora.save_adapter(ours, tmp_path / "ours")
+    expected = safetensors.torch.load_file(tmp_path / "theirs" / "adapter_model.safetensors")
+    found = safetensors.torch.load_file(tmp_path / "ours" / "adapter_model.safetensors")
+    assert found.keys() == expected.keys()
+    assert torch.equal(first_output(ours.eval()), first_output(theirs.eval()))
+    by_peft = peft.PeftModel.from_pretrained(build(model_class), tmp_path / "ours")
+    assert torch.equal(first_output(by_peft.eval()), first_output(theirs.eval()))
+
+
+@pytest.mark.parametrize(
+    ("model_class", "task_type", "head"),
+    [
+        (BertForTokenClassification, "TOKEN_CLS", "classifier"),
+        (BertForQuestionAnswering, "QUESTION_ANS", "qa_outputs"),
+    ],
+)
+def test_all_linear_leaves_the_head_alone_where_peft_fails(model_class, task_type, head):
+    names = minilora.add_adapter(
+        build(model_class), minilora.LoraConfig(target_modules="all-linear", task_type=task_type)
+    )
+    assert names and head not in names
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"bias": "all"}, {"use_dora": True}, {"init_lora_weights": "pissa"}]
+)
+def test_the_config_file_is_pefts_but_for_the_order_of_lists(settings, tmp_path):
+    import json
+
+    theirs, ours = adapted(settings)
+    theirs.save_pretrained(tmp_path / "theirs")
+    minilora.save_adapter(ours, tmp_path / "ours")
+    expected = json.loads((tmp_path / "theirs" / "adapter_config.json").read_text())
+    found = json.loads((tmp_path / "ours" / "adapter_config.json").read_text())
+    for config in (expected, found):
+        config["target_modules"] = sorted(config["target_modules"])
+        config["base_model_name_or_path"] = config["base_model_name_or_path"] or None
+    assert found == expected
+
+
+def test_the_parity_check_can_fail():
+    """Negative control: another seed, or one changed value, is noticed."""
+    theirs, ours = adapted({})
+    perturb(theirs, ours)
+    next(iter(dict(minilora.trainable_parameters(ours)).values())).data[0, 0] += 1e-6
+    assert not torch.equal(first_output(ours.eval()), first_output(theirs.eval()))

@@ -1,0 +1,406 @@
+"""A resumed run is the uninterrupted run, bit for bit.
+
+Two ways to be stopped, both in a process of its own: SIGTERM, after which the run saves and says so, and SIGKILL,
+after which it cannot. Negative controls drop one part of a checkpoint at a time and must see the comparison fail.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from minilora import LoraConfig, MiniloraError, TrainConfig, fine_tune, latest_checkpoint
+from minilora.fine_tuning import run_fine_tuning
+from minilora.training import checkpoint as checkpoint_room
+from tests.conftest import read_rows
+
+EPOCHS, STEPS_PER_EPOCH = 2, 6  # 44 sentences in batches of 8
+STEPS = EPOCHS * STEPS_PER_EPOCH
+
+
+def arguments(tiny_model, sentences, **changes) -> dict:
+    train_file, validation_file = sentences
+    return {
+        "model_name_or_path": str(tiny_model),
+        "train_file": str(train_file),
+        "validation_file": str(validation_file),
+        "num_train_epochs": EPOCHS,
+        "per_device_train_batch_size": 8,
+        "learning_rate": 3e-3,
+        "logging_steps": 1,
+        "save_strategy": "steps",
+        "save_steps": 1,
+        "device": "cpu",
+        **changes,
+    }
+
+
+def command(values: dict) -> list[str]:
+    flags = [part for name, value in values.items() for part in (f"--{name}", str(value))]
+    return [sys.executable, "-m", "minilora.train", *flags]
+
+
+def final_tensors(output_dir: Path) -> dict[str, torch.Tensor]:
+    return load_file(output_dir / "adapter_model.safetensors")
+
+
+def assert_same_run(one: Path, other: Path) -> None:
+    assert read_rows(one) == read_rows(other)
+    tensors, others = final_tensors(one), final_tensors(other)
+    assert tensors.keys() == others.keys()
+    for name in tensors:
+        assert torch.equal(tensors[name], others[name]), name
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory, tiny_model, sentences) -> Path:
+    output_dir = tmp_path_factory.mktemp("runs") / "whole"
+    fine_tune(TrainConfig(**arguments(tiny_model, sentences), output_dir=str(output_dir)))
+    return output_dir
+
+
+def stop_at(step: int, values: dict, output_dir: Path) -> None:
+    """Run in this process and stop before step `step` + 1, as a signal would."""
+    calls = iter(range(1, 1000))
+    run_fine_tuning({**values, "output_dir": str(output_dir)}, {}, lambda: next(calls) > step)
+
+
+@pytest.mark.parametrize("step", range(1, STEPS))
+def test_a_run_stopped_at_any_step_resumes_to_the_same_bits(
+    step, tmp_path, tiny_model, sentences, uninterrupted
+):
+    """Stopping by request at step k, checkpointing only then, and resuming changes nothing."""
+    values = arguments(tiny_model, sentences, save_steps=1000)
+    stop_at(step, values, tmp_path / "run")
+    assert latest_checkpoint(tmp_path / "run") == tmp_path / "run" / f"checkpoint-{step}"
+    fine_tune(TrainConfig(resume_from_checkpoint=str(tmp_path / "run")))
+    assert_same_run(tmp_path / "run", uninterrupted)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("step", range(1, STEPS))
+def test_a_run_killed_in_one_process_resumes_in_another_to_the_same_bits(
+    step, tmp_path, tiny_model, sentences, uninterrupted
+):
+    """SIGKILL once checkpoint k exists; the next process is told nothing but the directory."""
+    output_dir = tmp_path / "run"
+    values = arguments(tiny_model, sentences, output_dir=output_dir)
+    process = subprocess.Popen(
+        command(values), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    while not (output_dir / f"checkpoint-{step}").exists() and process.poll() is None:
+        pass
+    process.kill()
+    process.wait()
+    # The kill may have come a step or two late; go back to exactly step k.
+    resume_from = output_dir / f"checkpoint-{step}"
+    subprocess.run(
+        command({"resume_from_checkpoint": resume_from}), check=True, capture_output=True
+    )
+    assert_same_run(output_dir, uninterrupted)
+    assert not [p for p in output_dir.iterdir() if p.name.startswith((".tmp-", ".trash-"))]
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_saves_and_the_resumed_command_ends_in_the_same_bits(
+    number, code, tmp_path, tiny_model, sentences, uninterrupted
+):
+    """The command finishes its step, saves, exits 128 + n, and is resumed by its directory alone."""
+    output_dir = tmp_path / "run"
+    values = arguments(tiny_model, sentences, output_dir=output_dir, save_steps=1000)
+    process = subprocess.Popen(
+        command(values), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    )
+    metrics = output_dir / "metrics.jsonl"
+    while not metrics.exists() or not metrics.read_text():
+        assert process.poll() is None
+    process.send_signal(number)
+    printed, _ = process.communicate(timeout=60)
+    assert process.returncode == code
+    assert json.loads(printed.splitlines()[-1])["output_dir"] == str(output_dir)
+    assert latest_checkpoint(output_dir) is not None
+    subprocess.run(command({"resume_from_checkpoint": output_dir}), check=True, capture_output=True)
+    assert_same_run(output_dir, uninterrupted)
+
+
+def test_evaluation_changes_no_training_number(tmp_path, tiny_model, sentences, uninterrupted):
+    """A run that evaluates every second step has the losses and tensors of one that does so per epoch."""
+    values = arguments(tiny_model, sentences, eval_strategy="steps", eval_steps=2)
+    fine_tune(TrainConfig(**values, output_dir=str(tmp_path / "run")))
+    losses = [row["loss"] for row in read_rows(tmp_path / "run") if "loss" in row]
+    assert losses == [row["loss"] for row in read_rows(uninterrupted) if "loss" in row]
+    ours, theirs = final_tensors(tmp_path / "run"), final_tensors(uninterrupted)
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+@pytest.mark.parametrize("accumulation", [2, 4])
+def test_a_resume_is_exact_with_accumulation_and_sums_that_span_it(
+    accumulation, tmp_path, tiny_model, sentences
+):
+    """The loss mean of a row that began before the stop is the uninterrupted one."""
+    values = arguments(
+        tiny_model,
+        sentences,
+        gradient_accumulation_steps=accumulation,
+        per_device_train_batch_size=5,
+        logging_steps=3,
+        num_train_epochs=3,
+        lr_scheduler_type="cosine",
+        warmup_steps=0.2,
+        save_steps=1000,
+    )
+    fine_tune(TrainConfig(**values, output_dir=str(tmp_path / "whole")))
+    stop_at(4, values, tmp_path / "run")
+    fine_tune(TrainConfig(resume_from_checkpoint=str(tmp_path / "run")))
+    assert_same_run(tmp_path / "run", tmp_path / "whole")
+
+
+def test_resuming_a_finished_run_changes_nothing(tmp_path, tiny_model, sentences):
+    """No file changes, but for the times in run.json; a missing final file is written again."""
+    values = arguments(tiny_model, sentences, max_steps=4)
+    fine_tune(TrainConfig(**values, output_dir=str(tmp_path / "run")))
+    before = {p: p.read_bytes() for p in sorted((tmp_path / "run").rglob("*")) if p.is_file()}
+    (tmp_path / "run" / "adapter_model.safetensors").unlink()
+    result = fine_tune(TrainConfig(resume_from_checkpoint=str(tmp_path / "run")))
+    after = {p: p.read_bytes() for p in sorted((tmp_path / "run").rglob("*")) if p.is_file()}
+    assert result.global_step == 4
+    changed = {p.name for p in before | after if before.get(p) != after.get(p)}
+    assert changed <= {"run.json"}
+
+
+def test_a_run_stopped_before_its_first_checkpoint_starts_again(
+    tmp_path, tiny_model, sentences, uninterrupted
+):
+    """run.json alone is enough."""
+    stop_at(0, arguments(tiny_model, sentences, save_steps=1000), tmp_path / "run")
+    assert latest_checkpoint(tmp_path / "run") is None
+    fine_tune(TrainConfig(resume_from_checkpoint=str(tmp_path / "run")))
+    assert_same_run(tmp_path / "run", uninterrupted)
+
+
+def forget_rng(monkeypatch):
+    monkeypatch.setattr(checkpoint_room, "set_rng_state", lambda state: None)
+
+
+def forget_moments(monkeypatch):
+    read = checkpoint_room._read_torch
+
+    def without_moments(path):
+        loaded = read(path)
+        if path.name == "optimizer.pt":
+            for values in loaded["state"].values():
+                values["exp_avg"].zero_()
+        return loaded
+
+    monkeypatch.setattr(checkpoint_room, "_read_torch", without_moments)
+
+
+def forget_scheduler(monkeypatch):
+    monkeypatch.setattr(torch.optim.lr_scheduler.LambdaLR, "load_state_dict", lambda *_: None)
+
+
+def forget_one_tensor(monkeypatch):
+    read = checkpoint_room.read_tensors
+
+    def with_zeros(path):
+        tensors = read(path)
+        tensors[min(tensors)].zero_()
+        return tensors
+
+    monkeypatch.setattr(checkpoint_room, "read_tensors", with_zeros)
+
+
+def forget_position(monkeypatch):
+    verify = checkpoint_room.verify
+
+    def rewound(path):
+        manifest = verify(path)
+        manifest.state["step_in_epoch"] -= 1
+        return manifest
+
+    monkeypatch.setattr(checkpoint_room, "verify", rewound)
+
+
+def forget_loss_sum(monkeypatch):
+    verify = checkpoint_room.verify
+
+    def emptied(path):
+        manifest = verify(path)
+        manifest.state["loss_sum"] = 0.0
+        return manifest
+
+    monkeypatch.setattr(checkpoint_room, "verify", emptied)
+
+
+@pytest.mark.parametrize(
+    "forget",
+    [
+        forget_rng,
+        forget_moments,
+        forget_scheduler,
+        forget_one_tensor,
+        forget_position,
+        forget_loss_sum,
+    ],
+)
+def test_without_any_one_part_the_resume_is_another_run(
+    forget, tmp_path, monkeypatch, tiny_model, sentences
+):
+    """Negative control: each part of a checkpoint is needed, and the comparison notices its loss."""
+    values = arguments(tiny_model, sentences, save_steps=1000, logging_steps=3)
+    fine_tune(TrainConfig(**values, output_dir=str(tmp_path / "whole")))
+    stop_at(8, values, tmp_path / "run")
+    forget(monkeypatch)
+    fine_tune(TrainConfig(resume_from_checkpoint=str(tmp_path / "run")))
+    with pytest.raises(AssertionError):
+        assert_same_run(tmp_path / "run", tmp_path / "whole")
+
+
+def test_the_run_depends_on_its_seed(tmp_path, tiny_model, sentences, uninterrupted):
+    """Negative control: another seed gives another run."""
+    values = arguments(tiny_model, sentences, seed=7)
+    fine_tune(TrainConfig(**values, output_dir=str(tmp_path / "run")))
+    with pytest.raises(AssertionError):
+        assert_same_run(tmp_path / "run", uninterrupted)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"learning_rate": 1e-4},
+        {"per_device_train_batch_size": 4},
+        {"seed": 1},
+        {"lr_scheduler_type": "cosine"},
+        {"max_steps": 100},
+        {"gradient_accumulation_steps": 2},
+    ],
+)
+def test_an_argument_that_would_bend_the_run_is_refused(change, tmp_path, tiny_model, sentences):
+    """The error lists old -> new, and the run can still be resumed without it."""
+    values = arguments(tiny_model, sentences, save_steps=1000)
+    stop_at(3, values, tmp_path / "run")
+    ((name, new),) = change.items()
+    with pytest.raises(MiniloraError, match=f"{name}: .* -> {new}"):
+        run_fine_tuning(
+            {"resume_from_checkpoint": str(tmp_path / "run"), **change}, {}, lambda: True
+        )
+    assert latest_checkpoint(tmp_path / "run") is not None
+
+
+def test_a_lora_argument_that_would_bend_the_run_is_refused(tmp_path, tiny_model, sentences):
+    stop_at(3, arguments(tiny_model, sentences, save_steps=1000), tmp_path / "run")
+    with pytest.raises(MiniloraError, match="r: 8 -> 4"):
+        run_fine_tuning({"resume_from_checkpoint": str(tmp_path / "run")}, {"r": 4}, lambda: True)
+
+
+def test_harmless_arguments_apply_to_a_resume(tmp_path, tiny_model, sentences, uninterrupted):
+    """More frequent checkpoints and rotation change no number."""
+    stop_at(5, arguments(tiny_model, sentences, save_steps=1000), tmp_path / "run")
+    fine_tune(
+        TrainConfig(resume_from_checkpoint=str(tmp_path / "run"), save_steps=2, save_total_limit=2)
+    )
+    assert_same_run(tmp_path / "run", uninterrupted)
+    kept = sorted(p.name for p in (tmp_path / "run").glob("checkpoint-*"))
+    assert kept == ["checkpoint-10", "checkpoint-12"]
+
+
+def test_a_changed_data_file_is_refused(tmp_path, tiny_model, sentences):
+    """The same path with other bytes is another data set."""
+    train_file = tmp_path / "train.tsv"
+    train_file.write_bytes(sentences[0].read_bytes())
+    values = arguments(tiny_model, (train_file, sentences[1]), save_steps=1000)
+    stop_at(3, values, tmp_path / "run")
+    train_file.write_text(train_file.read_text() + "it was good\tpositive\n")
+    with pytest.raises(MiniloraError, match=r"train file .*train\.tsv"):
+        fine_tune(TrainConfig(resume_from_checkpoint=str(tmp_path / "run")))
+
+
+def test_a_moved_data_file_is_recognised_by_its_bytes(
+    tmp_path, tiny_model, sentences, uninterrupted
+):
+    train_file = tmp_path / "train.tsv"
+    train_file.write_bytes(sentences[0].read_bytes())
+    stop_at(3, arguments(tiny_model, (train_file, sentences[1]), save_steps=1000), tmp_path / "run")
+    moved = train_file.rename(tmp_path / "moved.tsv")
+    fine_tune(TrainConfig(resume_from_checkpoint=str(tmp_path / "run"), train_file=str(moved)))
+    assert_same_run(tmp_path / "run", uninterrupted)
+
+
+def test_another_base_model_is_refused(tmp_path, tiny_model, sentences):
+    """The recorded fingerprint is of the weights, whatever the directory is called."""
+    from transformers import AutoTokenizer, BertModel, set_seed
+
+    from tests.conftest import tiny_config
+
+    stop_at(3, arguments(tiny_model, sentences, save_steps=1000), tmp_path / "run")
+    other = tmp_path / "other"
+    set_seed(99)
+    BertModel(tiny_config()).save_pretrained(other)
+    AutoTokenizer.from_pretrained(tiny_model).save_pretrained(other)
+    with pytest.raises(MiniloraError, match="base model"):
+        fine_tune(
+            TrainConfig(resume_from_checkpoint=str(tmp_path / "run"), model_name_or_path=str(other))
+        )
+
+
+def test_a_damaged_newest_checkpoint_is_set_aside_and_the_older_one_used(
+    tmp_path, capsys, tiny_model, sentences, uninterrupted
+):
+    """One flipped bit in the newest: it gets out of every reader's sight, and the run is still exact."""
+    stop_at(6, arguments(tiny_model, sentences), tmp_path / "run")
+    damaged = tmp_path / "run" / "checkpoint-6" / "adapter_model.safetensors"
+    data = bytearray(damaged.read_bytes())
+    data[-1] ^= 1
+    damaged.write_bytes(data)
+    assert latest_checkpoint(tmp_path / "run") == tmp_path / "run" / "checkpoint-5"
+    fine_tune(TrainConfig(resume_from_checkpoint=str(tmp_path / "run")))
+    assert "checkpoint-6 is invalid" in capsys.readouterr().err
+    assert [p for p in (tmp_path / "run").iterdir() if p.name.startswith(".invalid-checkpoint-6")]
+    assert_same_run(tmp_path / "run", uninterrupted)
+
+
+def test_resuming_an_older_checkpoint_sets_the_newer_ones_aside(
+    tmp_path, tiny_model, sentences, uninterrupted
+):
+    stop_at(6, arguments(tiny_model, sentences), tmp_path / "run")
+    fine_tune(TrainConfig(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-4")))
+    set_aside = [p.name for p in (tmp_path / "run").iterdir() if p.name.startswith(".superseded-")]
+    assert len(set_aside) == 2
+    assert_same_run(tmp_path / "run", uninterrupted)
+
+
+def test_two_runs_cannot_share_a_directory(tmp_path, tiny_model, sentences):
+    """The second is refused while the first lives, and not afterwards."""
+    from minilora.durable import exclusive
+
+    stop_at(3, arguments(tiny_model, sentences), tmp_path / "run")
+    with exclusive(tmp_path / "run"), pytest.raises(MiniloraError, match="in use by another run"):
+        fine_tune(TrainConfig(resume_from_checkpoint=str(tmp_path / "run")))
+    fine_tune(TrainConfig(resume_from_checkpoint=str(tmp_path / "run")))
+
+
+def test_fine_tune_works_in_a_thread_and_leaves_signals_alone(tmp_path, tiny_model, sentences):
+    before = signal.getsignal(signal.SIGINT)
+    config = TrainConfig(
+        **arguments(tiny_model, sentences, max_steps=2), output_dir=str(tmp_path / "run")
+    )
+    thread = threading.Thread(target=fine_tune, args=(config, LoraConfig(r=4)))
+    thread.start()
+    thread.join()
+    assert signal.getsignal(signal.SIGINT) is before
+    assert (tmp_path / "run" / "adapter_model.safetensors").exists()
+
+
+def test_checkpoint_files_have_the_permissions_the_umask_gives(uninterrupted):
+    umask = os.umask(0)
+    os.umask(umask)
+    for path in uninterrupted.rglob("*"):
+        if path.is_file() and not path.name.startswith("."):
+            assert path.stat().st_mode & 0o777 == 0o666 & ~umask, path

@@ -313,18 +313,11 @@ def _match_base(layer: AdapterLayer, adapter_name: str, use_dora: bool) -> None:
     # PEFT's order: to the base layer's device and dtype, then DoRA's magnitude, then up to float32.
     # Over a bfloat16 base the fresh values have thus been rounded to bfloat16 once.
     base = layer.base_layer.weight
-    _convert(layer, adapter_name, base.device, base.dtype)
+    layer.convert_adapter(adapter_name, base.device, base.dtype)
     if use_dora:
         initialise_magnitude(layer, adapter_name)
     if base.dtype in (torch.float16, torch.bfloat16):
-        _convert(layer, adapter_name, base.device, torch.float32)
-
-
-def _convert(
-    layer: AdapterLayer, adapter_name: str, device: torch.device, dtype: torch.dtype
-) -> None:
-    for parameter in layer.adapter_parameters(adapter_name).values():
-        parameter.data = parameter.data.to(device, dtype)
+        layer.convert_adapter(adapter_name, base.device, torch.float32)
 
 
 def _wrap_module_to_save(model: nn.Module, name: str, adapter_name: str) -> None:

@@ -141,6 +141,14 @@ class LoRALinear(nn.Module):
             found["lora_magnitude_vector"] = self.lora_magnitude_vector[name]
         return found
 
+    def convert_adapter(self, name: str, device: torch.device, dtype: torch.dtype) -> None:
+        """Move adapter `name` to a device and dtype."""
+        for factor in self.factors(name):
+            factor.to(device, dtype)
+        if name in self.lora_magnitude_vector:
+            moved = self.lora_magnitude_vector[name].detach().to(device, dtype)
+            self.lora_magnitude_vector[name] = nn.Parameter(moved)
+
     def remove_adapter(self, name: str) -> None:
         """Forget adapter `name`; a layer without it is left as it is."""
         for per_adapter in (
@@ -268,6 +276,16 @@ class LoRAEmbedding(nn.Module):
         if name in self.lora_magnitude_vector:
             found["lora_magnitude_vector"] = self.lora_magnitude_vector[name]
         return found
+
+    def convert_adapter(self, name: str, device: torch.device, dtype: torch.dtype) -> None:
+        """Move adapter `name` to a device and dtype."""
+        for per_adapter in (
+            self.lora_embedding_A,
+            self.lora_embedding_B,
+            self.lora_magnitude_vector,
+        ):
+            if name in per_adapter:
+                per_adapter[name] = nn.Parameter(per_adapter[name].detach().to(device, dtype))
 
     def remove_adapter(self, name: str) -> None:
         """Forget adapter `name`; a layer without it is left as it is."""

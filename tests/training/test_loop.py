@@ -1,0 +1,165 @@
+"""The loop on a model small enough to compute by hand."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from minilora import MiniloraError
+from minilora.training.loop import Cadence, TrainState, evaluate_model, fit, training_step
+from minilora.training.optim import build_scheduler
+
+
+def linear(seed=0):
+    torch.manual_seed(seed)
+    return nn.Linear(3, 1)
+
+
+def batch_of(examples, seed):
+    draw = torch.Generator().manual_seed(seed)
+    return {
+        "x": torch.randn(examples, 3, generator=draw),
+        "labels": torch.randn(examples, generator=draw),
+    }
+
+
+def loss(model, batch):
+    return nn.functional.mse_loss(model(batch["x"]).squeeze(-1), batch["labels"])
+
+
+def step(model, batches, max_grad_norm=0.0, number=1):
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    scheduler = build_scheduler(optimizer, "constant", 0, 1)
+    return training_step(model, optimizer, scheduler, batches, max_grad_norm, loss, number)
+
+
+def test_accumulating_batches_equals_one_batch_of_all_their_examples():
+    """Also when the last one is smaller: the mean is over examples, not over batches."""
+    parts = [batch_of(4, 1), batch_of(4, 2), batch_of(1, 3)]
+    whole = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    one, other = linear(), linear()
+    found, expected = step(one, parts), step(other, [whole])
+    assert found == pytest.approx(expected, rel=1e-6)
+    torch.testing.assert_close(one.weight, other.weight)
+
+
+def test_gradients_are_clipped_to_the_norm():
+    one, other = linear(), linear()
+    start = one.weight.detach().clone(), one.bias.detach().clone()
+    _, norm = step(one, [batch_of(4, 1)], max_grad_norm=0.01)
+    step(other, [batch_of(4, 1)])
+    assert norm > 0.01
+    moved = [torch.cat([(m.weight - start[0]).flatten(), m.bias - start[1]]) for m in (one, other)]
+    assert moved[0].norm().item() == pytest.approx(0.1 * 0.01, rel=1e-4)
+    torch.testing.assert_close(moved[0] / moved[0].norm(), moved[1] / moved[1].norm())
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_loss_that_is_not_finite_stops_before_the_step_and_names_it(bad):
+    model, batch = linear(), batch_of(4, 1)
+    batch["x"][0, 0] = bad
+    before = model.weight.detach().clone()
+    with pytest.raises(MiniloraError, match=r"step 17: the loss is (nan|inf)"):
+        step(model, [batch], number=17)
+    assert torch.equal(model.weight, before)
+
+
+def run(cadence_changes, epochs=2, evaluations=None, stop_after=None):
+    """Fit 5 steps an epoch; returns (state, rows, saved steps)."""
+    settings = {
+        "max_steps": 5 * epochs, "steps_per_epoch": 5, "logging_steps": 2, "eval_steps": 0,
+        "eval_each_epoch": True, "save_steps": 0, "save_each_epoch": True, "best_metric": None,
+        "best_is_greatest": True, "early_stopping_patience": None,
+    }  # fmt: skip
+    model = linear()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    state, rows, saved = TrainState(), [], []
+    scores = iter(evaluations or [])
+    fit(
+        model,
+        optimizer,
+        build_scheduler(optimizer, "constant", 0, 1),
+        state,
+        Cadence(**{**settings, **cadence_changes}),
+        1.0,
+        updates=lambda epoch, skip: ([batch_of(4, 10 * epoch + i)] for i in range(skip, 5)),
+        loss=loss,
+        evaluate=(lambda: {"eval_score": next(scores)}) if evaluations else None,
+        record=rows.append,
+        save=lambda state: saved.append(state.global_step),
+        should_stop=lambda: stop_after is not None and state.global_step >= stop_after,
+        progress=lambda *_: None,
+    )
+    return state, rows, saved
+
+
+def test_rows_hold_the_mean_loss_since_the_last_one():
+    state, rows, _ = run({"logging_steps": 1})
+    losses = [row["loss"] for row in rows]
+    _, by_two, _ = run({"logging_steps": 2})
+    for index, row in enumerate(by_two):
+        assert row["loss"] == pytest.approx(np.mean(losses[2 * index : 2 * index + 2]))
+    assert [row["step"] for row in by_two] == [2, 4, 6, 8, 10]
+    assert (state.epoch, state.step_in_epoch, state.global_step) == (2, 0, 10)
+
+
+@pytest.mark.parametrize(
+    ("changes", "saved"),
+    [
+        ({}, [5, 10]),
+        ({"max_steps": 7}, [5, 7]),
+        ({"save_each_epoch": False, "save_steps": 3}, [3, 6, 9, 10]),
+        ({"save_each_epoch": False, "save_steps": 5}, [5, 10]),
+        ({"save_each_epoch": False}, []),
+    ],
+)
+def test_checkpoints_come_when_they_are_due_and_once_each(changes, saved):
+    assert run(changes)[2] == saved
+
+
+def test_a_requested_stop_saves_unless_that_step_is_saved_already():
+    assert run({}, stop_after=3)[2] == [3]
+    assert run({}, stop_after=5)[2] == [5]
+    assert run({"save_each_epoch": False, "save_steps": 3}, stop_after=3)[2] == [3]
+    assert run({}, stop_after=0)[2] == []
+
+
+def test_the_best_metric_is_remembered_with_its_step():
+    state, _, _ = run({"best_metric": "eval_score"}, epochs=4, evaluations=[1, 3, 3, 2])
+    assert (state.best_metric, state.best_step) == (3, 10)
+    smallest = {"best_metric": "eval_score", "best_is_greatest": False}
+    assert run(smallest, epochs=4, evaluations=[3, 1, 2, 1])[0].best_step == 10
+
+
+def test_early_stopping_counts_evaluations_without_a_better_one():
+    changes = {"best_metric": "eval_score", "early_stopping_patience": 2}
+    state, _, saved = run(changes, epochs=9, evaluations=[1, 2, 1, 2, 9, 9, 9])
+    assert state.stopped_early and state.global_step == 20 and saved[-1] == 20
+
+
+def test_a_metric_that_is_not_computed_is_refused_with_those_that_are():
+    with pytest.raises(MiniloraError, match="there is no eval_other; computed are eval_score"):
+        run({"best_metric": "eval_other"}, evaluations=[1, 2])
+
+
+def test_evaluation_counts_every_example_once_and_restores_the_mode():
+    model = nn.Sequential(nn.Dropout(0.5), linear())
+    model.train()
+    model[0].eval()  # a module the user keeps in eval mode
+    batches = [batch_of(4, 1), batch_of(1, 2)]
+
+    def loss_and_logits(model, batch):
+        return loss(model, batch), model(batch["x"])
+
+    before = torch.get_rng_state()
+    found = evaluate_model(model, iter(batches), loss_and_logits, lambda *_: {"n": 1.0}, "eval")
+    assert torch.equal(torch.get_rng_state(), before)
+    assert model.training and not model[0].training and model[1].training
+    model.eval()
+    expected = (4 * loss(model, batches[0]) + loss(model, batches[1])) / 5
+    assert found["eval_loss"] == pytest.approx(expected.item(), rel=1e-6)
+    assert list(found)[-3:] == [
+        "eval_runtime", "eval_samples_per_second", "eval_steps_per_second"
+    ]  # fmt: skip

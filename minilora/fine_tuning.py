@@ -49,12 +49,14 @@ from minilora.training.loop import (
     Cadence,
     TrainState,
     evaluate_model,
+    example_shares,
     fit,
     is_finished,
     mean_loss,
+    trainer_shares,
 )
 from minilora.training.optim import build_optimizer, build_scheduler
-from minilora.training.rng import seed_all
+from minilora.training.rng import draw_loader_seed, seed_all
 from minilora.training.run import (
     METRICS_NAME,
     MetricsFile,
@@ -200,6 +202,8 @@ def train(
             save=saver(config, cadence, output_dir, run, model, optimizer, scheduler),
             should_stop=should_stop,
             progress=bar.advance,
+            shares=trainer_shares if config.hf_parity else example_shares,
+            begin_epoch=draw_loader_seed if config.hf_parity else draw_nothing,
         )
     metrics = {**bar.speed(), "train_loss": mean_loss(state)}
     if not is_finished(state, cadence):
@@ -452,6 +456,8 @@ def evaluator(
     """A function of (part of the data, prefix of the keys) to the model's metrics there."""
 
     def evaluate(part: str, prefix: str) -> dict[str, float]:
+        if config.hf_parity:
+            draw_loader_seed()
         batches = data.batches_in_order(
             examples[part],
             config.per_device_eval_batch_size,
@@ -463,6 +469,10 @@ def evaluator(
         return evaluate_model(model, batches, tasks.evaluation_loss(config.task), metrics, prefix)
 
     return evaluate
+
+
+def draw_nothing() -> None:
+    """What beginning an epoch takes from the random generators, unless Trainer is imitated."""
 
 
 def evaluates_at_start(config: TrainConfig, task_data: TaskData) -> bool:

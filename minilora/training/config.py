@@ -78,6 +78,7 @@ class TrainConfig:
     label_smoothing_factor: float = option(0.0, "training", "share of the target spread over all classes")
     seed: int = option(42, "training", "of every random draw")
     data_seed: int | None = option(None, "training", "of the order of examples; by default seed")
+    hf_parity: bool = option(False, "training", "the losses, bit for bit, of HF Trainer + PEFT: its random draws, and its sum of accumulated means")
     device: str | None = option(None, "training", "cpu, cuda, cuda:1, ...; by default cuda where there is one", FREE)
 
     eval_strategy: str | None = option(None, "evaluation", "when to evaluate; by default each epoch if there is validation data", FREE, STRATEGIES)

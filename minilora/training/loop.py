@@ -92,6 +92,8 @@ def fit(
     save: Callable[[TrainState], None],
     should_stop: Callable[[], bool],
     progress: Callable[[int, float, float], None],
+    shares: Callable[[list[Batch]], list[float]],
+    begin_epoch: Callable[[], None],
 ) -> None:
     """Train from `state` to the end of the run, or until `should_stop`. Changes `state` in place.
 
@@ -102,6 +104,9 @@ def fit(
         save: writes a checkpoint of `state` and everything else.
         should_stop: asked before each step; when true, a checkpoint is saved and the loop ends.
         progress: told (examples, loss, learning rate) after each step.
+        shares: the weight of each batch of a step in the step's loss: `example_shares`, or
+            `trainer_shares`.
+        begin_epoch: called before the first step of each epoch.
 
     Raises:
         MiniloraError: a loss or gradient is not finite. The parameters are those of the last good
@@ -113,19 +118,23 @@ def fit(
             saved_step = state.global_step
         if is_finished(state, cadence):
             return
+        if state.step_in_epoch == 0:
+            begin_epoch()
         for batches in updates(state.epoch, state.step_in_epoch):
             if should_stop():
                 if saved_step != state.global_step:
                     save(state)
                 return
             learning_rate = float(scheduler.get_last_lr()[0])
-            step_loss, grad_norm = training_step(
-                model, optimizer, scheduler, batches, max_grad_norm, loss, state.global_step + 1
+            losses, grad_norm = training_step(
+                model, optimizer, scheduler, batches, shares(batches), max_grad_norm, loss, state
             )
             state.global_step += 1
             state.step_in_epoch += 1
-            state.loss_sum += step_loss
-            progress(sum(len(batch["labels"]) for batch in batches), step_loss, learning_rate)
+            for part in losses:
+                # In float32, as Trainer sums: the logged means then agree to the last bit.
+                state.loss_sum = float(np.float32(state.loss_sum) + np.float32(part))
+            progress(sum(len(batch["labels"]) for batch in batches), sum(losses), learning_rate)
             if _due(cadence.logging_steps, state):
                 log_loss(state, cadence, grad_norm, learning_rate, record)
             if evaluate and _due(cadence.eval_steps, state):
@@ -144,40 +153,50 @@ def training_step(
     optimizer: torch.optim.Optimizer,
     scheduler: torch.optim.lr_scheduler.LRScheduler,
     batches: list[Batch],
+    shares: list[float],
     max_grad_norm: float,
     loss: Callable[[nn.Module, Batch], Tensor],
-    step: int,
-) -> tuple[float, float]:
-    """One optimizer update from one or more batches: forward, backward, clip, step. Returns (loss,
-    gradient norm).
+    state: TrainState,
+) -> tuple[list[float], float]:
+    """One optimizer update from one or more batches: forward, backward, clip, step.
 
-    The gradient is that of the mean loss over all examples of all batches, so that accumulating k
-    batches equals one batch k times as large. (HF Trainer sums the batches' means for BERT's heads,
-    transformers#47688.)
+    Returns (each batch's share of the loss, norm of the gradient before clipping).
 
     Raises:
-        MiniloraError: the loss or the gradient norm is not finite; names `step`.
+        MiniloraError: the loss or the gradient norm is not finite; names the step.
     """
     model.train()
-    examples = sum(len(batch["labels"]) for batch in batches)
-    total = 0.0
-    for batch in batches:
-        # With a single batch the factor is 1.0, which changes no bit.
-        share = loss(model, batch) * (len(batch["labels"]) / examples)
-        share.backward()
-        total += share.item()
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    losses = []
+    for batch, share in zip(batches, shares, strict=True):
+        # A single batch's share is 1.0, which changes no bit.
+        batch_loss = loss(model, batch) * share
+        batch_loss.backward()
+        losses.append(batch_loss.item())
     # An infinite bound computes the norm and clips nothing.
-    grad_norm = nn.utils.clip_grad_norm_(parameters, max_grad_norm or math.inf).item()
-    if not (math.isfinite(total) and math.isfinite(grad_norm)):
+    grad_norm = nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm or math.inf).item()
+    if not math.isfinite(sum(losses) + grad_norm):
         raise MiniloraError(
-            f"step {step}: the loss is {total} and the gradient norm {grad_norm}; training stops before this step. "
-            "Lower --learning_rate, or resume from the last checkpoint"
+            f"step {state.global_step + 1}: the loss is {sum(losses)} and the gradient norm "
+            f"{grad_norm}; training stops before this step. Lower --learning_rate, or resume from "
+            "the last checkpoint"
         )
     optimizer.step()
     scheduler.step()
     optimizer.zero_grad()
-    return total, grad_norm
+    return losses, grad_norm
+
+
+def example_shares(batches: list[Batch]) -> list[float]:
+    """Each batch's share of the examples: the step's loss is the mean over all of them, so that
+    accumulating k batches equals one batch k times as large."""
+    counts = [len(batch["labels"]) for batch in batches]
+    return [count / sum(counts) for count in counts]
+
+
+def trainer_shares(batches: list[Batch]) -> list[float]:
+    """1 for each batch: HF Trainer 5.23 adds up the batches' means for BERT's heads, so that the
+    loss grows with the accumulation (transformers#47688). Only to reproduce its bits."""
+    return [1.0] * len(batches)
 
 
 def evaluate_model(

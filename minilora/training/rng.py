@@ -39,3 +39,9 @@ def set_rng_state(state: dict[str, Any]) -> None:
     torch.set_rng_state(state["cpu"])
     if "cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"])
+
+
+def draw_loader_seed() -> None:
+    """Draw what torch's DataLoader draws from the global generator whenever it is iterated: one
+    int64, the base seed of workers that are not even used."""
+    torch.empty((), dtype=torch.int64).random_()

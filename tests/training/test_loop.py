@@ -8,7 +8,15 @@ import torch
 from torch import nn
 
 from minilora import MiniloraError
-from minilora.training.loop import Cadence, TrainState, evaluate_model, fit, training_step
+from minilora.training.loop import (
+    Cadence,
+    TrainState,
+    evaluate_model,
+    example_shares,
+    fit,
+    trainer_shares,
+    training_step,
+)
 from minilora.training.optim import build_scheduler
 
 
@@ -32,7 +40,9 @@ def loss(model, batch):
 def step(model, batches, max_grad_norm=0.0, number=1):
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     scheduler = build_scheduler(optimizer, "constant", 0, 1)
-    return training_step(model, optimizer, scheduler, batches, max_grad_norm, loss, number)
+    state = TrainState(global_step=number - 1)
+    shares = example_shares(batches)
+    return training_step(model, optimizer, scheduler, batches, shares, max_grad_norm, loss, state)
 
 
 def test_accumulating_batches_equals_one_batch_of_all_their_examples():
@@ -40,9 +50,15 @@ def test_accumulating_batches_equals_one_batch_of_all_their_examples():
     parts = [batch_of(4, 1), batch_of(4, 2), batch_of(1, 3)]
     whole = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
     one, other = linear(), linear()
-    found, expected = step(one, parts), step(other, [whole])
-    assert found == pytest.approx(expected, rel=1e-6)
+    (losses, norm), (expected, expected_norm) = step(one, parts), step(other, [whole])
+    assert sum(losses) == pytest.approx(sum(expected), rel=1e-6)
+    assert norm == pytest.approx(expected_norm, rel=1e-6)
     torch.testing.assert_close(one.weight, other.weight)
+
+
+def test_trainers_shares_do_not_divide():
+    assert trainer_shares([batch_of(4, 1), batch_of(1, 2)]) == [1.0, 1.0]
+    assert example_shares([batch_of(4, 1), batch_of(1, 2)]) == [0.8, 0.2]
 
 
 def test_gradients_are_clipped_to_the_norm():
@@ -91,6 +107,8 @@ def run(cadence_changes, epochs=2, evaluations=None, stop_after=None):
         save=lambda state: saved.append(state.global_step),
         should_stop=lambda: stop_after is not None and state.global_step >= stop_after,
         progress=lambda *_: None,
+        shares=example_shares,
+        begin_epoch=lambda: None,
     )
     return state, rows, saved
 

@@ -26,12 +26,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from minilora.bert import data, packaged, tables, tasks, weights
 from minilora.durable import exclusive, sweep_leftovers, write_file
 from minilora.errors import MiniloraError
-from minilora.lora.adapter_files import load_adapter, save_adapter
+from minilora.lora.adapter_files import load_adapter, read_config, save_adapter
 from minilora.lora.config import LoraConfig, config_from_dict
 from minilora.lora.inject import add_adapter
 from minilora.training.checkpoint import (
     environment,
+    is_trainer_checkpoint,
     load_checkpoint,
+    load_trainer_checkpoint,
     rotate_checkpoints,
     save_checkpoint,
     sorted_checkpoints,
@@ -66,7 +68,7 @@ from minilora.training.run import (
     new_output_dir,
     write_run,
 )
-from minilora.training.trainer_files import trainer_state
+from minilora.training.trainer_files import recorded_arguments, trainer_state
 
 # Parts of the environment on which bit-exactness depends; the others are recorded for the reader.
 EXACTNESS = ("torch", "cpu_capability", "num_threads", "cuda")
@@ -137,7 +139,7 @@ def run_fine_tuning(
         point = find_resume_point(Path(path))
         config, lora_config = resumed_arguments(point, train_arguments, lora_arguments)
         output_dir = point.output_dir
-        if "result" in point.run and point.checkpoint is None:
+        if point.checkpoint is None and point.run and "result" in point.run:
             raise MiniloraError(
                 f"{output_dir} is finished and kept no checkpoint (save_strategy no): nothing to resume"
             )
@@ -180,7 +182,7 @@ def train(
     optimizer, scheduler = build_optimisation(config, model, cadence.max_steps)
     seed_all(config.seed)  # again, as Trainer does: how much was drawn so far depends on the model
 
-    state = begin(output_dir, run, point, model, optimizer, scheduler)
+    state = begin(config, cadence, output_dir, run, point, model, optimizer, scheduler)
     metrics_file = MetricsFile(output_dir / METRICS_NAME, state.log_history)
     evaluate = evaluator(config, model, task_data, examples, pad_token_id, device)
     if evaluates_at_start(config, task_data) and not state.log_history:
@@ -223,20 +225,38 @@ def resumed_arguments(
 ) -> tuple[TrainConfig, LoraConfig]:
     """The recorded arguments, with those applied that a resume may change.
 
+    Where only HF Trainer has been, the arguments are the given ones, completed by what its files
+    tell.
+
     Raises:
         MiniloraError: lists every given argument that would bend the run, old -> new.
     """
     place = str(point.checkpoint or point.output_dir)
-    recorded = train_config_from_dict(point.run["arguments"], place)
-    lora_config = config_from_dict(point.run["lora"], place)
-    refuse_bending(
-        [
-            f"{name}: {getattr(lora_config, name)} -> {value}"
-            for name, value in lora_arguments.items()
-            if value != getattr(lora_config, name) and name != "task_type"
-        ]
-    )
-    return reconcile(recorded, train_arguments), lora_config
+    foreign = point.checkpoint is not None and is_trainer_checkpoint(point.checkpoint)
+    told = recorded_arguments(point.checkpoint) if foreign and point.checkpoint else {}
+    if point.run is None:
+        assert point.checkpoint is not None
+        lora_config = dataclasses.replace(read_config(point.checkpoint), inference_mode=False)
+        config = TrainConfig(**{**told, **train_arguments})
+    else:
+        lora_config = config_from_dict(point.run["lora"], place)
+        config = reconcile(train_config_from_dict(point.run["arguments"], place), train_arguments)
+    bending = changes(lora_config, lora_arguments, ignored=("task_type",))
+    if config.max_steps <= 0:
+        told.pop("max_steps", None)  # counted in epochs here; the schedule's check compares them
+    refuse_bending(bending + [f"{c} (in {place})" for c in changes(config, told)])
+    return config, lora_config
+
+
+def changes(
+    config: TrainConfig | LoraConfig, values: dict[str, Any], ignored: tuple[str, ...] = ()
+) -> list[str]:
+    """ "name: old -> new" for each of `values` that `config` does not have."""
+    return [
+        f"{name}: {getattr(config, name)} -> {value}"
+        for name, value in values.items()
+        if value != getattr(config, name) and name not in ignored
+    ]
 
 
 def read_data(config: TrainConfig) -> TaskData:
@@ -343,6 +363,8 @@ def plan_cadence(config: TrainConfig, examples: int, validates: bool) -> Cadence
     return Cadence(
         max_steps=config.max_steps if config.max_steps > 0 else by_epochs,
         steps_per_epoch=steps_per_epoch,
+        batches_per_epoch=batches,
+        batches_per_step=config.gradient_accumulation_steps,
         logging_steps=config.logging_steps,
         eval_steps=(config.eval_steps or config.logging_steps) if eval_strategy == "steps" else 0,
         eval_each_epoch=eval_strategy == "epoch",
@@ -383,6 +405,8 @@ def check_same_inputs(point: ResumePoint, run: dict[str, Any]) -> None:
         MiniloraError: lists what changed.
     """
     recorded = point.run
+    if recorded is None:
+        return  # Trainer records neither
     changed = [
         f"{part} file ({run['arguments'][f'{part}_file'] or 'packaged'})"
         for part, digest in recorded["data_sha256"].items()
@@ -398,6 +422,8 @@ def check_same_inputs(point: ResumePoint, run: dict[str, Any]) -> None:
 
 
 def begin(
+    config: TrainConfig,
+    cadence: Cadence,
     output_dir: Path,
     run: dict[str, Any],
     point: ResumePoint | None,
@@ -406,18 +432,30 @@ def begin(
     scheduler: LRScheduler,
 ) -> TrainState:
     """The state to train from: a checkpoint's, or a fresh one."""
-    if point is None or point.checkpoint is None:
+    if point is None or point.run is None or point.checkpoint is None:
         write_run(output_dir, run)
+    if point is None or point.checkpoint is None:
         return TrainState()
-    recorded, here = verify(point.checkpoint).environment, environment()
+    if is_trainer_checkpoint(point.checkpoint):
+        state = load_trainer_checkpoint(
+            point.checkpoint, model, optimizer, scheduler, cadence, config.allow_inexact_resume
+        )
+    else:
+        warn_if_elsewhere(point.checkpoint)
+        state = load_checkpoint(point.checkpoint, model, optimizer, scheduler)
+    say(f"resuming {point.checkpoint} at step {state.global_step}")
+    return state
+
+
+def warn_if_elsewhere(checkpoint: Path) -> None:
+    """Say so where the machine or its libraries differ in what a run's bits depend on."""
+    recorded, here = verify(checkpoint).environment, environment()
     for name in EXACTNESS:
         if recorded.get(name) != here[name]:
             say(
-                f"warning: {name} was {recorded.get(name)} and is {here[name]}: the resume may not be bit-exact"
+                f"warning: {name} was {recorded.get(name)} and is {here[name]}: the resume may not "
+                "be bit-exact"
             )
-    state = load_checkpoint(point.checkpoint, model, optimizer, scheduler)
-    say(f"resuming {point.checkpoint} at step {state.global_step}")
-    return state
 
 
 def build_optimisation(

@@ -82,7 +82,9 @@ def tiny_model(tmp_path_factory) -> Path:
 
 
 def write_sentences(path: Path, count: int, seed: int, header: bool = True) -> Path:
-    """A tsv of random sentences of 3 to 12 words whose label is the majority of their sentiment words."""
+    """A tsv of random sentences of 3 to 12 words whose label is the majority of their sentiment
+    words.
+    """
     import random
 
     draw = random.Random(seed)

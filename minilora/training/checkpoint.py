@@ -43,15 +43,21 @@ from minilora.lora.adapter_files import (
     read_tensors,
 )
 from minilora.lora.inject import adapters_of
-from minilora.training.loop import TrainState
+from minilora.training.loop import Cadence, TrainState
 from minilora.training.rng import rng_state, set_rng_state
-from minilora.training.trainer_files import STATE_NAME
+from minilora.training.trainer_files import (
+    OPTIMIZER_NAME,
+    RNG_NAME,
+    SCHEDULER_NAME,
+    STATE_NAME,
+    TRAINING_ARGS_NAME,
+    missing_parts,
+    progress_state,
+    read_rng,
+    read_torch,
+)
 
-OPTIMIZER_NAME = "optimizer.pt"
-SCHEDULER_NAME = "scheduler.pt"
-RNG_NAME = "rng_state.pth"
 MANIFEST_NAME = "minilora.json"
-TRAINING_ARGS_NAME = "training_args.bin"  # Trainer's pickle; never opened here
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 SCHEMA_VERSION = 1
 
@@ -121,9 +127,9 @@ def load_checkpoint(
     path = Path(path)
     manifest = verify(path)
     check_same_adapter(adapters_of(model).configs[adapter_name], read_config(path), path)
-    optimizer_state = _read_torch(path / OPTIMIZER_NAME)
-    scheduler_state = _read_torch(path / SCHEDULER_NAME)
-    generators = _read_torch(path / RNG_NAME)
+    optimizer_state = read_torch(path / OPTIMIZER_NAME)
+    scheduler_state = read_torch(path / SCHEDULER_NAME)
+    generators = read_rng(path)
     check_optimizer(optimizer, optimizer_state, path / OPTIMIZER_NAME)
     assign_tensors(model, read_tensors(path), adapter_name, path / WEIGHTS_NAME)
     optimizer.load_state_dict(optimizer_state)
@@ -131,6 +137,53 @@ def load_checkpoint(
     log_history = json.loads((path / STATE_NAME).read_bytes())["log_history"]
     state = TrainState(**manifest.state, log_history=log_history)
     set_rng_state(generators)
+    return state
+
+
+def load_trainer_checkpoint(
+    path: str | Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    scheduler: torch.optim.lr_scheduler.LRScheduler,
+    cadence: Cadence,
+    allow_inexact: bool = False,
+    adapter_name: str = "default",
+) -> TrainState:
+    """The same for a checkpoint that HF Trainer wrote for a PEFT model, in Trainer's order.
+
+    Args:
+        cadence: this run's, against which Trainer's position is checked.
+        allow_inexact: go on without a missing optimizer, scheduler or random state. The run is
+            marked as inexact from there.
+
+    Raises:
+        MiniloraError: a part is missing, damaged, or of a run with other arguments.
+    """
+    path = Path(path)
+    missing = missing_parts(path)
+    if missing and (not allow_inexact or STATE_NAME in missing):
+        raise MiniloraError(
+            f"{path} lacks {', '.join(missing)}: the resumed run would be another one"
+            + ("" if STATE_NAME in missing else " (--allow_inexact_resume goes on all the same)")
+        )
+    check_same_adapter(adapters_of(model).configs[adapter_name], read_config(path), path)
+    tensors = read_tensors(path)
+    state = progress_state(path, cadence)
+    state.inexact_from = state.global_step if missing else None
+    optimizer_state = None if OPTIMIZER_NAME in missing else read_torch(path / OPTIMIZER_NAME)
+    scheduler_state = None if SCHEDULER_NAME in missing else read_torch(path / SCHEDULER_NAME)
+    generators = None if RNG_NAME in missing else read_rng(path)
+    if optimizer_state is not None:
+        check_optimizer(optimizer, optimizer_state, path / OPTIMIZER_NAME)
+    if scheduler_state is not None:
+        check_scheduler(scheduler, scheduler_state, path / SCHEDULER_NAME)
+    assign_tensors(model, tensors, adapter_name, path / WEIGHTS_NAME)
+    if optimizer_state is not None:
+        optimizer.load_state_dict(optimizer_state)
+    if scheduler_state is not None:
+        scheduler.load_state_dict(scheduler_state)
+    if generators is not None:
+        set_rng_state(generators)
     return state
 
 
@@ -232,6 +285,33 @@ def check_optimizer(optimizer: torch.optim.Optimizer, loaded: Any, place: Path) 
                 )
 
 
+def check_scheduler(
+    scheduler: torch.optim.lr_scheduler.LRScheduler, loaded: Any, place: Path
+) -> None:
+    """Refuse a schedule that is elsewhere at its step than this run's would be: another
+    lr_scheduler_type, warmup, learning rate or length.
+
+    Raises:
+        MiniloraError: with both learning rates.
+    """
+    assert isinstance(scheduler, torch.optim.lr_scheduler.LambdaLR)
+    try:
+        step, theirs = loaded["last_epoch"], loaded["_last_lr"][0]
+        ours = scheduler.base_lrs[0] * scheduler.lr_lambdas[0](step)
+    except (KeyError, TypeError, IndexError) as error:
+        raise MiniloraError(f"{place} is not a schedule's state: {error!r}") from None
+    if ours != theirs:
+        raise MiniloraError(
+            f"{place}: the learning rate after step {step} is {theirs} there and {ours} with this "
+            "run's learning_rate, lr_scheduler_type, warmup_steps and max_steps: give Trainer's"
+        )
+
+
+def is_trainer_checkpoint(path: Path) -> bool:
+    """Whether a directory is a checkpoint that HF Trainer wrote, complete or not."""
+    return not (path / MANIFEST_NAME).exists() and (path / TRAINING_ARGS_NAME).exists()
+
+
 def _manifest(state: TrainState, run: dict[str, Any], files: dict[str, bytes]) -> bytes:
     values = {
         f.name: getattr(state, f.name) for f in dataclasses.fields(state) if f.name != "log_history"
@@ -292,8 +372,3 @@ def _torch_bytes(value: Any) -> bytes:
     buffer = io.BytesIO()
     torch.save(value, buffer)
     return buffer.getvalue()
-
-
-def _read_torch(path: Path) -> Any:
-    # Safe without further ado: the hash has been verified, and weights_only cannot run code anyway.
-    return torch.load(path, map_location="cpu", weights_only=True)

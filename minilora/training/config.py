@@ -58,6 +58,7 @@ class TrainConfig:
 
     output_dir: str | None = option(None, "output", "a new or empty directory; by default runs/<date-time>", FREE)
     resume_from_checkpoint: str | None = option(None, "output", "an output_dir or a checkpoint in it; needs no other flag", FREE)
+    allow_inexact_resume: bool = option(False, "output", "resume a checkpoint of HF Trainer's that lacks a part", FREE)
     save_strategy: str = option("epoch", "output", "when to write a checkpoint", FREE, STRATEGIES)
     save_steps: int = option(500, "output", "optimizer steps between checkpoints, with save_strategy steps", FREE)
     save_total_limit: int | None = option(None, "output", "checkpoints kept; the newest and the best are never deleted", FREE)

@@ -56,6 +56,9 @@ class TrainState:
     """Evaluations since then, for early stopping."""
     stopped_early: bool = False
     """Whether early stopping has ended the run."""
+    inexact_from: int | None = None
+    """`global_step` from which the run is not the uninterrupted one, because a resume lacked a part
+    and was allowed to go on."""
     log_history: list[dict[str, Any]] = field(default_factory=list)
     """The rows of metrics.jsonl so far, under Trainer's keys."""
 
@@ -68,6 +71,8 @@ class Cadence:
 
     max_steps: int
     steps_per_epoch: int
+    batches_per_epoch: int
+    batches_per_step: int
     logging_steps: int
     eval_steps: int
     eval_each_epoch: bool
@@ -332,8 +337,9 @@ def mean_loss(state: TrainState) -> float:
 
 
 def epochs_done(state: TrainState, cadence: Cadence) -> float:
-    """Trainer's `epoch`: passes over the data, with the fraction."""
-    return state.epoch + state.step_in_epoch / cadence.steps_per_epoch
+    """Trainer's `epoch`: passes over the data, the fraction counted in batches."""
+    batches = min(state.step_in_epoch * cadence.batches_per_step, cadence.batches_per_epoch)
+    return state.epoch + batches / cadence.batches_per_epoch
 
 
 def _due(every: int, state: TrainState) -> bool:

@@ -12,7 +12,14 @@ from typing import Any
 
 from minilora.durable import is_leftover, set_aside, write_file
 from minilora.errors import MiniloraError
-from minilora.training.checkpoint import CHECKPOINT, MANIFEST_NAME, sorted_checkpoints, verify
+from minilora.training.checkpoint import (
+    CHECKPOINT,
+    MANIFEST_NAME,
+    is_trainer_checkpoint,
+    sorted_checkpoints,
+    verify,
+)
+from minilora.training.trainer_files import read_progress
 
 RUN_NAME = "run.json"
 METRICS_NAME = "metrics.jsonl"
@@ -25,8 +32,8 @@ class ResumePoint:
     output_dir: Path
     checkpoint: Path | None
     """None: the run was stopped before its first checkpoint and starts at step 0."""
-    run: dict[str, Any]
-    """What `run.json`, or the checkpoint itself, records."""
+    run: dict[str, Any] | None
+    """What the checkpoint, or `run.json`, records; None where HF Trainer alone has been."""
 
 
 def new_output_dir(path: Path) -> None:
@@ -63,17 +70,37 @@ def find_resume_point(path: Path) -> ResumePoint:
     # Resolved, so that "." and "checkpoint-4/" have a name and a parent.
     path = path.resolve()
     if CHECKPOINT.fullmatch(path.name) or (path / MANIFEST_NAME).exists():
-        return ResumePoint(path.parent, path, verify(path).run)
+        return _resume_point(path)
     for checkpoint in sorted_checkpoints(path):
         try:
-            return ResumePoint(path, checkpoint, verify(checkpoint).run)
+            return _resume_point(checkpoint)
         except MiniloraError:
             continue
     if (path / RUN_NAME).is_file():
         return ResumePoint(path, None, read_run(path))
     raise MiniloraError(
-        f"resume_from_checkpoint {str(path)!r} holds neither a checkpoint-<step> nor a {RUN_NAME}"
+        f"resume_from_checkpoint {str(path)!r} holds neither a complete checkpoint-<step> nor a "
+        f"{RUN_NAME}"
     )
+
+
+def is_resumable(checkpoint: Path) -> bool:
+    """Whether a checkpoint, ours or Trainer's, is complete."""
+    try:
+        _resume_point(checkpoint)
+    except MiniloraError:
+        return False
+    return True
+
+
+def _resume_point(checkpoint: Path) -> ResumePoint:
+    output_dir = checkpoint.parent
+    if is_trainer_checkpoint(checkpoint):
+        # Trainer writes its state last; what else may be missing is for the loader to judge.
+        read_progress(checkpoint)
+        run = read_run(output_dir) if (output_dir / RUN_NAME).is_file() else None
+        return ResumePoint(output_dir, checkpoint, run)
+    return ResumePoint(output_dir, checkpoint, verify(checkpoint).run)
 
 
 def clear_way(point: ResumePoint) -> None:
@@ -86,12 +113,7 @@ def clear_way(point: ResumePoint) -> None:
     for checkpoint in sorted_checkpoints(point.output_dir):
         if checkpoint == point.checkpoint:
             return
-        try:
-            verify(checkpoint)
-            reason = "superseded"
-        except MiniloraError as error:
-            sys.stderr.write(f"warning: {error}\n")
-            reason = "invalid"
+        reason = "superseded" if is_resumable(checkpoint) else "invalid"
         aside = set_aside(checkpoint, reason)
         sys.stderr.write(f"warning: {checkpoint.name} is {reason} and now named {aside.name}\n")
 

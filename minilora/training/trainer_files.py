@@ -1,16 +1,39 @@
-"""HF Trainer's `trainer_state.json`, to and from our `TrainState` (transformers 5.23
-`TrainerState`).
+"""HF Trainer's checkpoint, written and read (transformers 5.23).
 
-Trainer refuses a file with a key it does not know and fails later on one that lacks
-`stateful_callbacks`, so the keys here are exactly its own.
+Written is only `trainer_state.json`, with exactly Trainer's keys (it refuses one it does not know,
+and fails later without `stateful_callbacks`); the other files have Trainer's structure anyway.
+
+Read strictly: Trainer itself resumes silently, and wrongly, without its optimizer, scheduler or
+random state. `training_args.bin` is a pickle that can run code and is never opened; what it says is
+learned from the other files, where they tell (`recorded_arguments`).
 """
 
 import json
+import math
+import pickle
+from pathlib import Path
 from typing import Any
 
+import numpy
+import torch
+
+from minilora.errors import MiniloraError
 from minilora.training.loop import Cadence, TrainState, epochs_done
 
 STATE_NAME = "trainer_state.json"
+OPTIMIZER_NAME = "optimizer.pt"
+SCHEDULER_NAME = "scheduler.pt"
+RNG_NAME = "rng_state.pth"
+TRAINING_ARGS_NAME = "training_args.bin"
+REQUIRED = (STATE_NAME, OPTIMIZER_NAME, SCHEDULER_NAME, RNG_NAME)
+
+# What numpy's generator state is pickled with, and all that loading it may call.
+NUMPY_GLOBALS = [
+    numpy._core.multiarray._reconstruct,  # pyright: ignore[reportAttributeAccessIssue]
+    numpy.ndarray,
+    numpy.dtype,
+    numpy.dtypes.UInt32DType,
+]
 
 
 def trainer_state(
@@ -59,3 +82,132 @@ def _control(finished: bool) -> dict[str, Any]:
         "should_training_stop": finished,
     }
     return {"args": switches, "attributes": {}}
+
+
+def missing_parts(checkpoint: Path) -> list[str]:
+    """Names of the files a resume needs and Trainer's checkpoint lacks (or has empty, as after a
+    crash)."""
+    return [
+        name
+        for name in REQUIRED
+        if not (checkpoint / name).is_file() or (checkpoint / name).stat().st_size == 0
+    ]
+
+
+def read_torch(path: Path) -> Any:
+    """What torch.save wrote, read by a loader that cannot run code.
+
+    Raises:
+        MiniloraError: not readable, or it holds something that would have to run.
+    """
+    try:
+        with torch.serialization.safe_globals(NUMPY_GLOBALS):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
+        raise MiniloraError(f"{path} cannot be read safely: {str(error).splitlines()[0]}") from None
+
+
+def read_progress(checkpoint: Path) -> dict[str, Any]:
+    """The contents of trainer_state.json, the parts we use checked for their types.
+
+    Raises:
+        MiniloraError: missing, damaged, or of the wrong types.
+    """
+    path = checkpoint / STATE_NAME
+    try:
+        values = json.loads(path.read_bytes())
+        types = {"global_step": int, "epoch": (int, float), "max_steps": int, "log_history": list}
+        wrong = [name for name, kind in types.items() if not isinstance(values[name], kind)]
+    except OSError as error:
+        raise MiniloraError(f"{path} cannot be read: {error.strerror}") from None
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise MiniloraError(f"{path} is damaged: {error!r}") from None
+    if wrong:
+        raise MiniloraError(f"{path} is damaged: {', '.join(wrong)} of the wrong type")
+    return values
+
+
+def recorded_arguments(checkpoint: Path) -> dict[str, Any]:
+    """The arguments of `TrainConfig` that Trainer's files tell, without opening training_args.bin.
+
+    Raises:
+        MiniloraError: a file is damaged.
+    """
+    found: dict[str, Any] = {}
+    progress = read_progress(checkpoint)
+    found["max_steps"] = progress["max_steps"]
+    if isinstance(progress.get("train_batch_size"), int):
+        found["per_device_train_batch_size"] = progress["train_batch_size"]
+    missing = missing_parts(checkpoint)
+    if OPTIMIZER_NAME not in missing:
+        decayed = _first_group(checkpoint)
+        found["learning_rate"] = decayed.get("initial_lr", decayed["lr"])
+        found["weight_decay"] = decayed["weight_decay"]
+        found["adam_beta1"], found["adam_beta2"] = decayed["betas"]
+        found["adam_epsilon"] = decayed["eps"]
+    if RNG_NAME not in missing:
+        # A generator's state begins with its seed; Trainer seeded this one.
+        generator = torch.Generator()
+        generator.set_state(read_rng(checkpoint)["cpu"])
+        found["seed"] = generator.initial_seed()
+    return found
+
+
+def read_rng(checkpoint: Path) -> dict[str, Any]:
+    """Trainer's random state, in the structure of `rng.rng_state`.
+
+    Raises:
+        MiniloraError: damaged.
+    """
+    path = checkpoint / RNG_NAME
+    state = read_torch(path)
+    if not isinstance(state, dict) or {"python", "numpy", "cpu"} - set(state):
+        raise MiniloraError(f"{path} does not hold the states of python, numpy and torch")
+    return state
+
+
+def progress_state(checkpoint: Path, cadence: Cadence) -> TrainState:
+    """Where Trainer's run stood, as our `TrainState`.
+
+    Trainer does not save the sum of losses since its last log row, nor does its resume make up for
+    it; as there, the next row's mean begins at the checkpoint.
+
+    Raises:
+        MiniloraError: its step and epoch do not fit this run's data, batch size and accumulation.
+    """
+    progress = read_progress(checkpoint)
+    step = progress["global_step"]
+    state = TrainState(
+        global_step=step,
+        epoch=step // cadence.steps_per_epoch,
+        step_in_epoch=step % cadence.steps_per_epoch,
+        loss_total=_logged_losses(progress["log_history"]),
+        logged_step=step,
+        best_metric=progress.get("best_metric"),
+        best_step=progress.get("best_global_step"),
+        log_history=progress["log_history"],
+    )
+    if not math.isclose(epochs_done(state, cadence), progress["epoch"], abs_tol=1e-6):
+        raise MiniloraError(
+            f"{checkpoint / STATE_NAME}: step {step} is epoch {progress['epoch']:.4f} there and "
+            f"{epochs_done(state, cadence):.4f} with this data, per_device_train_batch_size and "
+            "gradient_accumulation_steps: give those of Trainer's run"
+        )
+    return state
+
+
+def _first_group(checkpoint: Path) -> dict[str, Any]:
+    path = checkpoint / OPTIMIZER_NAME
+    try:
+        group = read_torch(path)["param_groups"][0]
+        return {name: group[name] for name in ("weight_decay", "betas", "eps", "lr")} | group
+    except (KeyError, TypeError, IndexError) as error:
+        raise MiniloraError(f"{path} is not AdamW's state: {error!r}") from None
+
+
+def _logged_losses(log_history: list[dict[str, Any]]) -> float:
+    total, last = 0.0, 0
+    for row in log_history:
+        if "loss" in row and "step" in row:
+            total, last = total + row["loss"] * (row["step"] - last), row["step"]
+    return total

@@ -1,7 +1,7 @@
 """PEFT as the oracle: the same seed gives the same model, gradients and files, bit for bit.
 
-Each case is a `LoraConfig` asked of both libraries on the same tiny BERT. The comparison is `torch.equal`, in float32
-and bfloat16 alike: the operations and their order are the same.
+Each case is a `LoraConfig` asked of both libraries on the same tiny BERT. The comparison is
+`torch.equal`, in float32 and bfloat16 alike: the operations and their order are the same.
 """
 
 import warnings
@@ -82,7 +82,9 @@ def adapted(
 
 
 def perturb(*models):
-    """Move every trainable tensor off its initial value, equally in each model, so that B is not zero."""
+    """Move every trainable tensor off its initial value, equally in each model, so that B is not
+    zero.
+    """
     for model in models:
         draw = torch.Generator().manual_seed(3)
         for _, parameter in minilora.trainable_parameters(model):

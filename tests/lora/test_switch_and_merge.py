@@ -102,7 +102,9 @@ def test_disabling_ends_also_when_the_body_raises():
 
 @pytest.mark.parametrize("settings", VARIANTS, ids=str)
 def test_unloading_gives_the_plain_model_bit_for_bit(settings):
-    """Class, keys, values, requires_grad, and the original head (PEFT's unload keeps the trained one)."""
+    """Class, keys, values, requires_grad, and the original head (PEFT's unload keeps the trained
+    one).
+    """
     model = adapted(**settings)
     minilora.unload(model)
     assert_same(snapshot(model), snapshot(tiny_classifier()))

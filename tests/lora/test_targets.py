@@ -1,4 +1,6 @@
-"""Which modules a config means. The tables are those of PEFT's own tests (`tests/test_tuners_utils.py`)."""
+"""Which modules a config means. The tables are those of PEFT's own tests
+(`tests/test_tuners_utils.py`).
+"""
 
 import pytest
 
@@ -7,7 +9,8 @@ from minilora import LoraConfig, MiniloraError
 from minilora.lora.targets import is_target, layer_index, pattern_value
 from tests.conftest import tiny_classifier
 
-# (module, target_modules, layers_to_transform, layers_pattern, matches), after PEFT's REGEX_TEST_CASES
+# (module, target_modules, layers_to_transform, layers_pattern, matches), after PEFT's
+# REGEX_TEST_CASES
 MATCHES = [
     ("", [], None, None, False),
     ("", ["foo"], None, None, False),

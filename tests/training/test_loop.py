@@ -85,7 +85,8 @@ def test_a_loss_that_is_not_finite_stops_before_the_step_and_names_it(bad):
 def run(cadence_changes, epochs=2, evaluations=None, stop_after=None):
     """Fit 5 steps an epoch; returns (state, rows, saved steps)."""
     settings = {
-        "max_steps": 5 * epochs, "steps_per_epoch": 5, "logging_steps": 2, "eval_steps": 0,
+        "max_steps": 5 * epochs, "steps_per_epoch": 5, "batches_per_epoch": 5,
+        "batches_per_step": 1, "logging_steps": 2, "eval_steps": 0,
         "eval_each_epoch": True, "save_steps": 0, "save_each_epoch": True, "best_metric": None,
         "best_is_greatest": True, "early_stopping_patience": None,
     }  # fmt: skip

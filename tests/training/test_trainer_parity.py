@@ -1,16 +1,21 @@
 """HF Trainer + PEFT as the oracle of the loop: with hf_parity, the same bits at every step.
 
-Both run from the same files, in Trainer's reference order: set_seed, from_pretrained, get_peft_model, Trainer, train.
-Compared are every logged loss, gradient norm and learning rate, every evaluation's loss, and the final tensors.
+Both run from the same files, in Trainer's reference order: set_seed, from_pretrained,
+get_peft_model, Trainer, train. Compared are every logged loss, gradient norm and learning rate,
+every evaluation's loss, and the final tensors.
 """
 
+import json
+import os
+import pickle
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from peft import LoraConfig as PeftConfig
-from peft import get_peft_model
-from safetensors.torch import load_file
+from peft import get_peft_model, get_peft_model_state_dict
+from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -20,7 +25,9 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
+from transformers.trainer_utils import get_last_checkpoint
 
+from minilora import MiniloraError
 from minilora.fine_tuning import run_fine_tuning
 
 BATCH = 8
@@ -109,8 +116,6 @@ def compared(rows) -> list[dict]:
 
 
 def peft_tensors(model) -> dict:
-    from peft import get_peft_model_state_dict
-
     return get_peft_model_state_dict(model)
 
 
@@ -183,3 +188,228 @@ def test_without_parity_the_run_is_another(tmp_path, tiny_model, sentences):
     theirs.train()
     result = ours(tiny_model, sentences, tmp_path / "ours", {"hf_parity": False})
     assert compared(result.log_history) != compared(theirs.state.log_history)
+
+
+# Interchange. 12 steps: 2 epochs of 6. Trainer resumes from each of our checkpoints, and we from
+# each of Trainer's.
+STEPS = 12
+EACH_STEP = {"save_strategy": "steps", "save_steps": 1}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, tiny_model, sentences):
+    """One uninterrupted run of Trainer's with a checkpoint at each step: (directory, rows,
+    tensors).
+    """
+    output_dir = tmp_path_factory.mktemp("trainer") / "whole"
+    run = trainer(tiny_model, sentences, output_dir, dict(EACH_STEP))
+    run.train()
+    return output_dir, compared(run.state.log_history), clone(peft_tensors(run.model))
+
+
+@pytest.fixture(scope="module")
+def our_whole(tmp_path_factory, tiny_model, sentences):
+    output_dir = tmp_path_factory.mktemp("minilora") / "whole"
+    ours(tiny_model, sentences, output_dir, dict(EACH_STEP))
+    return output_dir
+
+
+def clone(tensors):
+    return {name: tensor.clone() for name, tensor in tensors.items()}
+
+
+def resumed_by_trainer(
+    tiny_model, sentences, output_dir, checkpoint, settings=None, stop_after=None
+):
+    run = trainer(tiny_model, sentences, output_dir, settings or {}, stop_after=stop_after)
+    run.train(resume_from_checkpoint=str(checkpoint))
+    return run
+
+
+def flags_to_resume(tiny_model, sentences, checkpoint, settings=None) -> dict:
+    """Trainer's files do not tell the data, the schedule, nor how its losses are summed."""
+    arguments = our_arguments(tiny_model, sentences, settings or {})
+    arguments.pop("num_train_epochs")
+    return {**arguments, "resume_from_checkpoint": str(checkpoint)}
+
+
+@pytest.mark.parametrize("step", range(1, STEPS))
+def test_trainer_continues_our_checkpoint_bitwise(
+    step, tmp_path, tiny_model, sentences, whole, our_whole
+):
+    _, expected, tensors = whole
+    checkpoint = our_whole / f"checkpoint-{step}"
+    run = resumed_by_trainer(tiny_model, sentences, tmp_path / "out", checkpoint)
+    assert compared(run.state.log_history) == expected
+    assert_same_tensors(tensors, peft_tensors(run.model))
+
+
+@pytest.mark.parametrize("step", range(1, STEPS))
+def test_we_continue_trainers_checkpoint_bitwise(step, tmp_path, tiny_model, sentences, whole):
+    directory, expected, tensors = whole
+    checkpoint = tmp_path / "out" / f"checkpoint-{step}"
+    shutil.copytree(directory / f"checkpoint-{step}", checkpoint)
+    result = run_fine_tuning(flags_to_resume(tiny_model, sentences, checkpoint), {}, lambda: False)
+    assert compared(result.log_history) == expected
+    assert_same_tensors(tensors, load_file(tmp_path / "out" / "adapter_model.safetensors"))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"gradient_accumulation_steps": 4}, {"eval_strategy": "steps", "eval_steps": 2}],
+    ids=str,
+)
+def test_interchange_is_bitwise_with_accumulation_and_evaluation(
+    settings, tmp_path, tiny_model, sentences
+):
+    settings = {**settings, "num_train_epochs": 3}
+    run = trainer(tiny_model, sentences, tmp_path / "whole", {**EACH_STEP, **settings})
+    run.train()
+    expected, tensors = compared(run.state.log_history), clone(peft_tensors(run.model))
+    for step in range(1, run.state.max_steps):
+        checkpoint = tmp_path / f"out-{step}" / f"checkpoint-{step}"
+        shutil.copytree(tmp_path / "whole" / f"checkpoint-{step}", checkpoint)
+        flags = flags_to_resume(tiny_model, sentences, checkpoint, settings)
+        flags.pop("num_train_epochs", None)
+        result = run_fine_tuning(flags, {}, lambda: False)
+        assert compared(result.log_history) == expected, step
+        assert_same_tensors(tensors, load_file(checkpoint.parent / "adapter_model.safetensors"))
+
+
+def test_a_relay_of_single_steps_with_rotation_is_one_uninterrupted_run(
+    tmp_path, tiny_model, sentences, whole
+):
+    """Trainer and minilora take turns in one directory; each sees only what the other left there."""
+    _, expected, tensors = whole
+    output_dir = tmp_path / "relay"
+    settings = {**EACH_STEP, "save_total_limit": 2}
+    ours(tiny_model, sentences, output_dir, dict(settings), stop_after=1)
+    for step in range(2, STEPS + 1):
+        last = get_last_checkpoint(str(output_dir))
+        if step % 2 == 0:
+            run = resumed_by_trainer(
+                tiny_model, sentences, output_dir, last, dict(settings), stop_after=step
+            )
+            rows = run.state.log_history
+        else:
+            calls = iter([False, True])
+            result = run_fine_tuning(
+                {"resume_from_checkpoint": str(output_dir)}, {}, lambda calls=calls: next(calls)
+            )
+            rows = result.log_history
+    assert compared(rows) == expected
+    assert_same_tensors(tensors, peft_tensors(run.model))
+
+
+def test_a_checkpoint_of_the_default_mode_is_resumed_by_trainer(tmp_path, tiny_model, sentences):
+    ours(tiny_model, sentences, tmp_path / "ours", {**EACH_STEP, "hf_parity": False}, stop_after=4)
+    run = resumed_by_trainer(
+        tiny_model, sentences, tmp_path / "out", tmp_path / "ours" / "checkpoint-4"
+    )
+    assert run.state.global_step == STEPS
+
+
+def test_a_checkpoint_of_trainers_is_continued_in_the_default_mode(
+    tmp_path, tiny_model, sentences, whole
+):
+    checkpoint = tmp_path / "out" / "checkpoint-4"
+    shutil.copytree(whole[0] / "checkpoint-4", checkpoint)
+    flags = flags_to_resume(tiny_model, sentences, checkpoint, {"hf_parity": False})
+    assert run_fine_tuning(flags, {}, lambda: False).global_step == STEPS
+
+
+@pytest.fixture
+def trainers(tmp_path, whole):
+    """A copy of Trainer's checkpoint 5, to be damaged."""
+    return Path(shutil.copytree(whole[0] / "checkpoint-5", tmp_path / "out" / "checkpoint-5"))
+
+
+@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth"])
+@pytest.mark.parametrize("damage", ["absent", "empty", "truncated"])
+def test_a_part_that_trainer_would_do_without_is_required(
+    name, damage, trainers, tiny_model, sentences
+):
+    """Trainer resumes silently without it, and wrongly."""
+    path = trainers / name
+    data = path.read_bytes()
+    path.unlink()
+    if damage != "absent":
+        path.write_bytes(b"" if damage == "empty" else data[: len(data) // 2])
+    flags = flags_to_resume(tiny_model, sentences, trainers)
+    with pytest.raises(MiniloraError, match=name):
+        run_fine_tuning(flags, {}, lambda: False)
+    if damage == "absent":
+        result = run_fine_tuning(
+            {**flags, "allow_inexact_resume": True, "save_strategy": "epoch"}, {}, lambda: False
+        )
+        manifest = json.loads(
+            (trainers.parent / f"checkpoint-{STEPS}" / "minilora.json").read_text()
+        )
+        assert result.global_step == STEPS and manifest["state"]["inexact_from"] == 5
+
+
+def test_a_missing_tensor_is_refused_where_trainer_keeps_its_fresh_draw(
+    trainers, tiny_model, sentences
+):
+    path = trainers / "adapter_model.safetensors"
+    tensors = load_file(path)
+    first = min(tensors)
+    del tensors[first]
+    save_file(tensors, path, metadata={"format": "pt"})
+    with pytest.raises(MiniloraError, match=f"lacks tensor {first}"):
+        run_fine_tuning(flags_to_resume(tiny_model, sentences, trainers), {}, lambda: False)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"global_step": "five"}'])
+def test_a_damaged_state_is_refused(text, trainers, tiny_model, sentences):
+    (trainers / "trainer_state.json").write_text(text)
+    with pytest.raises(MiniloraError, match=r"trainer_state\.json"):
+        run_fine_tuning(flags_to_resume(tiny_model, sentences, trainers), {}, lambda: False)
+
+
+def test_training_args_bin_is_never_opened(trainers, tiny_model, sentences, tmp_path):
+    """It is a pickle of an object; this one would leave a trace."""
+
+    class Trace:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "ran"),)
+
+    (trainers / "training_args.bin").write_bytes(pickle.dumps(Trace()))
+    (trainers / "training_args.bin").chmod(0)
+    run_fine_tuning(flags_to_resume(tiny_model, sentences, trainers), {}, lambda: False)
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"learning_rate": 1e-4}, "learning_rate: 0.0001 -> 0.003"),
+        ({"seed": 1}, "seed: 1 -> 42"),
+        ({"weight_decay": 0.1}, "weight_decay: 0.1 -> 0.0"),
+        ({"per_device_train_batch_size": 4}, "per_device_train_batch_size: 4 -> 8"),
+        ({"max_steps": 100}, "max_steps: 100 -> 12"),
+        ({"lr_scheduler_type": "cosine"}, "the learning rate after step 5"),
+        ({"gradient_accumulation_steps": 2}, "step 5 is epoch 0.8333 there"),
+    ],
+)
+def test_arguments_that_are_not_trainers_are_refused(
+    change, message, trainers, tiny_model, sentences
+):
+    flags = {**flags_to_resume(tiny_model, sentences, trainers), **change}
+    with pytest.raises(MiniloraError, match=message):
+        run_fine_tuning(flags, {}, lambda: False)
+
+
+def test_lora_arguments_that_are_not_trainers_are_refused(trainers, tiny_model, sentences):
+    with pytest.raises(MiniloraError, match="r: 4 -> 16"):
+        run_fine_tuning(flags_to_resume(tiny_model, sentences, trainers), {"r": 16}, lambda: False)
+
+
+@pytest.mark.parametrize("name", ["optimizer.pt", "rng_state.pth", "adapter_model.safetensors"])
+def test_one_part_of_another_step_makes_another_run(
+    name, tmp_path, trainers, tiny_model, sentences, whole
+):
+    """Negative control: the comparison notices a stale optimizer, generator or adapter."""
+    shutil.copy(whole[0] / "checkpoint-3" / name, trainers / name)
+    result = run_fine_tuning(flags_to_resume(tiny_model, sentences, trainers), {}, lambda: False)
+    assert compared(result.log_history) != whole[1]

@@ -1,7 +1,8 @@
 """A resumed run is the uninterrupted run, bit for bit.
 
-Two ways to be stopped, both in a process of its own: SIGTERM, after which the run saves and says so, and SIGKILL,
-after which it cannot. Negative controls drop one part of a checkpoint at a time and must see the comparison fail.
+Two ways to be stopped, both in a process of its own: SIGTERM, after which the run saves and says
+so, and SIGKILL, after which it cannot. Negative controls drop one part of a checkpoint at a time
+and must see the comparison fail.
 """
 
 import json
@@ -131,7 +132,9 @@ def test_a_signal_saves_and_the_resumed_command_ends_in_the_same_bits(
 
 
 def test_evaluation_changes_no_training_number(tmp_path, tiny_model, sentences, uninterrupted):
-    """A run that evaluates every second step has the losses and tensors of one that does so per epoch."""
+    """A run that evaluates every second step has the losses and tensors of one that does so per
+    epoch.
+    """
     values = arguments(tiny_model, sentences, eval_strategy="steps", eval_steps=2)
     fine_tune(TrainConfig(**values, output_dir=str(tmp_path / "run")))
     losses = [row["loss"] for row in read_rows(tmp_path / "run") if "loss" in row]
@@ -190,7 +193,7 @@ def forget_rng(monkeypatch):
 
 
 def forget_moments(monkeypatch):
-    read = checkpoint_room._read_torch
+    read = checkpoint_room.read_torch
 
     def without_moments(path):
         loaded = read(path)
@@ -199,7 +202,7 @@ def forget_moments(monkeypatch):
                 values["exp_avg"].zero_()
         return loaded
 
-    monkeypatch.setattr(checkpoint_room, "_read_torch", without_moments)
+    monkeypatch.setattr(checkpoint_room, "read_torch", without_moments)
 
 
 def forget_scheduler(monkeypatch):
@@ -353,7 +356,9 @@ def test_another_base_model_is_refused(tmp_path, tiny_model, sentences):
 def test_a_damaged_newest_checkpoint_is_set_aside_and_the_older_one_used(
     tmp_path, capsys, tiny_model, sentences, uninterrupted
 ):
-    """One flipped bit in the newest: it gets out of every reader's sight, and the run is still exact."""
+    """One flipped bit in the newest: it gets out of every reader's sight, and the run is still
+    exact.
+    """
     stop_at(6, arguments(tiny_model, sentences), tmp_path / "run")
     damaged = tmp_path / "run" / "checkpoint-6" / "adapter_model.safetensors"
     data = bytearray(damaged.read_bytes())

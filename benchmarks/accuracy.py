@@ -13,7 +13,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from minilora.bert.weights import resolve_model
+from minilora.bert.weights import locate
 from minilora.training.config import LORA_DEFAULTS, TrainConfig
 
 DEFAULTS = TrainConfig()
@@ -44,7 +44,7 @@ def trainer_scores(asked: argparse.Namespace, seed: int) -> dict:
         return last_json(
             [
                 sys.executable, peer, "--train", asked.train, "--validation", asked.validation,
-                "--model", resolve_model(None), "--learning_rate", DEFAULTS.learning_rate,
+                "--model", locate(None).location, "--learning_rate", DEFAULTS.learning_rate,
                 "--epochs", asked.epochs, "--batch_size", DEFAULTS.per_device_train_batch_size,
                 "--r", R, "--lora_alpha", LORA_DEFAULTS["lora_alpha"], "--lora_dropout",
                 LORA_DEFAULTS["lora_dropout"], "--seed", seed, "--output_dir", directory,

@@ -7,6 +7,7 @@ Prints one JSON object: eval_accuracy, eval_loss, train_runtime.
 
 import argparse
 import json
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -25,7 +26,7 @@ class Rows(torch.utils.data.Dataset):
     """`text<TAB>label` lines, tokenised once."""
 
     def __init__(self, path: str, tokenizer, skip_header: bool) -> None:
-        lines = open(path, encoding="utf-8").read().strip("\n").split("\n")[skip_header:]
+        lines = Path(path).read_text(encoding="utf-8").strip("\n").split("\n")[skip_header:]
         fields = [line.split("\t") for line in lines]
         names = sorted({row[1] for row in fields})
         self.labels = [names.index(row[1]) for row in fields]

@@ -126,19 +126,18 @@ def _value_options(name: str, hint: Any) -> dict[str, Any]:
     kinds = set(typing.get_args(hint)) if isinstance(hint, types.UnionType) else {hint}
     kinds.discard(type(None))
     origins = {typing.get_origin(kind) for kind in kinds}
-    if dict in origins:
-        return {"type": _json_object, "metavar": "JSON"}
     if list in origins:
         integers = any(typing.get_args(kind) == (int,) for kind in kinds)
         # A single word stays a string where the field takes one: a regular expression, or
         # all-linear.
-        action = _ListOrString if str in kinds else "store"
         return {
             "nargs": "+",
             "type": int if integers else str,
-            "action": action,
+            "action": _ListOrString if str in kinds else "store",
             "metavar": "N" if integers else "NAME",
         }
+    if dict in origins:
+        return {"type": _json_object, "metavar": "JSON"}
     if kinds == {bool, str}:
         return {"type": _bool_or_string, "metavar": "VALUE"}
     if bool in kinds:

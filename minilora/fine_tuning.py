@@ -26,9 +26,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from minilora.bert import data, packaged, tables, tasks, weights
 from minilora.durable import exclusive, sweep_leftovers, write_file
 from minilora.errors import MiniloraError
-from minilora.lora.adapter_files import load_adapter, read_config, save_adapter
+from minilora.lora.adapter_files import find_adapter, load_adapter, read_config, save_adapter
 from minilora.lora.config import LoraConfig, config_from_dict
 from minilora.lora.inject import add_adapter
+from minilora.lora.merge import merge_and_unload
 from minilora.training.checkpoint import (
     environment,
     is_trainer_checkpoint,
@@ -129,9 +130,7 @@ def run_fine_tuning(
     path = train_arguments.get("resume_from_checkpoint")
     if path is None:
         config = TrainConfig(**train_arguments)
-        lora_config = LoraConfig(
-            **{**LORA_DEFAULTS, **lora_arguments, "task_type": tasks.PEFT_TASK_TYPE}
-        )
+        lora_config = new_lora_config(config, lora_arguments)
         point = None
         output_dir = Path(config.output_dir or _dated_directory())
         new_output_dir(output_dir)
@@ -162,11 +161,15 @@ def train(
     task_data = read_data(config)
 
     seed_all(config.seed)
-    location = weights.resolve_model(config.model_name_or_path)
+    found = weights.locate(config.model_name_or_path)
+    base = base_of(found) if found.is_adapter else found
     model, new_tensors = weights.load_classifier(
-        location, config.model_revision, task_data.labels, config.task
+        base.location, config.model_revision, task_data.labels, config.task
     )
-    tokenizer = weights.load_tokenizer(location, config.model_revision)
+    tokenizer = weights.load_tokenizer(base.location, config.model_revision)
+    if found.is_adapter and config.on_adapter == "merge":
+        load_adapter(model, found.location)
+        merge_and_unload(model)
     run = describe_run(config, lora_config, task_data, weights.model_fingerprint(model))
     if point is not None:
         check_same_inputs(point, run)
@@ -176,9 +179,12 @@ def train(
     )
     cadence = plan_cadence(config, len(examples["train"]), validates="validation" in examples)
 
-    add_adapter(model, lora_config)
+    if found.is_adapter and config.on_adapter == "continue":
+        load_adapter(model, found.location, is_trainable=True)
+    else:
+        add_adapter(model, lora_config)
     model.to(device)  # pyright: ignore[reportArgumentType]
-    report_start(model, location, new_tensors, output_dir)
+    report_start(model, found, base, config, new_tensors, output_dir)
     optimizer, scheduler = build_optimisation(config, model, cadence.max_steps)
     seed_all(config.seed)  # again, as Trainer does: how much was drawn so far depends on the model
 
@@ -218,6 +224,45 @@ def train(
         metrics |= evaluate("test", "test")
     write_final_files(output_dir, model, tokenizer, {**run, "result": metrics})
     return TrainResult(state.global_step, metrics, str(output_dir), state.log_history)
+
+
+def new_lora_config(config: TrainConfig, lora_arguments: dict[str, Any]) -> LoraConfig:
+    """The adapter to train: as asked, or, when an adapter directory is continued, as its file says.
+
+    Raises:
+        MiniloraError: an argument contradicts the adapter that is to be continued.
+    """
+    found = weights.locate(config.model_name_or_path)
+    if not found.is_adapter or config.on_adapter == "merge":
+        given = {**LORA_DEFAULTS, **lora_arguments, "task_type": tasks.PEFT_TASK_TYPE}
+        return LoraConfig(**given)
+    stored = read_config(find_adapter(found.location))
+    refused = changes(stored, lora_arguments, ignored=("task_type",))
+    if refused:
+        raise MiniloraError(
+            f"{found.location} is to be continued and its adapter has other settings: "
+            f"{', '.join(refused)}; leave them out, or use --on_adapter merge for a new adapter"
+        )
+    return dataclasses.replace(stored, inference_mode=False)
+
+
+def base_of(adapter: weights.Located) -> weights.Located:
+    """The model that an adapter directory was trained on, as its config names it.
+
+    Raises:
+        MiniloraError: it names none, or there is none where it says.
+    """
+    directory = find_adapter(adapter.location)
+    name = read_config(directory).base_model_name_or_path
+    if not name:
+        raise MiniloraError(f"{directory} does not name its base model (base_model_name_or_path)")
+    try:
+        base = weights.locate(name)
+    except MiniloraError as error:
+        raise MiniloraError(f"{directory} names the base model {name!r}: {error}") from None
+    if base.is_adapter:
+        raise MiniloraError(f"{directory} names as its base model {name!r}, which is an adapter")
+    return base
 
 
 def resumed_arguments(
@@ -617,16 +662,25 @@ def write_final_files(
     write_run(output_dir, run)
 
 
-def report_start(model: nn.Module, location: str, new_tensors: list[str], output_dir: Path) -> None:
+def report_start(
+    model: nn.Module,
+    found: weights.Located,
+    base: weights.Located,
+    config: TrainConfig,
+    new_tensors: list[str],
+    output_dir: Path,
+) -> None:
     """Say what is about to be trained, with PEFT's line on trainable parameters."""
     say(
-        f"model: {location}, a {type(model).__name__}; drawn anew: {', '.join(new_tensors) or 'nothing'}"
+        f"model: {base.description}, a {type(model).__name__}; new: {', '.join(new_tensors) or '-'}"
     )
+    if found.is_adapter:
+        done = "continued" if config.on_adapter == "continue" else "merged into it"
+        say(f"{found.description}: {done}")
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     total = sum(p.numel() for p in model.parameters())
-    say(
-        f"trainable params: {trainable:,} || all params: {total:,} || trainable%: {100 * trainable / total:.4f}"
-    )
+    share = 100 * trainable / total
+    say(f"trainable params: {trainable:,} || all params: {total:,} || trainable%: {share:.4f}")
     say(f"output: {output_dir}")
 
 

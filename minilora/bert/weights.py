@@ -1,16 +1,24 @@
 """What a model's name means, and its weights: the only room that loads a transformers model.
 
-A name is resolved in this order:
-    None             the packaged MiniLM (`[demo]`), if its weights have the official hash
-    a directory      config.json beside model.safetensors, or pytorch_model.bin, or the index of either's shards
-    anything else    a hub id, downloaded or taken from the local cache by transformers
+    None           the packaged MiniLM (`[demo]`), if its weights have the official hash
+    a directory    a model, if it has config.json and weights: a base model, a merged model, HF Trainer's
+                   checkpoint of a full fine-tune; an adapter, if it has adapter_config.json: PEFT's
+                   directory, our output or checkpoint, Trainer's checkpoint of a PEFT model
+    anything else  a hub id, downloaded or taken from the local cache by transformers
+
+Where several weight files lie side by side, the first of `WEIGHT_FILES` is used, and said. A
+directory with both an adapter and a model is refused: HF Trainer would load the model and ignore
+the adapter without a word. Pickled weights are read by transformers with `weights_only=True`, which
+cannot run code.
 """
 
 import contextlib
 import hashlib
 import importlib.util
 import logging
+import pickle
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -54,37 +62,52 @@ MAY_BE_UNUSED = (
 )
 
 
-def resolve_model(name: str | None) -> str:
-    """The directory or hub id that `name` stands for.
+@dataclass(frozen=True)
+class Located:
+    """What a name turned out to be."""
+
+    location: str
+    """The directory or hub id."""
+    is_adapter: bool
+    """Whether it holds an adapter, whose base model has yet to be found."""
+    description: str
+    """For the one line that says what was found."""
+
+
+def locate(name: str | None) -> Located:
+    """Resolve `name` as this room's first lines say.
 
     Raises:
-        MiniloraError: the packaged model is not installed or not the official one, or a directory
-            has no model.
+        MiniloraError: nothing usable there; says what was looked for. Or both a model and an
+            adapter.
     """
     if name is None:
-        return str(packaged_model())
+        return Located(str(packaged_model()), False, f"the packaged {PACKAGED_MODEL}")
     path = Path(name)
     if not path.exists():
         if name.startswith((".", "/", "~")) or name.count("/") > 1:
             raise MiniloraError(f"model_name_or_path {name!r}: there is no such directory")
-        return name
+        return Located(name, False, f"{name} of the hub")
     if not path.is_dir():
         raise MiniloraError(
             f"model_name_or_path {name!r} is a file: give the directory that holds it"
         )
-    if not (path / "config.json").is_file():
-        if (path / ADAPTER_CONFIG).is_file():
+    present = [file for file in WEIGHT_FILES if (path / file).is_file()]
+    if (path / ADAPTER_CONFIG).is_file():
+        if present:
             raise MiniloraError(
-                f"model_name_or_path {name!r} holds an adapter, not a model: give the model it adapts"
+                f"model_name_or_path {name!r} holds both an adapter ({ADAPTER_CONFIG}) and a model "
+                f"({present[0]}): move one of them away, so that it is clear which is meant"
             )
+        return Located(name, True, f"the adapter in {name}")
+    if not (path / "config.json").is_file() or not present:
+        lacking = "config.json" if not (path / "config.json").is_file() else "weights"
         raise MiniloraError(
-            f"model_name_or_path {name!r} has no config.json: it is not a model directory"
+            f"model_name_or_path {name!r} has no {lacking}: looked for an adapter ({ADAPTER_CONFIG}) "
+            f"and for config.json with {', '.join(WEIGHT_FILES[:-1])} or {WEIGHT_FILES[-1]}"
         )
-    if not any((path / file).is_file() for file in WEIGHT_FILES):
-        raise MiniloraError(
-            f"model_name_or_path {name!r} has no weights: none of {', '.join(WEIGHT_FILES)}"
-        )
-    return name
+    besides = f", not {', '.join(present[1:])}" if present[1:] else ""
+    return Located(name, False, f"{name} ({present[0]}{besides})")
 
 
 def packaged_model() -> Path:
@@ -120,7 +143,7 @@ def load_classifier(
     it.
 
     Args:
-        location: from `resolve_model`.
+        location: a model's, from `locate`.
         labels: class names in id order; None for regression.
 
     Raises:
@@ -239,7 +262,7 @@ def _as_minilora_error(location: str) -> Iterator[None]:
         yield
     except MiniloraError:
         raise
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, pickle.UnpicklingError) as error:
         first_line = str(error).strip().splitlines()[0]
         raise MiniloraError(
             f"model_name_or_path {location!r} cannot be loaded: {first_line}"

@@ -75,6 +75,10 @@ class LoraConfig:
     layers_pattern: list[str] | str | None = field(
         default=None, metadata={"help": "name of the list of layers, where it is not the first"}
     )
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = field(
+        default=None,
+        metadata={"help": "train these rows of the word embeddings, and no others"},
+    )
     fan_in_fan_out: bool = False
     inference_mode: bool = False
 
@@ -116,7 +120,6 @@ NOT_SUPPORTED: dict[str, Any] = {
     "monteclora_config": None,
     "qalora_group_size": 16,
     "target_parameters": None,
-    "trainable_token_indices": None,
     "use_bdlora": None,
     "use_qalora": False,
     "velora_config": None,
@@ -235,6 +238,13 @@ def _check_values(config: LoraConfig) -> None:
         _normalise_names(config, name)
     for name in ("rank_pattern", "alpha_pattern"):
         _require_type(config, name, dict)
+    indices = config.trainable_token_indices
+    lists = list(indices.values()) if isinstance(indices, dict) else [indices or [0]]
+    if not all(_is_index_list(one) for one in lists):
+        raise MiniloraError(
+            f"trainable_token_indices is {indices!r}; it must be a list of distinct token ids, or an "
+            "object from an embedding's name to one"
+        )
     if any(
         isinstance(r, bool) or not isinstance(r, int) or r <= 0
         for r in config.rank_pattern.values()
@@ -268,6 +278,13 @@ def _require_type(config: LoraConfig, name: str, *types: type) -> None:
     if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
         allowed = " or ".join(t.__name__ for t in types)
         raise MiniloraError(f"{name} is {value!r}; it must be of type {allowed}")
+
+
+def _is_index_list(value: Any) -> bool:
+    is_list = isinstance(value, list) and len(value) > 0
+    return (
+        is_list and all(type(i) is int and i >= 0 for i in value) and len(set(value)) == len(value)
+    )
 
 
 def _normalise_names(config: LoraConfig, name: str) -> None:

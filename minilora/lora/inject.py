@@ -14,7 +14,13 @@ from torch import Tensor, nn
 from minilora.errors import MiniloraError
 from minilora.lora.config import LoraConfig
 from minilora.lora.initialise import initialise_embedding, initialise_linear, initialise_magnitude
-from minilora.lora.layer import AdapterLayer, LoRAEmbedding, LoRALinear, ModulesToSave
+from minilora.lora.layer import (
+    AdapterLayer,
+    LoRAEmbedding,
+    LoRALinear,
+    ModulesToSave,
+    TrainableTokens,
+)
 from minilora.lora.targets import (
     TASK_HEADS,
     available_modules,
@@ -22,6 +28,7 @@ from minilora.lora.targets import (
     pattern_value,
     resolve_config,
     target_names,
+    trainable_tokens,
 )
 
 
@@ -66,6 +73,8 @@ def add_adapter(model: nn.Module, config: LoraConfig, adapter_name: str = "defau
     names = target_names(model, config)
     saved_names = _modules_to_save_names(model, modules_to_save, config.task_type)
 
+    tokens = trainable_tokens(model, config)
+
     first = not adapters.configs
     if first:
         adapters.base_requires_grad = [(p, p.requires_grad) for p in model.parameters()]
@@ -78,6 +87,8 @@ def add_adapter(model: nn.Module, config: LoraConfig, adapter_name: str = "defau
             _wrap_target(model, name, config, adapter_name)
         for name in saved_names:
             _wrap_module_to_save(model, name, adapter_name)
+        for name, indices in tokens.items():
+            _wrap_tokens(model, name, indices, adapter_name)
     except BaseException:
         remove_adapter(model, adapter_name)
         raise
@@ -100,7 +111,7 @@ def adapters_of(model: nn.Module) -> Adapters:
 def adapter_layers(model: nn.Module) -> Iterator[tuple[str, AdapterLayer | ModulesToSave]]:
     """Every wrapped module with its name, in `named_modules` order."""
     for name, module in model.named_modules():
-        if isinstance(module, (LoRALinear, LoRAEmbedding, ModulesToSave)):
+        if isinstance(module, (LoRALinear, LoRAEmbedding, TrainableTokens, ModulesToSave)):
             yield name, module
 
 
@@ -309,7 +320,7 @@ def _wrap_target(model: nn.Module, name: str, config: LoraConfig, adapter_name: 
         replace_module(model, name, layer)
 
 
-def _match_base(layer: AdapterLayer, adapter_name: str, use_dora: bool) -> None:
+def _match_base(layer: LoRALinear | LoRAEmbedding, adapter_name: str, use_dora: bool) -> None:
     # PEFT's order: to the base layer's device and dtype, then DoRA's magnitude, then up to float32.
     # Over a bfloat16 base the fresh values have thus been rounded to bfloat16 once.
     base = layer.base_layer.weight
@@ -329,7 +340,21 @@ def _wrap_module_to_save(model: nn.Module, name: str, adapter_name: str) -> None
         replace_module(model, name, wrapper)
 
 
+def _wrap_tokens(model: nn.Module, name: str, indices: list[int], adapter_name: str) -> None:
+    module = model.get_submodule(name)
+    if not isinstance(module, (nn.Embedding, TrainableTokens)):
+        raise MiniloraError(
+            f"trainable_token_indices: {name!r} is a {type(module).__name__}, not a plain embedding"
+        )
+    layer = module if isinstance(module, TrainableTokens) else TrainableTokens(module)
+    layer.create_adapter(adapter_name, indices)
+    if layer is not module:
+        replace_module(model, name, layer)
+
+
 def _is_used(module: AdapterLayer | ModulesToSave) -> bool:
     if isinstance(module, ModulesToSave):
         return len(module.modules_to_save) > 0
+    if isinstance(module, TrainableTokens):
+        return len(module.token_indices) > 0
     return len(module.scaling) > 0

@@ -149,6 +149,10 @@ class LoRALinear(nn.Module):
             moved = self.lora_magnitude_vector[name].detach().to(device, dtype)
             self.lora_magnitude_vector[name] = nn.Parameter(moved)
 
+    def has_adapter(self, name: str) -> bool:
+        """Whether adapter `name` adapts this layer."""
+        return name in self.lora_A
+
     def remove_adapter(self, name: str) -> None:
         """Forget adapter `name`; a layer without it is left as it is."""
         for per_adapter in (
@@ -287,6 +291,10 @@ class LoRAEmbedding(nn.Module):
             if name in per_adapter:
                 per_adapter[name] = nn.Parameter(per_adapter[name].detach().to(device, dtype))
 
+    def has_adapter(self, name: str) -> bool:
+        """Whether adapter `name` adapts this layer."""
+        return name in self.lora_embedding_A
+
     def remove_adapter(self, name: str) -> None:
         """Forget adapter `name`; a layer without it is left as it is."""
         for per_adapter in (
@@ -297,6 +305,66 @@ class LoRAEmbedding(nn.Module):
         ):
             if name in per_adapter:
                 del per_adapter[name]
+
+    @property
+    def weight(self) -> Tensor:
+        return self.base_layer.weight
+
+
+class TrainableTokens(nn.Module):
+    """A frozen embedding of which, for each active adapter, some rows are trained in full.
+
+        y = E'[ids],    E' = E with the adapter's rows in place of its own
+
+    Shapes: ids (...), E (num_embeddings, embedding_dim), rows (n, embedding_dim), y (...,
+    embedding_dim). The rows start as E's own. Source: peft 0.21 `TrainableTokensLayer`.
+    """
+
+    def __init__(self, base_layer: nn.Embedding) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.trainable_tokens_delta = nn.ParameterDict()  # PEFT's name; the rows, not differences
+        self.token_indices: dict[str, list[int]] = {}
+        self.active_adapters: tuple[str, ...] = ()
+        self.unmerged: dict[str, nn.Parameter] | None = None
+
+    def create_adapter(self, adapter_name: str, indices: list[int]) -> None:
+        """Add the rows of one adapter. Draws nothing."""
+        rows = self.base_layer.weight.detach()[indices]
+        # Trained in float32 over a bfloat16 embedding, as PEFT does.
+        self.trainable_tokens_delta[adapter_name] = nn.Parameter(rows.float())
+        self.token_indices[adapter_name] = indices
+
+    def forward(self, ids: Tensor) -> Tensor:
+        active = [name for name in self.active_adapters if self.has_adapter(name)]
+        if self.unmerged is not None or not active:
+            return self.base_layer(ids)
+        weight = self.base_layer.weight
+        for name in active:
+            weight, _ = self.merged_parameters(name, weight)
+        return F.embedding(ids, weight, padding_idx=self.base_layer.padding_idx)
+
+    def merged_parameters(
+        self, name: str, weight: Tensor, bias: None = None
+    ) -> tuple[Tensor, None]:
+        """`weight` with adapter `name`'s rows in place, in its own dtype."""
+        index = torch.tensor(self.token_indices[name], device=weight.device)
+        return weight.index_copy(0, index, self.trainable_tokens_delta[name].to(weight)), bias
+
+    def adapter_parameters(self, name: str) -> dict[str, Tensor]:
+        """The trainable tensor of adapter `name` under PEFT's file name."""
+        if not self.has_adapter(name):
+            return {}
+        return {"token_adapter.trainable_tokens_delta": self.trainable_tokens_delta[name]}
+
+    def has_adapter(self, name: str) -> bool:
+        """Whether adapter `name` adapts this layer."""
+        return name in self.trainable_tokens_delta
+
+    def remove_adapter(self, name: str) -> None:
+        """Forget adapter `name`; a layer without it is left as it is."""
+        if self.has_adapter(name):
+            del self.trainable_tokens_delta[name], self.token_indices[name]
 
     @property
     def weight(self) -> Tensor:
@@ -342,4 +410,4 @@ class ModulesToSave(nn.Module):
         return self.active_module().weight  # pyright: ignore[reportReturnType]
 
 
-AdapterLayer = LoRALinear | LoRAEmbedding
+AdapterLayer = LoRALinear | LoRAEmbedding | TrainableTokens

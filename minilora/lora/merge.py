@@ -104,6 +104,7 @@ def merge_and_unload(
         replace_module(model, name, kept)
     adapters.originals = []  # the trained biases are part of the result
     restore_plain_model(model)
+    _record_untied(model)
     return model
 
 
@@ -143,6 +144,19 @@ def check_not_merged(model: nn.Module, action: str) -> None:
         )
 
 
+def _record_untied(model: nn.Module) -> None:
+    # A masked language model's decoder shares the embeddings' weight. Adapting one of them parts
+    # them, and unless the config says so, transformers ties them again when it saves or loads
+    # (PEFT's merged model is then silently wrong).
+    config = getattr(model, "config", None)
+    get_output = getattr(model, "get_output_embeddings", None)
+    output = get_output() if get_output is not None else None
+    if config is None or output is None or not getattr(config, "tie_word_embeddings", False):
+        return
+    if output.weight is not model.get_input_embeddings().weight:  # pyright: ignore[reportCallIssue]
+        config.tie_word_embeddings = False
+
+
 def _linear_layers(model: nn.Module) -> list[tuple[str, AdapterLayer]]:
     return [
         (name, layer)
@@ -158,7 +172,7 @@ def _merged(
     base = layer.base_layer
     weight, bias = base.weight, getattr(base, "bias", None)
     for name in names:
-        if name not in layer.scaling:
+        if not layer.has_adapter(name):
             continue
         try:
             weight, bias = layer.merged_parameters(name, weight, bias)  # pyright: ignore[reportArgumentType]

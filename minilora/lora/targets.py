@@ -10,11 +10,12 @@ import warnings
 from collections import Counter
 from collections.abc import Mapping
 
+import torch
 from torch import nn
 
 from minilora.errors import MiniloraError
 from minilora.lora.config import LoraConfig
-from minilora.lora.layer import LoRAEmbedding, LoRALinear
+from minilora.lora.layer import LoRAEmbedding, LoRALinear, TrainableTokens
 
 # config.model_type -> modules adapted when target_modules is None: the attention's query and value,
 # as in section 4.2 of the paper. Where PEFT has an entry (its
@@ -136,6 +137,50 @@ def target_names(model: nn.Module, config: LoraConfig) -> list[str]:
     return matched
 
 
+def trainable_tokens(model: nn.Module, config: LoraConfig) -> dict[str, list[int]]:
+    """Embedding name to token ids, as trainable_token_indices asks; a bare list means the input
+    embeddings.
+
+    Raises:
+        MiniloraError: no such embedding, an id outside it, or its weight is tied to the output
+            layer's.
+    """
+    asked = config.trainable_token_indices
+    if asked is None:
+        return {}
+    get_input = getattr(model, "get_input_embeddings", None)
+    inputs = get_input() if get_input is not None else None
+    found: dict[str, list[int]] = {}
+    for name, module in model.named_modules():
+        if isinstance(asked, list):
+            indices = asked if module is inputs else None
+        else:
+            indices = next((ids for key, ids in asked.items() if is_named(name, [key])), None)
+        if indices is None or _inside_adapter(model, name):
+            continue
+        rows = getattr(module, "weight", torch.empty(0)).shape[0]
+        if max(indices) >= rows:
+            raise MiniloraError(
+                f"trainable_token_indices: {max(indices)} is outside {name!r}, which has {rows} rows"
+            )
+        found[name] = indices
+    missing = (
+        []
+        if isinstance(asked, list)
+        else [k for k in asked if not any(is_named(n, [k]) for n in found)]
+    )
+    if missing or not found:
+        raise MiniloraError(f"trainable_token_indices: this model has no embedding {missing or ''}")
+    get_output = getattr(model, "get_output_embeddings", None)
+    output = get_output() if get_output is not None else None
+    if output is not None and any(model.get_submodule(n).weight is output.weight for n in found):
+        raise MiniloraError(
+            "trainable_token_indices: the output layer shares the embeddings' weight (tie_word_embeddings), "
+            "which is not supported: set it to False in the model's config first"
+        )
+    return found
+
+
 def is_target(name: str, config: LoraConfig) -> bool:
     """Whether target_modules, layers_to_transform and layers_pattern together select module `name`."""
     targets = config.target_modules
@@ -216,7 +261,7 @@ def _inside_adapter(model: nn.Module, name: str) -> bool:
     # The parts of an adapter that is already there are not modules of the user's model.
     parent = name.rpartition(".")[0]
     while parent:
-        if isinstance(model.get_submodule(parent), (LoRALinear, LoRAEmbedding)):
+        if isinstance(model.get_submodule(parent), (LoRALinear, LoRAEmbedding, TrainableTokens)):
             return True
         parent = parent.rpartition(".")[0]
     return False

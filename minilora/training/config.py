@@ -45,6 +45,7 @@ class TrainConfig:
     # fmt: off
     model_name_or_path: str | None = option(None, "model", "a directory or hub id; by default the packaged MiniLM", CHECKED)
     model_revision: str | None = option(None, "model", "branch, tag or commit of a hub id", CHECKED)
+    on_adapter: str = option("continue", "model", "when the model is an adapter directory: go on training that adapter, or merge it and train a new one", choices=("continue", "merge"))
     task: str = option("sequence_classification", "model", "what the head predicts", choices=TASKS)
 
     train_file: str | None = option(None, "data", "csv, tsv, json or jsonl; by default the packaged sentences", CHECKED)

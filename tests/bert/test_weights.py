@@ -1,6 +1,8 @@
 """What a model's name means, and what is checked when its weights are loaded."""
 
 import importlib.util
+import json
+import os
 import shutil
 
 import pytest
@@ -12,10 +14,10 @@ from minilora import MiniloraError
 from minilora.bert.weights import (
     PACKAGE,
     load_classifier,
+    locate,
     longest_input,
     model_fingerprint,
     packaged_model,
-    resolve_model,
 )
 from tests.conftest import tiny_classifier, tiny_config
 
@@ -84,21 +86,83 @@ def test_weights_are_float32_whatever_the_file_holds(tmp_path):
 )
 def test_a_name_that_leads_nowhere_is_refused(name, message):
     with pytest.raises(MiniloraError, match=message):
-        load_classifier(resolve_model(name), None, ["a", "b"], CLASSIFY)
+        load_classifier(locate(name).location, None, ["a", "b"], CLASSIFY)
 
 
-def test_a_directory_that_holds_no_model_says_what_is_missing(tmp_path):
-    with pytest.raises(MiniloraError, match="has no config.json"):
-        resolve_model(str(tmp_path))
-    (tmp_path / "adapter_config.json").write_text("{}")
-    with pytest.raises(MiniloraError, match="holds an adapter, not a model"):
-        resolve_model(str(tmp_path))
+def test_a_directory_that_holds_nothing_usable_says_what_was_looked_for(tmp_path):
+    with pytest.raises(
+        MiniloraError, match=r"no config\.json: looked for .*adapter_config\.json.*bin"
+    ):
+        locate(str(tmp_path))
     (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(MiniloraError, match=r"no weights: none of model\.safetensors"):
-        resolve_model(str(tmp_path))
+    with pytest.raises(MiniloraError, match=r"no weights: looked for .*model\.safetensors"):
+        locate(str(tmp_path))
     (tmp_path / "file").write_text("")
     with pytest.raises(MiniloraError, match="is a file"):
-        resolve_model(str(tmp_path / "file"))
+        locate(str(tmp_path / "file"))
+
+
+def test_a_model_beside_an_adapter_is_ambiguous(tiny_model, tmp_path):
+    """HF Trainer loads the model and ignores the adapter."""
+    shutil.copytree(tiny_model, tmp_path / "both")
+    (tmp_path / "both" / "adapter_config.json").write_text("{}")
+    with pytest.raises(MiniloraError, match="holds both an adapter .* and a model"):
+        locate(str(tmp_path / "both"))
+
+
+def formats(tmp_path):
+    """The same model in every layout that transformers reads: name -> directory."""
+    model = BertModel(tiny_config())
+    found = {
+        name: tmp_path / name for name in ("one", "sharded", "pickled", "pickled shards", "all")
+    }
+    model.save_pretrained(found["one"])
+    model.save_pretrained(found["sharded"], max_shard_size="20KB")
+    for name in ("pickled", "pickled shards"):
+        found[name].mkdir()
+        shutil.copy(found["one"] / "config.json", found[name])
+    tensors = model.state_dict()
+    torch.save(tensors, found["pickled"] / "pytorch_model.bin")
+    half = sorted(tensors)[: len(tensors) // 2]
+    parts = {"part-1.bin": half, "part-2.bin": [name for name in tensors if name not in half]}
+    for part, names in parts.items():
+        torch.save({name: tensors[name] for name in names}, found["pickled shards"] / part)
+    index = {name: part for part, names in parts.items() for name in names}
+    (found["pickled shards"] / "pytorch_model.bin.index.json").write_text(
+        json.dumps({"metadata": {}, "weight_map": index})
+    )
+    shutil.copytree(found["one"], found["all"])
+    shutil.copy(found["pickled"] / "pytorch_model.bin", found["all"])
+    return found
+
+
+def test_every_layout_of_the_weights_is_the_same_model(tmp_path):
+    found = formats(tmp_path)
+    assert (found["sharded"] / "model.safetensors.index.json").exists()
+    fingerprints = set()
+    for directory in found.values():
+        model, _ = load_classifier(locate(str(directory)).location, None, ["a", "b"], CLASSIFY)
+        fingerprints.add(model_fingerprint(model))
+    assert len(fingerprints) == 1
+
+
+def test_what_was_found_is_said_with_what_was_passed_over(tmp_path):
+    found = formats(tmp_path)
+    assert locate(str(found["one"])).description.endswith("(model.safetensors)")
+    passed_over = "(model.safetensors, not pytorch_model.bin)"
+    assert locate(str(found["all"])).description.endswith(passed_over)
+
+
+def test_pickled_weights_cannot_run_code(tmp_path):
+    class Payload:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "ran"),)
+
+    directory = formats(tmp_path)["pickled"]
+    torch.save({"weight": Payload()}, directory / "pytorch_model.bin")
+    with pytest.raises(MiniloraError, match="cannot be loaded"):
+        load_classifier(str(directory), None, ["a", "b"], CLASSIFY)
+    assert not (tmp_path / "ran").exists()
 
 
 def test_the_fingerprint_is_of_the_encoder_alone(tmp_path):

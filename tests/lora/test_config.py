@@ -96,6 +96,8 @@ def test_bookkeeping_is_preserved():
         ({"rank_pattern": {"query": 0}}, "every rank must be 1 or more"),
         ({"layers_pattern": "layer"}, "layers_pattern is set without layers_to_transform"),
         ({"target_modules": ".*q", "layers_to_transform": 1}, "needs target_modules as a list"),
+        ({"trainable_token_indices": [1, 1]}, "a list of distinct token ids"),
+        ({"trainable_token_indices": {"word_embeddings": []}}, "a list of distinct token ids"),
         ({"lora_bias": True, "use_dora": True}, "cannot be combined with use_dora"),
         ({"lora_bias": True, "init_lora_weights": "pissa"}, "lora_bias=True needs"),
     ],

@@ -55,6 +55,8 @@ CASES = {
     "pissa_niter_4": {"init_lora_weights": "pissa_niter_4"},
     "dora": {"use_dora": True},
     "dora with dropout": {"use_dora": True, "lora_dropout": 0.1},
+    "trainable tokens": {"trainable_token_indices": [1, 5, 30]},
+    "trainable tokens by name": {"trainable_token_indices": {"token_type_embeddings": [1]}},
     "embedding": {"target_modules": ["word_embeddings", "query"]},
     "embedding dora": {"target_modules": ["word_embeddings", "query"], "use_dora": True},
 }
@@ -217,5 +219,38 @@ def test_the_parity_check_can_fail():
     """Negative control: another seed, or one changed value, is noticed."""
     theirs, ours = adapted({})
     perturb(theirs, ours)
-    next(iter(dict(minilora.trainable_parameters(ours)).values())).data[0, 0] += 1e-6
+    next(iter(dict(minilora.trainable_parameters(ours)).values())).data[0, 0] += 1e-3
     assert not torch.equal(first_output(ours.eval()), first_output(theirs.eval()))
+
+
+def test_a_masked_language_model_with_adapted_embeddings_merges_right(tmp_path):
+    """Decoder and embeddings share a weight; PEFT's merged model is silently wrong by whole units."""
+    for targets in (["word_embeddings"], ["decoder"], ["word_embeddings", "decoder"]):
+        model = build(BertForMaskedLM)
+        minilora.add_adapter(
+            model, minilora.LoraConfig(target_modules=targets, init_lora_weights=False)
+        )
+        perturb(model)
+        expected = first_output(model.eval())
+        minilora.merge_adapter(model)
+        torch.testing.assert_close(first_output(model), expected, rtol=1e-5, atol=1e-5)
+        minilora.unmerge_adapter(model)
+        minilora.merge_and_unload(model).save_pretrained(tmp_path / targets[0])
+        again = BertForMaskedLM.from_pretrained(tmp_path / targets[0]).eval()
+        torch.testing.assert_close(first_output(again), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_tokens_tied_to_an_output_layer_are_refused():
+    config = minilora.LoraConfig(trainable_token_indices=[1])
+    with pytest.raises(minilora.MiniloraError, match="shares the embeddings' weight"):
+        minilora.add_adapter(build(BertForMaskedLM), config)
+
+
+@pytest.mark.parametrize(
+    ("indices", "message"),
+    [([99], "99 is outside 'bert.embeddings.word_embeddings'"), ({"nothing": [1]}, "no embedding")],
+)
+def test_tokens_that_are_not_there_are_refused(indices, message):
+    config = minilora.LoraConfig(trainable_token_indices=indices)
+    with pytest.raises(minilora.MiniloraError, match=message):
+        minilora.add_adapter(build(), config)

@@ -20,6 +20,7 @@ VARIANTS = [
     {"target_modules": ["query", "word_embeddings"]},
     {"target_modules": ["query", "word_embeddings"], "use_dora": True},
     {"modules_to_save": ["pooler"]},
+    {"trainable_token_indices": [1, 3]},
 ]
 
 

@@ -1,0 +1,156 @@
+"""Whatever `--model_name_or_path` names: a base, a merged model, an adapter, a run, a checkpoint."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+import minilora
+from minilora import LoraConfig, MiniloraError
+from minilora.fine_tuning import run_fine_tuning
+
+
+def train(tiny_model, sentences, output_dir, lora=None, **changes):
+    values = {
+        "model_name_or_path": str(tiny_model),
+        "train_file": str(sentences[0]),
+        "output_dir": str(output_dir),
+        "max_steps": 3,
+        "learning_rate": 1e-2,
+        "device": "cpu",
+        **changes,
+    }
+    return run_fine_tuning(values, lora or {}, lambda: False)
+
+
+@pytest.fixture(scope="module")
+def first(tmp_path_factory, tiny_model, sentences):
+    """A finished run to start from."""
+    output_dir = tmp_path_factory.mktemp("first") / "out"
+    train(tiny_model, sentences, output_dir, {"r": 4, "lora_dropout": 0.0})
+    return output_dir
+
+
+def adapter(directory):
+    return load_file(directory / "adapter_model.safetensors")
+
+
+def logits(model, tokenizer):
+    batch = tokenizer(["it was good", "so dull and bad"], padding=True, return_tensors="pt")
+    with torch.no_grad():
+        return model.eval()(**batch).logits
+
+
+@pytest.mark.parametrize("part", ["", "checkpoint-3"])
+def test_an_adapter_is_continued_with_its_own_settings(part, first, tmp_path, sentences, capsys):
+    """Zero learning rate: what comes out is bitwise what went in, head included."""
+    train(first / part, sentences, tmp_path / "out", learning_rate=0.0)
+    before, after = adapter(first), adapter(tmp_path / "out")
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["r"] == 4
+    assert ": continued" in capsys.readouterr().err
+
+
+def test_an_adapter_of_pefts_is_continued(tmp_path, tiny_model, sentences):
+    import peft
+
+    base = AutoModelForSequenceClassification.from_pretrained(tiny_model, num_labels=2)
+    theirs = peft.get_peft_model(base, peft.LoraConfig(task_type="SEQ_CLS", r=2))
+    theirs.save_pretrained(tmp_path / "theirs")
+    AutoTokenizer.from_pretrained(tiny_model).save_pretrained(tmp_path / "theirs")
+    train(tmp_path / "theirs", sentences, tmp_path / "out", learning_rate=0.0)
+    before, after = adapter(tmp_path / "theirs"), adapter(tmp_path / "out")
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_a_setting_that_contradicts_the_continued_adapter_is_refused(first, tmp_path, sentences):
+    with pytest.raises(MiniloraError, match="r: 4 -> 16.*--on_adapter merge"):
+        train(first, sentences, tmp_path / "out", {"r": 16})
+    train(first, sentences, tmp_path / "agreeing", {"r": 4})
+
+
+def test_a_merged_adapter_is_the_base_of_a_new_one(first, tmp_path, tiny_model, sentences):
+    """With the new adapter at its start, the model answers as the first run's did."""
+    train(first, sentences, tmp_path / "out", {"r": 2}, on_adapter="merge", learning_rate=0.0)
+    assert adapter(tmp_path / "out")[
+        "base_model.model.bert.encoder.layer.0.attention.self.query.lora_A.weight"
+    ].shape == (2, 32)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    expected = AutoModelForSequenceClassification.from_pretrained(tiny_model, num_labels=2)
+    minilora.load_adapter(expected, first)
+    found = AutoModelForSequenceClassification.from_pretrained(tiny_model, num_labels=2)
+    minilora.load_adapter(found, first)
+    minilora.merge_and_unload(found)
+    minilora.load_adapter(found, tmp_path / "out")
+    torch.testing.assert_close(logits(found, tokenizer), logits(expected, tokenizer))
+
+
+def test_a_continued_run_resumes_bitwise(first, tmp_path, sentences):
+    settings = {"max_steps": 6, "logging_steps": 1, "save_strategy": "steps", "save_steps": 2}
+    train(first, sentences, tmp_path / "whole", **settings)
+    train(first, sentences, tmp_path / "part", **settings)
+    for step in (4, 6):
+        shutil.rmtree(tmp_path / "part" / f"checkpoint-{step}")
+    run_fine_tuning({"resume_from_checkpoint": str(tmp_path / "part")}, {}, lambda: False)
+    whole, part = adapter(tmp_path / "whole"), adapter(tmp_path / "part")
+    assert all(torch.equal(whole[name], part[name]) for name in whole)
+
+
+def test_a_merged_model_is_a_base_like_any_other(first, tmp_path, tiny_model, sentences, capsys):
+    """Saved by transformers, its trained head is kept: nothing is drawn anew."""
+    model = AutoModelForSequenceClassification.from_pretrained(tiny_model, num_labels=2)
+    minilora.load_adapter(model, first)
+    minilora.merge_and_unload(model)
+    model.save_pretrained(tmp_path / "merged")
+    AutoTokenizer.from_pretrained(tiny_model).save_pretrained(tmp_path / "merged")
+    train(tmp_path / "merged", sentences, tmp_path / "out")
+    assert "new: -" in capsys.readouterr().err
+
+
+def test_trainers_checkpoint_of_a_full_fine_tune_is_a_base(tmp_path, tiny_model, sentences):
+    from transformers import Trainer, TrainingArguments
+
+    model = AutoModelForSequenceClassification.from_pretrained(tiny_model, num_labels=2)
+    arguments = TrainingArguments(str(tmp_path / "full"), report_to=[], use_cpu=True)
+    trainer = Trainer(model, arguments, processing_class=AutoTokenizer.from_pretrained(tiny_model))
+    trainer.save_model(str(tmp_path / "full"))
+    assert (tmp_path / "full" / "training_args.bin").exists()
+    assert train(tmp_path / "full", sentences, tmp_path / "out").global_step == 3
+
+
+def test_an_adapter_whose_base_is_gone_says_where_it_was_looked_for(first, tmp_path, sentences):
+    shutil.copytree(first, tmp_path / "moved")
+    path = tmp_path / "moved" / "adapter_config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps({**config, "base_model_name_or_path": "/gone/away"}))
+    with pytest.raises(
+        MiniloraError, match="names the base model '/gone/away': .*no such directory"
+    ):
+        train(tmp_path / "moved", sentences, tmp_path / "out")
+    path.write_text(json.dumps({**config, "base_model_name_or_path": None}))
+    with pytest.raises(MiniloraError, match="does not name its base model"):
+        train(tmp_path / "moved", sentences, tmp_path / "out")
+
+
+def test_an_adapter_with_another_number_of_labels_is_refused(first, tmp_path):
+    path = tmp_path / "three.tsv"
+    path.write_text("text\tlabel\n" + "".join(f"good\t{i % 3}\n" for i in range(12)))
+    with pytest.raises(
+        MiniloraError, match=r"classifier\.weight has shape \(2, 32\), the model expects \(3, 32\)"
+    ):
+        train(first, (path, path), tmp_path / "out")
+
+
+def test_lora_config_is_not_needed_to_continue(first, tmp_path, sentences):
+    """In the library, too: passing the adapter's own settings agrees."""
+    from minilora import TrainConfig, fine_tune
+
+    config = TrainConfig(
+        model_name_or_path=str(first), train_file=str(sentences[0]), max_steps=1,
+        output_dir=str(tmp_path / "out"), device="cpu",
+    )  # fmt: skip
+    assert fine_tune(config).global_step == 1
+    assert LoraConfig().r == 8

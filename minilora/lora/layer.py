@@ -332,7 +332,9 @@ class TrainableTokens(nn.Module):
         """Add the rows of one adapter. Draws nothing."""
         rows = self.base_layer.weight.detach()[indices]
         # Trained in float32 over a bfloat16 embedding, as PEFT does.
-        self.trainable_tokens_delta[adapter_name] = nn.Parameter(rows.float())
+        self.trainable_tokens_delta[adapter_name] = nn.Parameter(
+            rows.to(torch.promote_types(rows.dtype, torch.float32))
+        )
         self.token_indices[adapter_name] = indices
 
     def forward(self, ids: Tensor) -> Tensor:

@@ -140,7 +140,7 @@ def test_dashes_and_underscores_are_the_same_flag(tiny_model, sentences, tmp_pat
         (["--train_file", "nowhere.tsv"], "nowhere.tsv cannot be read"),
         (["--train_file", "data.txt"], "suffix '.txt'"),
         (["--resume_from_checkpoint", "nowhere"], "there is no such directory"),
-        (["--resume_from_checkpoint", "."], "neither a checkpoint-<step> nor a run.json"),
+        (["--resume_from_checkpoint", "."], "neither a complete checkpoint-<step> nor a run.json"),
         (["--model_name_or_path", "./nowhere"], "there is no such directory"),
     ],
 )

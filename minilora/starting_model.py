@@ -1,0 +1,116 @@
+"""The model a run starts from: a base, or an adapter to continue or to merge into its base."""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from minilora.bert import tasks, weights
+from minilora.errors import MiniloraError
+from minilora.lora.adapter_files import find_adapter, load_adapter, read_config
+from minilora.lora.config import LoraConfig
+from minilora.lora.inject import add_adapter
+from minilora.lora.merge import merge_and_unload
+from minilora.training.config import LORA_DEFAULTS, TrainConfig
+from minilora.training.progress import say
+from minilora.training.resume import changes
+
+
+@dataclass(frozen=True)
+class StartingModel:
+    """A loaded model before the run's adapter is attached."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    sha256: str
+    """Fingerprint of its encoder."""
+    base: weights.Located
+    adapter: weights.Located | None
+    """The adapter directory it was given as, if it was one."""
+    new_tensors: list[str]
+    """What the checkpoint lacked and was drawn: usually the head."""
+
+
+def new_lora_config(config: TrainConfig, lora_arguments: dict[str, Any]) -> LoraConfig:
+    """The adapter to train: as asked, or, when an adapter directory is continued, as its file says.
+
+    Raises:
+        MiniloraError: an argument contradicts the adapter that is to be continued.
+    """
+    found = weights.locate(config.model_name_or_path)
+    if not found.is_adapter or config.on_adapter == "merge":
+        given = {**LORA_DEFAULTS, **lora_arguments, "task_type": tasks.PEFT_TASK_TYPE}
+        return LoraConfig(**given)
+    stored = read_config(find_adapter(found.location))
+    refused = changes(stored, lora_arguments, ignored=("task_type",))
+    if refused:
+        raise MiniloraError(
+            f"{found.location} is to be continued and its adapter has other settings: "
+            f"{', '.join(refused)}; leave them out, or use --on_adapter merge for a new adapter"
+        )
+    return dataclasses.replace(stored, inference_mode=False)
+
+
+def load_model(config: TrainConfig, labels: list[str] | None) -> StartingModel:
+    """Load what `model_name_or_path` names, its base if that is an adapter, merged if so asked."""
+    found = weights.locate(config.model_name_or_path)
+    base = base_of(found) if found.is_adapter else found
+    model, new_tensors = weights.load_classifier(
+        base.location, config.model_revision, labels, config.task
+    )
+    tokenizer = weights.load_tokenizer(base.location, config.model_revision)
+    if found.is_adapter and config.on_adapter == "merge":
+        load_adapter(model, found.location)
+        merge_and_unload(model)
+    sha256 = weights.model_fingerprint(model)
+    return StartingModel(
+        model, tokenizer, sha256, base, found if found.is_adapter else None, new_tensors
+    )
+
+
+def attach_adapter(start: StartingModel, on_adapter: str, lora_config: LoraConfig) -> None:
+    """A new adapter, or the one that is to be continued, trainable."""
+    if start.adapter is not None and on_adapter == "continue":
+        load_adapter(start.model, start.adapter.location, is_trainable=True)
+    else:
+        add_adapter(start.model, lora_config)
+
+
+def describe_start(start: StartingModel, on_adapter: str, output_dir: str) -> None:
+    """Say what is about to be trained, with PEFT's line on trainable parameters."""
+    new = ", ".join(start.new_tensors) or "-"
+    say(f"model: {start.base.description}, a {type(start.model).__name__}; new: {new}")
+    if start.adapter is not None:
+        done = "continued" if on_adapter == "continue" else "merged into it"
+        say(f"{start.adapter.description}: {done}")
+    say(trainable_line(start.model))
+    say(f"output: {output_dir}")
+
+
+def trainable_line(model: nn.Module) -> str:
+    """PEFT's `print_trainable_parameters`."""
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    total = sum(p.numel() for p in model.parameters())
+    share = 100 * trainable / total
+    return f"trainable params: {trainable:,} || all params: {total:,} || trainable%: {share:.4f}"
+
+
+def base_of(adapter: weights.Located) -> weights.Located:
+    """The model that an adapter directory was trained on, as its config names it.
+
+    Raises:
+        MiniloraError: it names none, or there is none where it says.
+    """
+    directory = find_adapter(adapter.location)
+    name = read_config(directory).base_model_name_or_path
+    if not name:
+        raise MiniloraError(f"{directory} does not name its base model (base_model_name_or_path)")
+    try:
+        base = weights.locate(name)
+    except MiniloraError as error:
+        raise MiniloraError(f"{directory} names the base model {name!r}: {error}") from None
+    if base.is_adapter:
+        raise MiniloraError(f"{directory} names as its base model {name!r}, which is an adapter")
+    return base

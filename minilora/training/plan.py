@@ -1,0 +1,90 @@
+"""What the arguments mean for the loop: when things happen, with which optimizer, saved how."""
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim.lr_scheduler import LRScheduler
+
+from minilora.training.checkpoint import rotate_checkpoints, save_checkpoint, sorted_checkpoints
+from minilora.training.config import TrainConfig
+from minilora.training.loop import Cadence, TrainState, is_finished
+from minilora.training.optim import build_optimizer, build_scheduler
+from minilora.training.progress import say
+from minilora.training.trainer_files import trainer_state
+
+
+def plan_cadence(config: TrainConfig, examples: int, validates: bool) -> Cadence:
+    """When to log, evaluate, save and end, in optimizer steps."""
+    batches = math.ceil(examples / config.per_device_train_batch_size)
+    steps_per_epoch = math.ceil(batches / config.gradient_accumulation_steps)
+    by_epochs = math.ceil(config.num_train_epochs * steps_per_epoch)
+    eval_strategy = config.eval_strategy or ("epoch" if validates else "no")
+    return Cadence(
+        max_steps=config.max_steps if config.max_steps > 0 else by_epochs,
+        steps_per_epoch=steps_per_epoch,
+        batches_per_epoch=batches,
+        batches_per_step=config.gradient_accumulation_steps,
+        logging_steps=config.logging_steps,
+        eval_steps=(config.eval_steps or config.logging_steps) if eval_strategy == "steps" else 0,
+        eval_each_epoch=eval_strategy == "epoch",
+        save_steps=config.save_steps if config.save_strategy == "steps" else 0,
+        save_each_epoch=config.save_strategy == "epoch",
+        best_metric=config.best_metric(),
+        best_is_greatest=config.best_is_greatest(),
+        early_stopping_patience=config.early_stopping_patience,
+    )
+
+
+def build_optimisation(
+    config: TrainConfig, model: nn.Module, max_steps: int
+) -> tuple[torch.optim.Optimizer, LRScheduler]:
+    """AdamW over the trainable parameters, and its schedule."""
+    betas = (config.adam_beta1, config.adam_beta2)
+    optimizer = build_optimizer(
+        model, config.learning_rate, config.weight_decay, betas, config.adam_epsilon
+    )
+    return optimizer, build_scheduler(
+        optimizer, config.lr_scheduler_type, config.warmup_steps, max_steps
+    )
+
+
+def saver(
+    config: TrainConfig,
+    cadence: Cadence,
+    output_dir: Path,
+    run: dict[str, Any],
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    scheduler: LRScheduler,
+) -> Callable[[TrainState], None]:
+    """A function that writes a checkpoint of a state, and then deletes what is over the limit.
+
+    When the disk is full, an older checkpoint is still there and the run is not over, it warns and
+    lets the run go on.
+    """
+    epochs = math.ceil(cadence.max_steps / cadence.steps_per_epoch)
+
+    def save(state: TrainState) -> None:
+        best = (
+            None if state.best_step is None else str(output_dir / f"checkpoint-{state.best_step}")
+        )
+        for_trainer = trainer_state(
+            state, cadence, epochs, config.per_device_train_batch_size, best
+        )
+        try:
+            save_checkpoint(output_dir, model, optimizer, scheduler, state, for_trainer, run)
+        except OSError as error:
+            if is_finished(state, cadence) or not sorted_checkpoints(output_dir):
+                raise
+            say(
+                f"warning: no checkpoint at step {state.global_step}: {error.strerror}; training goes on"
+            )
+            return
+        if config.save_total_limit is not None:
+            rotate_checkpoints(output_dir, config.save_total_limit, state.best_step)
+
+    return save

@@ -26,10 +26,9 @@ from minilora.lora.adapter_files import load_adapter, save_adapter
 from minilora.lora.config import LoraConfig
 from minilora.starting_model import attach_adapter, describe_start, load_model, new_lora_config
 from minilora.training.config import TrainConfig
+from minilora.training.evaluation import Batch, evaluate_model
 from minilora.training.loop import (
-    Batch,
     TrainState,
-    evaluate_model,
     example_shares,
     fit,
     is_finished,

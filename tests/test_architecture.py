@@ -124,3 +124,19 @@ def test_every_public_name_resolves():
 
     for name in minilora.__all__:
         assert getattr(minilora, name).__name__ == name
+
+
+def test_the_readme_names_every_room_with_a_phrase():
+    """The tree in the README is the map: no file is missing there, none is listed that is gone."""
+    readme = (PACKAGE.parent / "README.md").read_text()
+    tree = readme.split("    minilora/\n", 1)[1].split("\n\n", 1)[0]
+    listed, folder = set(), ""
+    for line in tree.splitlines():
+        name, _, phrase = line.strip().partition(" ")
+        assert phrase.strip(), f"no phrase for {name}"
+        if name.endswith("/"):
+            folder = name
+        elif name.endswith(".py"):
+            listed.add((folder if line.startswith(" " * 8) else "") + name)
+    rooms = {str(path.relative_to(PACKAGE)) for path in ROOMS if path.stem != "__init__"}
+    assert listed == rooms

@@ -14,7 +14,8 @@ import torch
 from torch import nn
 
 from minilora.errors import MiniloraError
-from minilora.lora.layer import LoRAEmbedding, LoRALinear
+from minilora.lora.embedding import LoRAEmbedding
+from minilora.lora.layer import LoRALinear
 from minilora.lora.variants import weight_norm
 
 

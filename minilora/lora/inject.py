@@ -13,14 +13,10 @@ from torch import Tensor, nn
 
 from minilora.errors import MiniloraError
 from minilora.lora.config import LoraConfig
+from minilora.lora.embedding import LoRAEmbedding, TrainableTokens
 from minilora.lora.initialise import initialise_embedding, initialise_linear, initialise_magnitude
-from minilora.lora.layer import (
-    AdapterLayer,
-    LoRAEmbedding,
-    LoRALinear,
-    ModulesToSave,
-    TrainableTokens,
-)
+from minilora.lora.layer import LoRALinear
+from minilora.lora.modules_to_save import ModulesToSave
 from minilora.lora.targets import (
     TASK_HEADS,
     available_modules,
@@ -30,6 +26,8 @@ from minilora.lora.targets import (
     target_names,
     trainable_tokens,
 )
+
+AdapterLayer = LoRALinear | LoRAEmbedding | TrainableTokens
 
 
 @dataclass

@@ -12,12 +12,13 @@ from torch import Tensor, nn
 
 from minilora.errors import MiniloraError
 from minilora.lora.inject import (
+    AdapterLayer,
     adapter_layers,
     adapters_of,
     replace_module,
     restore_plain_model,
 )
-from minilora.lora.layer import AdapterLayer, ModulesToSave
+from minilora.lora.modules_to_save import ModulesToSave
 
 
 def merge_adapter(

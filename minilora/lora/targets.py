@@ -15,7 +15,8 @@ from torch import nn
 
 from minilora.errors import MiniloraError
 from minilora.lora.config import LoraConfig
-from minilora.lora.layer import LoRAEmbedding, LoRALinear, TrainableTokens
+from minilora.lora.embedding import LoRAEmbedding, TrainableTokens
+from minilora.lora.layer import LoRALinear
 
 # config.model_type -> modules adapted when target_modules is None: the attention's query and value,
 # as in section 4.2 of the paper. Where PEFT has an entry (its

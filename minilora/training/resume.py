@@ -12,11 +12,9 @@ from minilora.errors import MiniloraError
 from minilora.lora.adapter_files import read_config
 from minilora.lora.config import LoraConfig, config_from_dict
 from minilora.training.checkpoint import (
-    environment,
     is_trainer_checkpoint,
     load_checkpoint,
     load_trainer_checkpoint,
-    verify,
 )
 from minilora.training.config import (
     TrainConfig,
@@ -25,6 +23,7 @@ from minilora.training.config import (
     train_config_from_dict,
 )
 from minilora.training.loop import Cadence, TrainState
+from minilora.training.manifest import environment, verify
 from minilora.training.progress import say
 from minilora.training.run import ResumePoint, clear_way, write_run
 from minilora.training.trainer_files import recorded_arguments

@@ -12,13 +12,8 @@ from typing import Any
 
 from minilora.durable import is_leftover, set_aside, write_file
 from minilora.errors import MiniloraError
-from minilora.training.checkpoint import (
-    CHECKPOINT,
-    MANIFEST_NAME,
-    is_trainer_checkpoint,
-    sorted_checkpoints,
-    verify,
-)
+from minilora.training.checkpoint import CHECKPOINT, is_trainer_checkpoint, sorted_checkpoints
+from minilora.training.manifest import MANIFEST_NAME, verify
 from minilora.training.trainer_files import read_progress
 
 RUN_NAME = "run.json"

@@ -8,10 +8,10 @@ import torch
 from torch import nn
 
 from minilora import MiniloraError
+from minilora.training.evaluation import evaluate_model
 from minilora.training.loop import (
     Cadence,
     TrainState,
-    evaluate_model,
     example_shares,
     fit,
     trainer_shares,

@@ -23,7 +23,12 @@ INTERRUPTED = 128  # plus the signal's number, as shells count
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser whose complaint is one line: `error: ...`, exit code 2."""
+    """An argument parser whose complaint is one line, `error: ...`, with exit code 2, and to which
+    `--learning-rate` and `--learning_rate` are the same flag.
+    """
+
+    def parse_args(self, args: list[str]) -> argparse.Namespace:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return super().parse_args([_with_underscores(argument) for argument in args])
 
     def error(self, message: str) -> typing.NoReturn:
         # A newline inside a value must not break the one line.
@@ -39,8 +44,7 @@ def add_fields(
 ) -> None:
     """One flag for each field of dataclass `config` that has a help text, under its own name.
 
-    `--learning-rate` and `--learning_rate` are the same flag; lists are separated by spaces; a
-    boolean flag alone means true. A flag that is not given leaves no trace in the namespace, so
+    Lists are separated by spaces; a boolean flag alone means true. A flag that is not given leaves no trace in the namespace, so
     that a resume can tell what was asked.
     """
     hints = typing.get_type_hints(config)
@@ -53,16 +57,13 @@ def add_fields(
         section = groups.setdefault(
             title, parser.add_argument_group(title) if title not in groups else None
         )
-        names = dict.fromkeys([f"--{field.name}", f"--{field.name.replace('_', '-')}"])
         default = (defaults or {}).get(field.name, field.default)
         shown = "" if default in (None, False, dataclasses.MISSING) else f" (default: {default})"
         section.add_argument(
-            *names,
-            dest=field.name,
+            f"--{field.name}",
             default=argparse.SUPPRESS,
-            choices=field.metadata.get("choices"),
             help=(help_text + shown).replace("%", "%%"),
-            **_value_options(field.name, hints[field.name]),
+            **_value_options(field.name, hints[field.name], field.metadata.get("choices")),
         )
 
 
@@ -119,10 +120,19 @@ def stop_signals() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-def _value_options(name: str, hint: Any) -> dict[str, Any]:
+def _with_underscores(argument: str) -> str:
+    if not argument.startswith("--"):
+        return argument
+    flag, equals, value = argument.partition("=")
+    return "--" + flag[2:].replace("-", "_") + equals + value
+
+
+def _value_options(name: str, hint: Any, choices: tuple[str, ...] | None) -> dict[str, Any]:
     """argparse's options for a field's type: int, float, str, bool, lists of them, unions, JSON
     objects.
     """
+    if choices is not None:
+        return {"choices": choices}
     kinds = set(typing.get_args(hint)) if isinstance(hint, types.UnionType) else {hint}
     kinds.discard(type(None))
     origins = {typing.get_origin(kind) for kind in kinds}

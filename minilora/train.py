@@ -47,6 +47,7 @@ def parse_arguments(arguments: list[str]) -> tuple[dict[str, Any], dict[str, Any
     """The given flags of the run and of the adapter, by field name; flags not given are absent."""
     parser = Parser(
         prog="python -m minilora.train",
+        usage="%(prog)s [flags]",
         description="Fine-tune a BERT with LoRA. Without any flag: the packaged sentences and model.",
         allow_abbrev=False,
     )

@@ -67,7 +67,7 @@ class TrainConfig:
 
     num_train_epochs: float = option(3.0, "training", "passes over the training set")
     max_steps: int = option(-1, "training", "optimizer steps in all; overrides num_train_epochs when above 0")
-    per_device_train_batch_size: int = option(32, "training", "examples in a batch")
+    per_device_train_batch_size: int = option(16, "training", "examples in a batch")
     gradient_accumulation_steps: int = option(1, "training", "batches in an optimizer step")
     learning_rate: float = option(1e-3, "training", "AdamW's peak learning rate")
     lr_scheduler_type: str = option("linear", "training", "course of the learning rate", choices=SCHEDULES)

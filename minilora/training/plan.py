@@ -79,7 +79,11 @@ def saver(
             save_checkpoint(output_dir, model, optimizer, scheduler, state, for_trainer, run)
         except OSError as error:
             if is_finished(state, cadence) or not sorted_checkpoints(output_dir):
-                raise
+                advice = (
+                    f"{error.strerror}; no older checkpoint is lost: make room, then "
+                    f"--resume_from_checkpoint {output_dir}"
+                )
+                raise OSError(error.errno, advice, str(output_dir)) from error
             say(
                 f"warning: no checkpoint at step {state.global_step}: {error.strerror}; training goes on"
             )

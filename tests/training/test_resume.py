@@ -5,6 +5,7 @@ so, and SIGKILL, after which it cannot. Negative controls drop one part of a che
 and must see the comparison fail.
 """
 
+import contextlib
 import json
 import os
 import signal
@@ -389,6 +390,41 @@ def test_two_runs_cannot_share_a_directory(tmp_path, tiny_model, sentences):
     with exclusive(tmp_path / "run"), pytest.raises(MiniloraError, match="in use by another run"):
         fine_tune(TrainConfig(resume_from_checkpoint=str(tmp_path / "run")))
     fine_tune(TrainConfig(resume_from_checkpoint=str(tmp_path / "run")))
+
+
+def test_a_save_that_fails_does_not_end_the_run_if_an_older_checkpoint_is_there(
+    tmp_path, capsys, tiny_model, sentences, uninterrupted
+):
+    """The disk refuses files for a while: a warning, no litter, and the numbers are the same."""
+    from tests.test_durable import largest_file
+
+    values = arguments(tiny_model, sentences, output_dir=str(tmp_path / "run"), save_steps=2)
+    checkpoint = tmp_path / "run" / "checkpoint-2"
+    with contextlib.ExitStack() as refusing:
+        steps = iter(range(1, 1000))
+
+        def tick():
+            step = next(steps)
+            if step == 4:
+                refusing.enter_context(largest_file(10_000))
+            if step == 8:
+                refusing.close()
+            return False
+
+        run_fine_tuning(values, {}, tick)
+    warnings = capsys.readouterr().err
+    assert "no checkpoint at step 4: File too large; training goes on" in warnings
+    assert checkpoint.exists() and not (tmp_path / "run" / "checkpoint-4").exists()
+    assert not [p for p in (tmp_path / "run").iterdir() if p.name.startswith(".tmp-")]
+    assert_same_run(tmp_path / "run", uninterrupted)
+
+
+def test_a_first_or_final_save_that_fails_is_an_error(tmp_path, tiny_model, sentences):
+    from tests.test_durable import largest_file
+
+    values = arguments(tiny_model, sentences, output_dir=str(tmp_path / "run"), save_steps=2)
+    with largest_file(10_000), pytest.raises(OSError, match="File too large"):
+        run_fine_tuning(values, {}, lambda: False)
 
 
 def test_fine_tune_works_in_a_thread_and_leaves_signals_alone(tmp_path, tiny_model, sentences):

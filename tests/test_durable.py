@@ -1,0 +1,126 @@
+"""Files and directories that are complete or do not exist, under real refusals of the system."""
+
+import contextlib
+import multiprocessing
+import os
+import resource
+
+import pytest
+
+from minilora import MiniloraError
+from minilora.durable import (
+    commit_directory,
+    exclusive,
+    is_leftover,
+    remove_directory,
+    set_aside,
+    sweep_leftovers,
+    write_file,
+)
+
+
+@contextlib.contextmanager
+def largest_file(size: int):
+    """The kernel refuses to write any file beyond `size` bytes, as a full disk would (EFBIG)."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def names(directory):
+    return sorted(path.name for path in directory.iterdir())
+
+
+def test_a_file_is_replaced_or_left_as_it_was(tmp_path):
+    path = tmp_path / "file"
+    write_file(path, b"old")
+    with largest_file(1000), pytest.raises(OSError, match="File too large"):
+        write_file(path, b"new" * 1000)
+    assert path.read_bytes() == b"old" and names(tmp_path) == ["file"]
+    write_file(path, b"new")
+    assert path.read_bytes() == b"new" and names(tmp_path) == ["file"]
+
+
+def test_a_directory_that_cannot_be_written_whole_does_not_exist(tmp_path):
+    with largest_file(1000), pytest.raises(OSError, match="File too large"):
+        commit_directory(tmp_path / "checkpoint-2", {"small": b"1", "large": b"2" * 5000})
+    assert names(tmp_path) == []
+
+
+def test_a_failed_replacement_leaves_the_old_directory(tmp_path):
+    commit_directory(tmp_path / "checkpoint-2", {"a": b"old"})
+    with largest_file(1000), pytest.raises(OSError, match="File too large"):
+        commit_directory(tmp_path / "checkpoint-2", {"a": b"2" * 5000})
+    assert names(tmp_path) == ["checkpoint-2"]
+    assert (tmp_path / "checkpoint-2" / "a").read_bytes() == b"old"
+
+
+def test_a_directory_can_be_replaced(tmp_path):
+    commit_directory(tmp_path / "checkpoint-2", {"a": b"old", "b": b"gone"})
+    commit_directory(tmp_path / "checkpoint-2", {"a": b"new"})
+    assert names(tmp_path) == ["checkpoint-2"] and names(tmp_path / "checkpoint-2") == ["a"]
+
+
+def test_nothing_is_written_through_a_link_that_lies_in_wait(tmp_path, monkeypatch):
+    """The temporary name is drawn at random; even if it were guessed, O_EXCL refuses it."""
+    import uuid
+
+    monkeypatch.setattr(uuid, "uuid4", lambda: uuid.UUID(int=0))
+    victim = tmp_path / "victim"
+    victim.write_text("precious")
+    (tmp_path / ".tmp-file-00000000").symlink_to(victim)
+    with pytest.raises(FileExistsError):
+        write_file(tmp_path / "file", b"data")
+    assert victim.read_text() == "precious"
+
+
+def test_leftovers_are_swept_and_nothing_else(tmp_path):
+    kept = [".tmp-mine", "checkpoint-1", ".invalid-checkpoint-2-0123abcd", ".hidden", "run.json"]
+    gone = [".tmp-checkpoint-2-0123abcd", ".trash-checkpoint-1-89abcdef"]
+    for name in kept + gone:
+        (tmp_path / name).mkdir()
+    (tmp_path / ".tmp-run.json-01234567").write_text("half")
+    sweep_leftovers(tmp_path)
+    assert names(tmp_path) == sorted(kept)
+    assert is_leftover(".minilora.lock") and not is_leftover("run.json")
+
+
+def test_what_is_removed_or_set_aside_is_out_of_sight(tmp_path):
+    for name in ("checkpoint-1", "checkpoint-2"):
+        commit_directory(tmp_path / name, {"a": b"1"})
+    remove_directory(tmp_path / "checkpoint-1")
+    aside = set_aside(tmp_path / "checkpoint-2", "invalid")
+    assert names(tmp_path) == [aside.name] and aside.name.startswith(".invalid-checkpoint-2-")
+
+
+def hold(directory, held, release):
+    with exclusive(directory):
+        held.set()
+        release.wait(30)
+
+
+def test_a_directory_has_one_holder_and_a_dead_one_is_not_in_the_way(tmp_path):
+    context = multiprocessing.get_context("spawn")
+    held, release = context.Event(), context.Event()
+    process = context.Process(target=hold, args=(tmp_path, held, release))
+    process.start()
+    assert held.wait(60)
+    with pytest.raises(MiniloraError, match="in use by another run"), exclusive(tmp_path):
+        pass
+    process.kill()  # it cannot clean up; the kernel drops its lock
+    process.join()
+    assert (tmp_path / ".minilora.lock").exists()
+    with exclusive(tmp_path):
+        pass
+
+
+def test_files_get_the_permissions_the_umask_gives(tmp_path):
+    before = os.umask(0o077)
+    try:
+        write_file(tmp_path / "file", b"")
+    finally:
+        os.umask(before)
+    assert (tmp_path / "file").stat().st_mode & 0o777 == 0o600

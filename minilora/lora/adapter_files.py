@@ -17,6 +17,7 @@ Source: peft 0.21 `utils/save_and_load.py` and its checkpoint format guide.
 
 import json
 import pickle
+import re
 from pathlib import Path
 from typing import Any
 
@@ -47,9 +48,9 @@ DEFAULT_ADAPTER = "default"
 # An adapter config is a few kB. A larger file is not one, and parsing it could exhaust memory.
 MAX_CONFIG_BYTES = 10_000_000
 
-# Keys PEFT writes by mistake with bias="all" and a task head: both copies of the head's bias beside
-# the head itself.
-JUNK_SUFFIXES = (".modules_to_save.bias", ".original_module.bias")
+# Keys PEFT writes by mistake with bias="all": both copies of a head's biases beside the head itself,
+# `classifier.original_module.bias`, `pooler.modules_to_save.default.dense.bias`.
+JUNK = re.compile(r"\.(modules_to_save|original_module)\.(.+\.)?bias")
 
 
 def save_adapter(model: nn.Module, path: str | Path, adapter_name: str = DEFAULT_ADAPTER) -> None:
@@ -205,7 +206,7 @@ def read_tensors(directory: Path) -> dict[str, Tensor]:
         raise MiniloraError(
             f"{directory} has a config but no weights: neither {WEIGHTS_NAME} nor {PICKLE_NAME}"
         )
-    return {key: tensor for key, tensor in tensors.items() if not key.endswith(JUNK_SUFFIXES)}
+    return {key: tensor for key, tensor in tensors.items() if not JUNK.search(key)}
 
 
 def check_same_adapter(ours: LoraConfig, theirs: LoraConfig, directory: Path) -> None:

@@ -163,6 +163,15 @@ def test_saving_while_merged_saves_the_adapter(tmp_path):
     assert (tmp_path / "merged" / name).read_bytes() == (tmp_path / "unmerged" / name).read_bytes()
 
 
+def test_training_while_merged_reaches_the_head_and_not_the_adapter():
+    """The update is part of frozen weights then: A and B get no gradient, as the docs say."""
+    model = adapted()
+    minilora.merge_adapter(model)
+    model(input_ids=IDS, labels=torch.tensor([0, 1])).loss.backward()
+    for name, parameter in minilora.trainable_parameters(model):
+        assert (parameter.grad is None) is (".lora_" in name), name
+
+
 def test_switching_needs_an_unmerged_model():
     model = adapted()
     minilora.merge_adapter(model)

@@ -1,0 +1,41 @@
+"""The README's Python runs as it stands, on a tiny model in place of bert-base-uncased."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from minilora import TrainConfig, fine_tune
+
+README = Path(__file__).parent.parent / "README.md"
+BLOCKS = re.findall(r"```python\n(.*?)```", README.read_text(), re.S)
+
+
+def test_there_is_python_in_the_readme():
+    assert len(BLOCKS) == 3
+
+
+@pytest.mark.parametrize("block", BLOCKS, ids=range(len(BLOCKS)))
+def test_a_block_runs(block, tmp_path, monkeypatch, tiny_model, sentences):
+    """In a directory where a run has left its \"out\"."""
+    monkeypatch.chdir(tmp_path)
+    fine_tune(
+        TrainConfig(
+            model_name_or_path=str(tiny_model),
+            train_file=str(sentences[0]),
+            output_dir="out",
+            max_steps=1,
+            device="cpu",
+        )
+    )
+    # The tiny vocabulary is smaller than BERT's.
+    code = block.replace("bert-base-uncased", str(tiny_model)).replace("[[101, 102]]", "[[2, 3]]")
+    exec(compile(code, "README.md", "exec"), {})
+
+
+def test_the_two_commands_of_the_first_block_are_the_ones_ci_runs():
+    commands = re.search(r"```\n(.*?)```", README.read_text(), re.S)
+    assert commands and commands.group(1).splitlines() == [
+        'pip install -c constraints.txt -e ".[demo]" && python -m minilora.train',
+        'pip install -c constraints.txt -e ".[test]" && python -m pytest',
+    ]

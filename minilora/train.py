@@ -63,8 +63,9 @@ def print_summary(result: "TrainResult", stopped: bool) -> None:
         print(f"stopped at step {result.global_step}; nothing is lost")
     else:
         print_scores(result)
+        print(f"adapter: {result.output_dir}")
         print(
-            f"adapter: {result.output_dir}  (for PEFT: PeftModel.from_pretrained(base_model, {result.output_dir!r}))"
+            f"predict: minilora.load_adapter(model, {result.output_dir!r}), or PEFT's from_pretrained"
         )
     print(f"resume:  python -m minilora.train --resume_from_checkpoint {result.output_dir}")
     print(

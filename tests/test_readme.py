@@ -1,6 +1,8 @@
 """The README's Python runs as it stands, on a tiny model in place of bert-base-uncased."""
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -39,3 +41,12 @@ def test_the_two_commands_of_the_first_block_are_the_ones_ci_runs():
         'pip install -c constraints.txt -e ".[demo]" && python -m minilora.train',
         'pip install -c constraints.txt -e ".[test]" && python -m pytest',
     ]
+
+
+@pytest.mark.slow
+def test_the_example_proves_a_resume(tiny_model, sentences):
+    example = README.parent / "examples" / "prove_a_resume.py"
+    flags = ["--model_name_or_path", tiny_model, "--train_file", sentences[0], "--device", "cpu"]
+    result = subprocess.run([sys.executable, example, *flags], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert "12 losses equal, bit for bit: True" in result.stdout

@@ -39,15 +39,15 @@ def new_lora_config(config: TrainConfig, lora_arguments: dict[str, Any]) -> Lora
     Raises:
         MiniloraError: an argument contradicts the adapter that is to be continued.
     """
-    found = weights.locate(config.model_name_or_path)
-    if not found.is_adapter or config.on_adapter == "merge":
+    name = config.model_name_or_path
+    if name is None or config.on_adapter == "merge" or not weights.locate(name).is_adapter:
         given = {**LORA_DEFAULTS, **lora_arguments, "task_type": tasks.PEFT_TASK_TYPE}
         return LoraConfig(**given)
-    stored = read_config(find_adapter(found.location))
+    stored = read_config(find_adapter(name))
     refused = changes(stored, lora_arguments, ignored=("task_type",))
     if refused:
         raise MiniloraError(
-            f"{found.location} is to be continued and its adapter has other settings: "
+            f"{name} is to be continued and its adapter has other settings: "
             f"{', '.join(refused)}; leave them out, or use --on_adapter merge for a new adapter"
         )
     return dataclasses.replace(stored, inference_mode=False)

@@ -212,7 +212,12 @@ def test_regression_learns_values(tiny_model, tmp_path):
         rows = [{"text": " ".join(words), "label": words.count("good") / 8} for words in texts]
         (tmp_path / name).write_text("\n".join(map(json.dumps, rows)))
     files = (tmp_path / "train.jsonl", tmp_path / "validation.jsonl")
-    changes = {"task": "regression", "max_steps": 100, "learning_rate": 1e-2}
+    changes = {
+        "task": "regression",
+        "max_steps": 100,
+        "learning_rate": 1e-2,
+        "per_device_train_batch_size": 32,
+    }
     targets = LoraConfig(lora_alpha=16, target_modules="all-linear")
     result = fine_tune(settings(tiny_model, files, tmp_path / "out", **changes), targets)
     assert result.metrics["eval_pearson"] > 0.8

@@ -51,8 +51,7 @@ def resolve_config(model: nn.Module, config: LoraConfig) -> tuple[list[str], lis
     """`target_modules` and `modules_to_save` as lists of names, with the defaults for this model
     filled in.
 
-    A regular expression stays what it is (a list of one string cannot be told from it, so it is
-    returned by `target_names` instead): only None and "all-linear" are resolved here.
+    A regular expression has no list of names and is left to `target_names`.
 
     Returns:
         (target_modules, modules_to_save); target_modules is empty when it is a regular expression.

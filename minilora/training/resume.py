@@ -134,7 +134,10 @@ def begin(
     """The state to train from: a checkpoint's, or a fresh one."""
     if point is None or point.run is None or point.checkpoint is None:
         write_run(output_dir, run)
-    if point is None or point.checkpoint is None:
+    if point is None:
+        return TrainState()
+    if point.checkpoint is None:
+        clear_way(point)  # whatever lies there was not fit to resume from
         return TrainState()
     if is_trainer_checkpoint(point.checkpoint):
         state = load_trainer_checkpoint(

@@ -372,6 +372,19 @@ def test_a_damaged_newest_checkpoint_is_set_aside_and_the_older_one_used(
     assert_same_run(tmp_path / "run", uninterrupted)
 
 
+def test_with_every_checkpoint_damaged_the_run_starts_again(
+    tmp_path, tiny_model, sentences, uninterrupted
+):
+    """From run.json, with the damaged ones out of sight."""
+    stop_at(2, arguments(tiny_model, sentences), tmp_path / "run")
+    for step in (1, 2):
+        (tmp_path / "run" / f"checkpoint-{step}" / "optimizer.pt").unlink()
+    fine_tune(TrainConfig(resume_from_checkpoint=str(tmp_path / "run")))
+    aside = [p.name for p in (tmp_path / "run").iterdir() if p.name.startswith(".invalid-")]
+    assert len(aside) == 2
+    assert_same_run(tmp_path / "run", uninterrupted)
+
+
 def test_resuming_an_older_checkpoint_sets_the_newer_ones_aside(
     tmp_path, tiny_model, sentences, uninterrupted
 ):

@@ -1,7 +1,7 @@
 """A run's directory beside its checkpoints: `run.json`, `metrics.jsonl`, and where a resume begins.
 
-    run.json         every resolved argument, label names, fingerprints of model and data; written before the first step
-    metrics.jsonl    one JSON object for each log or evaluation
+run.json         every resolved argument, label names, fingerprints of model and data; written before the first step
+metrics.jsonl    one JSON object for each log or evaluation
 """
 
 import json

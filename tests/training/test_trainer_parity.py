@@ -270,7 +270,6 @@ def test_interchange_is_bitwise_with_accumulation_and_evaluation(
         checkpoint = tmp_path / f"out-{step}" / f"checkpoint-{step}"
         shutil.copytree(tmp_path / "whole" / f"checkpoint-{step}", checkpoint)
         flags = flags_to_resume(tiny_model, sentences, checkpoint, settings)
-        flags.pop("num_train_epochs", None)
         result = run_fine_tuning(flags, {}, lambda: False)
         assert compared(result.log_history) == expected, step
         assert_same_tensors(tensors, load_file(checkpoint.parent / "adapter_model.safetensors"))

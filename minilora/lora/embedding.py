@@ -164,13 +164,15 @@ class TrainableTokens(nn.Module):
         self.token_indices[adapter_name] = indices
 
     def forward(self, ids: Tensor) -> Tensor:
-        active = [name for name in self.active_adapters if self.has_adapter(name)]
-        if self.unmerged is not None or not active:
-            return self.base_layer(ids)
-        weight = self.base_layer.weight
-        for name in active:
-            weight, _ = self.merged_parameters(name, weight)
-        return F.embedding(ids, weight, padding_idx=self.base_layer.padding_idx)
+        return F.embedding(ids, self.active_weight(), padding_idx=self.base_layer.padding_idx)
+
+    def active_weight(self) -> Tensor:
+        """E', (num_embeddings, embedding_dim); E itself where nothing is active, or all is merged."""
+        weight: Tensor = self.base_layer.weight
+        for name in self.active_adapters:
+            if self.has_adapter(name) and self.unmerged is None:
+                weight, _ = self.merged_parameters(name, weight)
+        return weight
 
     def merged_parameters(
         self, name: str, weight: Tensor, bias: None = None
@@ -197,3 +199,56 @@ class TrainableTokens(nn.Module):
     @property
     def weight(self) -> Tensor:
         return self.base_layer.weight
+
+
+class TiedOutput(nn.Module):
+    """A masked language model's output layer, which shares its weight with an embedding some of whose
+    rows are trained: it reads the same rows.
+
+        y = E' x + b,    E' as in `TrainableTokens`
+
+    Shapes: x (..., embedding_dim), b (num_embeddings,), y (..., num_embeddings). It has no tensors
+    of its own, on disk neither. PEFT 0.21's tied `TrainableTokensLayer` leaves b out; here it stays.
+    """
+
+    def __init__(self, base_layer: nn.Linear, tokens: TrainableTokens) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        # In a tuple, so that the embedding's parameters are not registered a second time.
+        self._tokens = (tokens,)
+        self.active_adapters: tuple[str, ...] = ()
+        self.unmerged: dict[str, nn.Parameter] | None = None
+
+    @property
+    def tokens(self) -> TrainableTokens:
+        """The embedding whose rows are read."""
+        return self._tokens[0]
+
+    def forward(self, x: Tensor) -> Tensor:
+        # (..., embedding_dim) -> (..., num_embeddings)
+        return F.linear(x, self.tokens.active_weight(), self.base_layer.bias)
+
+    def merged_parameters(
+        self, name: str, weight: Tensor, bias: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """`weight` with adapter `name`'s rows in place; the bias as it is."""
+        return self.tokens.merged_parameters(name, weight)[0], bias
+
+    def adapter_parameters(self, name: str) -> dict[str, Tensor]:
+        """None: the rows belong to the embedding."""
+        return {}
+
+    def has_adapter(self, name: str) -> bool:
+        """Whether adapter `name` trains rows of the embedding."""
+        return self.tokens.has_adapter(name)
+
+    def remove_adapter(self, name: str) -> None:
+        """Nothing to forget: the rows belong to the embedding."""
+
+    @property
+    def weight(self) -> Tensor:
+        return self.base_layer.weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        return self.base_layer.bias

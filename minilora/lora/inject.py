@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from minilora.errors import MiniloraError
 from minilora.lora.config import LoraConfig
-from minilora.lora.embedding import LoRAEmbedding, TrainableTokens
+from minilora.lora.embedding import LoRAEmbedding, TiedOutput, TrainableTokens
 from minilora.lora.initialise import initialise_embedding, initialise_linear, initialise_magnitude
 from minilora.lora.layer import LoRALinear
 from minilora.lora.modules_to_save import ModulesToSave
@@ -27,7 +27,7 @@ from minilora.lora.targets import (
     trainable_tokens,
 )
 
-AdapterLayer = LoRALinear | LoRAEmbedding | TrainableTokens
+AdapterLayer = LoRALinear | LoRAEmbedding | TrainableTokens | TiedOutput
 
 
 @dataclass
@@ -109,7 +109,7 @@ def adapters_of(model: nn.Module) -> Adapters:
 def adapter_layers(model: nn.Module) -> Iterator[tuple[str, AdapterLayer | ModulesToSave]]:
     """Every wrapped module with its name, in `named_modules` order."""
     for name, module in model.named_modules():
-        if isinstance(module, (LoRALinear, LoRAEmbedding, TrainableTokens, ModulesToSave)):
+        if isinstance(module, (AdapterLayer, ModulesToSave)):
             yield name, module
 
 
@@ -348,11 +348,27 @@ def _wrap_tokens(model: nn.Module, name: str, indices: list[int], adapter_name: 
     layer.create_adapter(adapter_name, indices)
     if layer is not module:
         replace_module(model, name, layer)
+        _wrap_tied_output(model, layer)
+
+
+def _wrap_tied_output(model: nn.Module, tokens: TrainableTokens) -> None:
+    for name, module in list(model.named_modules()):
+        if getattr(module, "weight", None) is not tokens.base_layer.weight:
+            continue
+        if isinstance(module, LoRALinear):
+            raise MiniloraError(
+                f"trainable_token_indices: the output layer {name!r} shares the embeddings' weight and "
+                "target_modules adapts it, too: leave it out of target_modules"
+            )
+        if isinstance(module, nn.Linear) and not name.endswith(".base_layer"):
+            replace_module(model, name, TiedOutput(module, tokens))
 
 
 def _is_used(module: AdapterLayer | ModulesToSave) -> bool:
     if isinstance(module, ModulesToSave):
         return len(module.modules_to_save) > 0
+    if isinstance(module, TiedOutput):
+        module = module.tokens
     if isinstance(module, TrainableTokens):
         return len(module.token_indices) > 0
     return len(module.scaling) > 0

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from minilora.errors import MiniloraError
+from minilora.lora.embedding import TiedOutput
 from minilora.lora.inject import (
     AdapterLayer,
     adapter_layers,
@@ -54,6 +55,8 @@ def merge_adapter(
         base.weight = nn.Parameter(weight, requires_grad=False)
         if bias is not None:
             base.bias = nn.Parameter(bias, requires_grad=False)
+        if isinstance(layer, TiedOutput):
+            base.weight = layer.tokens.base_layer.weight  # one weight, as before
 
 
 def unmerge_adapter(model: nn.Module) -> None:

@@ -15,7 +15,7 @@ from torch import nn
 
 from minilora.errors import MiniloraError
 from minilora.lora.config import LoraConfig
-from minilora.lora.embedding import LoRAEmbedding, TrainableTokens
+from minilora.lora.embedding import LoRAEmbedding, TiedOutput, TrainableTokens
 from minilora.lora.layer import LoRALinear
 
 # config.model_type -> modules adapted when target_modules is None: the attention's query and value,
@@ -142,8 +142,7 @@ def trainable_tokens(model: nn.Module, config: LoraConfig) -> dict[str, list[int
     embeddings.
 
     Raises:
-        MiniloraError: no such embedding, an id outside it, or its weight is tied to the output
-            layer's.
+        MiniloraError: no such embedding, or an id outside it.
     """
     asked = config.trainable_token_indices
     if asked is None:
@@ -171,13 +170,6 @@ def trainable_tokens(model: nn.Module, config: LoraConfig) -> dict[str, list[int
     )
     if missing or not found:
         raise MiniloraError(f"trainable_token_indices: this model has no embedding {missing or ''}")
-    get_output = getattr(model, "get_output_embeddings", None)
-    output = get_output() if get_output is not None else None
-    if output is not None and any(model.get_submodule(n).weight is output.weight for n in found):
-        raise MiniloraError(
-            "trainable_token_indices: the output layer shares the embeddings' weight (tie_word_embeddings), "
-            "which is not supported: set it to False in the model's config first"
-        )
     return found
 
 
@@ -259,9 +251,10 @@ def _is_saved(name: str, modules_to_save: list[str]) -> bool:
 
 def _inside_adapter(model: nn.Module, name: str) -> bool:
     # The parts of an adapter that is already there are not modules of the user's model.
+    wrappers = (LoRALinear, LoRAEmbedding, TrainableTokens, TiedOutput)
     parent = name.rpartition(".")[0]
     while parent:
-        if isinstance(model.get_submodule(parent), (LoRALinear, LoRAEmbedding, TrainableTokens)):
+        if isinstance(model.get_submodule(parent), wrappers):
             return True
         parent = parent.rpartition(".")[0]
     return False

@@ -10,6 +10,7 @@ import peft
 import pytest
 import safetensors.torch
 import torch
+from torch import nn
 from transformers import (
     BertForMaskedLM,
     BertForQuestionAnswering,
@@ -275,10 +276,88 @@ def test_a_masked_language_model_with_adapted_embeddings_merges_right(tmp_path):
         torch.testing.assert_close(first_output(again), expected, rtol=1e-5, atol=1e-5)
 
 
-def test_tokens_tied_to_an_output_layer_are_refused():
-    config = minilora.LoraConfig(trainable_token_indices=[1])
-    with pytest.raises(minilora.MiniloraError, match="shares the embeddings' weight"):
-        minilora.add_adapter(build(BertForMaskedLM), config)
+TOKENS = {"trainable_token_indices": [3, 7, 11]}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_trained_tokens_of_a_masked_language_model_agree_with_peft(dtype, tmp_path):
+    """The output layer shares the embeddings' weight and reads the trained rows, too. PEFT leaves its
+    bias out, so the biases are zero here, as BERT's are at the start.
+    """
+    theirs, ours = adapted(TOKENS, BertForMaskedLM, dtype, None)
+    perturb(theirs, ours)
+    logits, gradients = [], []
+    for model in (theirs, ours):
+        model.train()
+        set_seed(5)
+        logits.append(first_output(model))
+        logits[-1].float().square().sum().backward()
+        gradients.append([p.grad for p in model.parameters() if p.requires_grad])
+    # x W' + 0 is rounded like x W' in all but the kernel's blocking.
+    torch.testing.assert_close(*logits)
+    assert len(gradients[0]) == len(gradients[1])
+    for expected, found in zip(*gradients, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+    theirs.save_pretrained(tmp_path / "theirs")
+    minilora.save_adapter(ours, tmp_path / "ours")
+    expected = safetensors.torch.load_file(tmp_path / "theirs" / "adapter_model.safetensors")
+    found = safetensors.torch.load_file(tmp_path / "ours" / "adapter_model.safetensors")
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[key], expected[key]) for key in expected)
+    by_us = build(BertForMaskedLM, dtype)
+    minilora.load_adapter(by_us, tmp_path / "theirs")
+    assert torch.equal(first_output(by_us.eval()), first_output(ours.eval()))
+
+
+def test_trained_tokens_of_a_masked_language_model_are_replaced_rows(tmp_path):
+    """Oracle: the plain model with these rows assigned, its bias not zero. Training mode, gradients,
+    merging, unmerging, unloading, disabling, and what transformers loads after a merge.
+    """
+    plain, model = build(BertForMaskedLM), build(BertForMaskedLM)
+    for one in (plain, model):
+        one.cls.predictions.bias.data = torch.linspace(-1, 1, one.config.vocab_size)
+    before = first_output(plain.eval()).detach()
+    minilora.add_adapter(model, minilora.LoraConfig(**TOKENS))
+    assert torch.equal(model.get_output_embeddings().weight, plain.get_output_embeddings().weight)
+    rows = dict(minilora.trainable_parameters(model))[
+        "bert.embeddings.word_embeddings.trainable_tokens_delta.default"
+    ]
+    rows.data += torch.linspace(-1, 1, rows.numel()).reshape(rows.shape)
+    with minilora.disable_adapter(model):
+        assert torch.equal(first_output(model.eval()), before)
+    weight = plain.bert.embeddings.word_embeddings.weight
+    weight.data[[3, 7, 11]] = rows.detach()
+
+    expected = first_output(plain)
+    assert torch.equal(first_output(model), expected)
+    expected.square().sum().backward()
+    first_output(model).square().sum().backward()
+    torch.testing.assert_close(rows.grad, weight.grad[[3, 7, 11]])
+
+    minilora.merge_adapter(model)
+    assert torch.equal(first_output(model), expected)
+    minilora.unmerge_adapter(model)
+    assert torch.equal(first_output(model), expected)
+    minilora.save_adapter(model, tmp_path / "adapter")
+    minilora.merge_and_unload(model).save_pretrained(tmp_path / "merged")
+    assert model.config.tie_word_embeddings and type(model.cls.predictions.decoder) is nn.Linear
+    again = BertForMaskedLM.from_pretrained(tmp_path / "merged").eval()
+    assert torch.equal(first_output(again), expected)
+
+    weight.data = build(BertForMaskedLM).bert.embeddings.word_embeddings.weight.data
+    minilora.load_adapter(plain, tmp_path / "adapter")
+    assert torch.equal(first_output(plain), expected)
+    minilora.unload(plain)
+    assert torch.equal(first_output(plain), before)
+
+
+def test_an_output_layer_cannot_be_adapted_and_share_trained_rows():
+    config = minilora.LoraConfig(target_modules=["decoder"], **TOKENS)
+    model = build(BertForMaskedLM)
+    with pytest.raises(minilora.MiniloraError, match="leave it out of target_modules"):
+        minilora.add_adapter(model, config)
+    assert type(model.cls.predictions.decoder) is nn.Linear
 
 
 @pytest.mark.parametrize(

@@ -141,9 +141,10 @@ def trained_biases(model: nn.Module, bias: str) -> list[tuple[str, nn.Parameter]
     adapters = tuple(
         f"{name}.{part}." for name, module in adapter_layers(model) for part in ("lora_A", "lora_B")
     )
+    # A masked language model's output bias has two names, and PEFT writes both.
     return [
         (name, p)
-        for name, p in model.named_parameters()
+        for name, p in model.named_parameters(remove_duplicate=False)
         if (name == "bias" or name.endswith(".bias")) and not name.startswith(heads + adapters)
     ]
 

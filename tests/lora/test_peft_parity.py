@@ -4,6 +4,7 @@ Each case is a `LoraConfig` asked of both libraries on the same tiny BERT. The c
 `torch.equal`, in float32 and bfloat16 alike: the operations and their order are the same.
 """
 
+import copy
 import warnings
 
 import peft
@@ -36,7 +37,10 @@ CASES = {
     "exact name": {"target_modules": ["bert.encoder.layer.1.attention.self.query"]},
     "regular expression": {"target_modules": r".*layer\.1.*(query|key)"},
     "all-linear": {"target_modules": "all-linear"},
-    "excluded": {"target_modules": ["query", "dense"], "exclude_modules": ["pooler.dense"]},
+    "excluded": {
+        "target_modules": ["query", "dense"],
+        "exclude_modules": ["attention.output.dense"],
+    },
     "one layer": {"target_modules": ["query"], "layers_to_transform": [1]},
     "one layer of a pattern": {
         "target_modules": ["query"],
@@ -98,7 +102,9 @@ def adapted(
     """(PEFT's model, ours), adapted with the same seed, and the generator's state after each."""
     theirs, ours = build(model_class, dtype), build(model_class, dtype)
     set_seed(1)
-    theirs = peft.get_peft_model(theirs, peft.LoraConfig(task_type=task_type, **settings))
+    # A copy: PEFT appends to the very list it is given.
+    config = peft.LoraConfig(task_type=task_type, **copy.deepcopy(settings))
+    theirs = peft.get_peft_model(theirs, config)
     after_theirs = torch.get_rng_state()
     set_seed(1)
     minilora.add_adapter(ours, minilora.LoraConfig(task_type=task_type, **settings))
@@ -181,22 +187,20 @@ def test_files_hold_the_same_and_load_both_ways(settings, dtype, tmp_path):
     assert torch.equal(first_output(by_peft.eval()), logits)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(
-    ("model_class", "task_type"),
-    [
-        (BertForTokenClassification, "TOKEN_CLS"),
-        (BertForQuestionAnswering, "QUESTION_ANS"),
-        (BertForMaskedLM, None),
-        (BertModel, "FEATURE_EXTRACTION"),
-        (BertForSequenceClassification, None),
-    ],
-)
-def test_every_kind_of_head_agrees_with_peft(model_class, task_type, dtype, tmp_path):
-    """Training-mode outputs, gradients, key sets and reloaded logits for the other BERT classes, and
-    without a task type.
+HEADS = {
+    "token classification": (BertForTokenClassification, "TOKEN_CLS"),
+    "question answering": (BertForQuestionAnswering, "QUESTION_ANS"),
+    "masked language model": (BertForMaskedLM, None),
+    "no head": (BertModel, "FEATURE_EXTRACTION"),
+    "no task type": (BertForSequenceClassification, None),
+}
+
+
+def assert_agrees_with_peft(settings, model_class, task_type, dtype, directory):
+    """Training-mode outputs, gradients, keys and dtypes on disk, and logits after loading each
+    other's files.
     """
-    theirs, ours = adapted({"lora_dropout": 0.1}, model_class, dtype, task_type)
+    theirs, ours = adapted(settings, model_class, dtype, task_type)
     perturb(theirs, ours)
     outputs, gradients = [], []
     for model in (theirs, ours):
@@ -206,18 +210,57 @@ def test_every_kind_of_head_agrees_with_peft(model_class, task_type, dtype, tmp_
         outputs[-1].float().square().sum().backward()
         gradients.append([p.grad for _, p in minilora.trainable_parameters(model)])
     assert torch.equal(*outputs)
-    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+    for one, other in zip(*gradients, strict=True):
+        assert (one is None) == (other is None) and (one is None or torch.equal(one, other))
 
-    theirs.save_pretrained(tmp_path / "theirs")
-    minilora.save_adapter(ours, tmp_path / "ours")
-    expected = safetensors.torch.load_file(tmp_path / "theirs" / "adapter_model.safetensors")
-    found = safetensors.torch.load_file(tmp_path / "ours" / "adapter_model.safetensors")
+    theirs.save_pretrained(directory / "theirs")
+    minilora.save_adapter(ours, directory / "ours")
+    expected = safetensors.torch.load_file(directory / "theirs" / "adapter_model.safetensors")
+    found = safetensors.torch.load_file(directory / "ours" / "adapter_model.safetensors")
+    junk = (".original_module.", ".modules_to_save.")
+    expected = {k: t for k, t in expected.items() if not any(part in k for part in junk)}
     assert {k: t.dtype for k, t in found.items()} == {k: t.dtype for k, t in expected.items()}
-    by_peft = peft.PeftModel.from_pretrained(build(model_class, dtype), tmp_path / "ours")
-    assert torch.equal(first_output(by_peft.eval()), first_output(theirs.eval()))
+    if "niter" in str(settings.get("init_lora_weights")):
+        return
+    logits = first_output(theirs.eval())
+    by_peft = peft.PeftModel.from_pretrained(build(model_class, dtype), directory / "ours")
+    assert torch.equal(first_output(by_peft.eval()), logits)
     by_us = build(model_class, dtype)
-    minilora.load_adapter(by_us, tmp_path / "theirs")
-    assert torch.equal(first_output(by_us.eval()), first_output(theirs.eval()))
+    minilora.load_adapter(by_us, directory / "theirs")
+    assert torch.equal(first_output(by_us.eval()), logits)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("model_class", "task_type"), HEADS.values(), ids=HEADS)
+def test_every_kind_of_head_agrees_with_peft(model_class, task_type, dtype, tmp_path):
+    assert_agrees_with_peft({"lora_dropout": 0.1}, model_class, task_type, dtype, tmp_path)
+
+
+def fits(settings, head):
+    """Whether PEFT can apply the settings to this class, and names in them are in it."""
+    has_pooler = head in ("no head", "no task type")
+    return (
+        (has_pooler or "pooler" not in str(settings))
+        and (head != "no head" or "bert.encoder" not in str(settings))
+        # Here PEFT adapts the head, and then fails to train it in full as well.
+        and not (
+            "all-linear" in str(settings) and head in ("token classification", "question answering")
+        )
+        # Tied to the output layer, whose bias PEFT drops: a test of its own, below.
+        and not (
+            head == "masked language model"
+            and isinstance(settings.get("trainable_token_indices"), list)
+        )
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("case", "head"), [(case, head) for case in CASES for head in HEADS if fits(CASES[case], head)]
+)
+def test_every_setting_agrees_with_peft_on_every_kind_of_head(case, head, dtype, tmp_path):
+    assert_agrees_with_peft(CASES[case], *HEADS[head], dtype, tmp_path)
 
 
 @pytest.mark.parametrize(

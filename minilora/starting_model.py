@@ -40,10 +40,11 @@ def new_lora_config(config: TrainConfig, lora_arguments: dict[str, Any]) -> Lora
         MiniloraError: an argument contradicts the adapter that is to be continued.
     """
     name = config.model_name_or_path
-    if name is None or config.on_adapter == "merge" or not weights.locate(name).is_adapter:
+    found = weights.locate(name, config.model_revision) if name is not None else None
+    if found is None or config.on_adapter == "merge" or not found.is_adapter:
         given = {**LORA_DEFAULTS, **lora_arguments, "task_type": tasks.PEFT_TASK_TYPE}
         return LoraConfig(**given)
-    stored = read_config(find_adapter(name))
+    stored = read_config(find_adapter(found.location))
     refused = changes(stored, lora_arguments, ignored=("task_type",))
     if refused:
         raise MiniloraError(
@@ -55,12 +56,10 @@ def new_lora_config(config: TrainConfig, lora_arguments: dict[str, Any]) -> Lora
 
 def load_model(config: TrainConfig, labels: list[str] | None) -> StartingModel:
     """Load what `model_name_or_path` names, its base if that is an adapter, merged if so asked."""
-    found = weights.locate(config.model_name_or_path)
-    base = base_of(found) if found.is_adapter else found
-    model, new_tensors = weights.load_classifier(
-        base.location, config.model_revision, labels, config.task
-    )
-    tokenizer = weights.load_tokenizer(base.location, config.model_revision)
+    found = weights.locate(config.model_name_or_path, config.model_revision)
+    base, revision = base_of(found) if found.is_adapter else (found, config.model_revision)
+    model, new_tensors = weights.load_classifier(base.location, revision, labels, config.task)
+    tokenizer = weights.load_tokenizer(base.location, revision)
     if found.is_adapter and config.on_adapter == "merge":
         load_adapter(model, found.location)
         merge_and_unload(model)
@@ -97,20 +96,22 @@ def trainable_line(model: nn.Module) -> str:
     return f"trainable params: {trainable:,} || all params: {total:,} || trainable%: {share:.4f}"
 
 
-def base_of(adapter: weights.Located) -> weights.Located:
-    """The model that an adapter directory was trained on, as its config names it.
+def base_of(adapter: weights.Located) -> tuple[weights.Located, str | None]:
+    """The model that an adapter directory was trained on, and its revision, as its config names
+    them.
 
     Raises:
         MiniloraError: it names none, or there is none where it says.
     """
     directory = find_adapter(adapter.location)
-    name = read_config(directory).base_model_name_or_path
+    config = read_config(directory)
+    name = config.base_model_name_or_path
     if not name:
         raise MiniloraError(f"{directory} does not name its base model (base_model_name_or_path)")
     try:
-        base = weights.locate(name)
+        base = weights.locate(name, config.revision)
     except MiniloraError as error:
         raise MiniloraError(f"{directory} names the base model {name!r}: {error}") from None
     if base.is_adapter:
         raise MiniloraError(f"{directory} names as its base model {name!r}, which is an adapter")
-    return base
+    return base, config.revision

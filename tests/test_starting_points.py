@@ -1,7 +1,10 @@
 """Whatever `--model_name_or_path` names: a base, a merged model, an adapter, a run, a checkpoint."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -154,3 +157,40 @@ def test_lora_config_is_not_needed_to_continue(first, tmp_path, sentences):
     )  # fmt: skip
     assert fine_tune(config).global_step == 1
     assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["r"] == 4
+
+
+def in_hub_cache(cache, name, directory):
+    """Lay `directory` out as the hub's client caches the repository `name`."""
+    repository = cache / "hub" / f"models--{name.replace('/', '--')}"
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    shutil.copytree(directory, repository / "snapshots" / commit)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(commit)
+
+
+@pytest.mark.parametrize("name", ["someone/tiny-bert", "someone/tiny-adapter"])
+def test_a_hub_id_of_a_model_or_of_an_adapter_is_taken_from_the_cache(
+    name, tmp_path, tiny_model, first, sentences
+):
+    """The hub's own client reads the cache; nothing is reachable here. The adapter's base is a hub
+    id, too.
+    """
+    adapter_directory = tmp_path / "adapter"
+    shutil.copytree(first, adapter_directory, ignore=shutil.ignore_patterns("checkpoint-*"))
+    path = adapter_directory / "adapter_config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps({**config, "base_model_name_or_path": "someone/tiny-bert"}))
+    in_hub_cache(tmp_path, "someone/tiny-bert", tiny_model)
+    in_hub_cache(tmp_path, "someone/tiny-adapter", adapter_directory)
+
+    flags = {"model_name_or_path": name, "train_file": sentences[0], "output_dir": "out"}
+    flags |= {"max_steps": 1, "learning_rate": 0, "device": "cpu"}
+    command = [sys.executable, "-m", "minilora.train"]
+    command += [str(part) for flag, value in flags.items() for part in (f"--{flag}", value)]
+    environment = {**os.environ, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
+    result = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert f"{name} of the hub" in result.stderr
+    if name.endswith("adapter"):
+        before, after = adapter(first), adapter(tmp_path / "out")
+        assert all(torch.equal(before[key], after[key]) for key in before)

@@ -4,7 +4,8 @@
     a directory    a model, if it has config.json and weights: a base model, a merged model, HF Trainer's
                    checkpoint of a full fine-tune; an adapter, if it has adapter_config.json: PEFT's
                    directory, our output or checkpoint, Trainer's checkpoint of a PEFT model
-    anything else  a hub id, downloaded or taken from the local cache by transformers
+    anything else  a hub id, downloaded or taken from the local cache by transformers; an adapter, if
+                   the repository has adapter_config.json
 
 Where several weight files lie side by side, the first of `WEIGHT_FILES` is used, and said. A
 directory with both an adapter and a model is refused: HF Trainer would load the model and ignore
@@ -30,6 +31,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import cached_file, find_adapter_config_file
 from transformers.utils import logging as transformers_logging
 
 from minilora.errors import MiniloraError
@@ -48,6 +50,7 @@ WEIGHT_FILES = (
     "pytorch_model.bin.index.json",
 )
 ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 
 # A checkpoint of a bare encoder has no head, and one of a masked language model no pooler either.
 MAY_BE_NEW = ("classifier.", "score.", "pooler.", "pre_classifier.", "pooler.dense.")
@@ -74,8 +77,8 @@ class Located:
     """For the one line that says what was found."""
 
 
-def locate(name: str | None) -> Located:
-    """Resolve `name` as this room's first lines say.
+def locate(name: str | None, revision: str | None = None) -> Located:
+    """Resolve `name` as this room's first lines say; `revision` is a hub id's.
 
     Raises:
         MiniloraError: nothing usable there; says what was looked for. Or both a model and an
@@ -87,6 +90,9 @@ def locate(name: str | None) -> Located:
     if not path.exists():
         if name.startswith((".", "/", "~")) or name.count("/") > 1:
             raise MiniloraError(f"model_name_or_path {name!r}: there is no such directory")
+        adapter = _hub_adapter(name, revision)
+        if adapter is not None:
+            return Located(adapter, True, f"the adapter {name} of the hub")
         return Located(name, False, f"{name} of the hub")
     if not path.is_dir():
         raise MiniloraError(
@@ -108,6 +114,20 @@ def locate(name: str | None) -> Located:
         )
     besides = f", not {', '.join(present[1:])}" if present[1:] else ""
     return Located(name, False, f"{name} ({present[0]}{besides})")
+
+
+def _hub_adapter(name: str, revision: str | None) -> str | None:
+    # The local directory of a hub repository's adapter, or None if it is no adapter (or cannot be
+    # reached: loading it as a model then says why).
+    with _as_minilora_error(name):
+        config = find_adapter_config_file(name, revision=revision)
+        if config is None:
+            return None
+        for weights in ADAPTER_WEIGHTS:
+            cached_file(
+                name, weights, revision=revision, _raise_exceptions_for_missing_entries=False
+            )
+    return str(Path(config).parent)
 
 
 def packaged_model() -> Path:

@@ -16,13 +16,18 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from minilora.bert import data, tasks, weights
+from minilora.bert.batching import Batching, packed_batching, padded_batching
+from minilora.bert.dropout import MaskStream, use_fast_dropout
+from minilora.bert.packed_bert import apply_module
 from minilora.bert.parts import Parts, read_parts, tokenize_parts
+from minilora.bert.recomputation import recompute_activations
 from minilora.durable import exclusive, sweep_leftovers, write_file
 from minilora.errors import MiniloraError
 from minilora.lora.adapter_files import load_adapter, save_adapter
+from minilora.lora.base_precision import linear_in_base_precision
 from minilora.lora.config import LoraConfig
 from minilora.starting_model import attach_adapter, describe_start, load_model, new_lora_config
 from minilora.training.config import TrainConfig
@@ -35,7 +40,7 @@ from minilora.training.loop import (
     mean_loss,
     trainer_shares,
 )
-from minilora.training.plan import build_optimisation, plan_cadence, saver
+from minilora.training.plan import build_optimisation, plan_cadence, resolve_modes, saver
 from minilora.training.progress import TrainingBar, say
 from minilora.training.resume import begin, check_same_inputs, describe_run, resumed_arguments
 from minilora.training.rng import draw_loader_seed, seed_all
@@ -115,6 +120,7 @@ def train(
 ) -> TrainResult:
     """The run itself, holding `output_dir`'s lock."""
     device = torch.device(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    config = resolve_modes(config, device)
     parts = read_data(config)
 
     seed_all(config.seed)
@@ -131,16 +137,16 @@ def train(
     report_truncation(parts, examples, max_length)
     cadence = plan_cadence(config, len(examples["train"]), validates="validation" in examples)
 
-    attach_adapter(start, config.on_adapter, lora_config)
+    attach_adapter(start, config.on_adapter, lora_config, getattr(torch, config.dtype))
     model.to(device)  # pyright: ignore[reportArgumentType]
+    batching = prepare_forward(config, model, weights.pad_token_id(tokenizer), device)
     describe_start(start, config.on_adapter, str(output_dir))
     optimizer, scheduler = build_optimisation(config, model, cadence.max_steps)
     seed_all(config.seed)  # again, as Trainer does: how much was drawn so far depends on the model
 
     state = begin(config, cadence, output_dir, run, point, model, optimizer, scheduler)
     metrics_file = MetricsFile(output_dir / METRICS_NAME, state.log_history)
-    pad_token_id = weights.pad_token_id(tokenizer)
-    evaluate = evaluator(config, model, parts, examples, pad_token_id, device)
+    evaluate = evaluator(config, model, parts, examples, batching, device)
     if evaluates_at_start(config, parts) and not state.log_history:
         state.log_history.append({"step": 0, "epoch": 0.0, **evaluate("validation", "eval")})
         metrics_file.append(state.log_history[-1])
@@ -153,8 +159,8 @@ def train(
             state,
             cadence,
             config.max_grad_norm,
-            updates=training_updates(config, examples["train"], pad_token_id, device),
-            loss=tasks.training_loss(config.task, config.label_smoothing_factor),
+            updates=training_updates(config, examples["train"], batching, device),
+            loss=tasks.training_loss(config.task, config.label_smoothing_factor, batching.forward),
             evaluate=partial(evaluate, "validation", "eval") if "validation" in examples else None,
             record=metrics_file.append,
             save=saver(config, cadence, output_dir, run, model, optimizer, scheduler),
@@ -213,8 +219,35 @@ def report_truncation(parts: Parts, examples: dict[str, data.Examples], max_leng
             say(f"{place}: {encoded.truncated} of {count} texts were cut at {max_length} tokens")
 
 
+def prepare_forward(
+    config: TrainConfig, model: PreTrainedModel, pad_token_id: int, device: torch.device
+) -> Batching:
+    """Make the model run as `dropout`, `gradient_checkpointing` and `torch_compile` ask, and choose
+    its batches.
+
+    The masks are seeded like everything else, and drawn from a stream of their own.
+    """
+    contexts = None
+    if config.dropout == "fast":
+        stream = MaskStream(config.seed)
+        use_fast_dropout(model, stream)
+        contexts = stream.checkpoint_contexts
+    if config.gradient_checkpointing:
+        recompute_activations(model, contexts)
+    if config.torch_compile:
+        model.compile()
+    if config.batching == "packed":
+        half_on_cpu = config.dtype == "bfloat16" and device.type == "cpu"
+        linear = apply_module if config.dtype == "float32" else linear_in_base_precision
+        packed = packed_batching(model, pad_token_id, linear, multiple=64 if half_on_cpu else 1)
+        if packed is not None:
+            return packed
+        say(f"batches are padded: a {model.config.model_type} is not known how to pack")
+    return padded_batching(pad_token_id)
+
+
 def training_updates(
-    config: TrainConfig, examples: data.Examples, pad_token_id: int, device: torch.device
+    config: TrainConfig, examples: data.Examples, batching: Batching, device: torch.device
 ) -> Callable[[int, int], Iterator[list[Batch]]]:
     """The batches of each optimizer step, as `fit` asks for them."""
     seed = config.seed if config.data_seed is None else config.data_seed
@@ -222,7 +255,7 @@ def training_updates(
         config.per_device_train_batch_size,
         config.gradient_accumulation_steps,
     )
-    return data.training_updates(examples, seed, batch_size, accumulation, pad_token_id, device)
+    return data.training_updates(examples, seed, batch_size, accumulation, batching.collate, device)
 
 
 def evaluator(
@@ -230,7 +263,7 @@ def evaluator(
     model: nn.Module,
     parts: Parts,
     examples: dict[str, data.Examples],
-    pad_token_id: int,
+    batching: Batching,
     device: torch.device,
 ) -> Callable[[str, str], dict[str, float]]:
     """A function of (part of the data, prefix of the keys) to the model's metrics there."""
@@ -241,12 +274,13 @@ def evaluator(
         batches = data.batches_in_order(
             examples[part],
             config.per_device_eval_batch_size,
-            pad_token_id,
+            batching.collate,
             device,
             f"evaluating {part}",
         )
         metrics = tasks.metrics_of(config.task, [row.kind for row in parts.rows[part]])
-        return evaluate_model(model, batches, tasks.evaluation_loss(config.task), metrics, prefix)
+        loss = tasks.evaluation_loss(config.task, batching.forward)
+        return evaluate_model(model, batches, loss, metrics, prefix)
 
     return evaluate
 

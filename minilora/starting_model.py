@@ -4,12 +4,14 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from minilora.bert import tasks, weights
 from minilora.errors import MiniloraError
 from minilora.lora.adapter_files import find_adapter, load_adapter, read_config
+from minilora.lora.base_precision import train_modules_in_float32
 from minilora.lora.config import LoraConfig
 from minilora.lora.inject import add_adapter
 from minilora.lora.merge import merge_and_unload
@@ -69,12 +71,29 @@ def load_model(config: TrainConfig, labels: list[str] | None) -> StartingModel:
     )
 
 
-def attach_adapter(start: StartingModel, on_adapter: str, lora_config: LoraConfig) -> None:
-    """A new adapter, or the one that is to be continued, trainable."""
+def attach_adapter(
+    start: StartingModel, on_adapter: str, lora_config: LoraConfig, dtype: torch.dtype
+) -> None:
+    """A new adapter, or the one that is to be continued, trainable, over a base of `dtype`.
+
+    What trains is float32 whatever the base is: a step of AdamW is often smaller than what bfloat16
+    can add to a weight.
+
+    Raises:
+        MiniloraError: the base model's own biases are to train in half precision.
+    """
+    if dtype != torch.float32 and lora_config.bias != "none":
+        raise MiniloraError(
+            f"bias={lora_config.bias!r} trains the base model's biases, which dtype {dtype} would "
+            "round away: use dtype float32, or bias none"
+        )
+    start.model.to(dtype)  # pyright: ignore[reportArgumentType]
     if start.adapter is not None and on_adapter == "continue":
         load_adapter(start.model, start.adapter.location, is_trainable=True)
     else:
         add_adapter(start.model, lora_config)
+    if dtype != torch.float32:
+        train_modules_in_float32(start.model)
 
 
 def describe_start(start: StartingModel, on_adapter: str, output_dir: str) -> None:

@@ -45,6 +45,10 @@ class Examples:
         return len(self.offsets) - 1
 
 
+Collate = Callable[[Examples, np.ndarray], dict[str, Tensor]]
+"""(examples, indices (B,)) to a batch, its labels (B,) in the order of indices."""
+
+
 def tokenize(
     rows: list[Row],
     labels: np.ndarray,
@@ -94,14 +98,20 @@ def tokenize(
     )
 
 
-def collate(examples: Examples, indices: np.ndarray, pad_token_id: int) -> dict[str, Tensor]:
+def token_positions(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """start, start + 1, ..., start + length - 1 for each pair, end to end: (total,) int64."""
+    ends = np.cumsum(lengths)
+    return np.repeat(starts - (ends - lengths), lengths) + np.arange(ends[-1])
+
+
+def collate_padded(examples: Examples, indices: np.ndarray, pad_token_id: int) -> dict[str, Tensor]:
     """The examples `indices` (B,) as a batch padded on the right to its longest: tensors (B, T),
     labels (B,).
     """
     starts, ends = examples.offsets[indices], examples.offsets[indices + 1]
     lengths = ends - starts
     real = np.arange(lengths.max()) < lengths[:, None]  # (B, T), False where padding
-    flat = np.concatenate([np.arange(start, end) for start, end in zip(starts, ends, strict=True)])
+    flat = token_positions(starts, lengths)
     input_ids = np.full(real.shape, pad_token_id, dtype=np.int64)
     input_ids[real] = examples.input_ids[flat]
     batch = {"input_ids": torch.from_numpy(input_ids)}
@@ -129,7 +139,7 @@ def training_updates(
     seed: int,
     batch_size: int,
     accumulation: int,
-    pad_token_id: int,
+    collate: Collate,
     device: torch.device,
 ) -> Callable[[int, int], Iterator[list[dict[str, Tensor]]]]:
     """A function of (epoch, steps to skip) to the batches of each optimizer step of that epoch.
@@ -145,10 +155,7 @@ def training_updates(
             step_end = min(step_start + per_step, len(order))
             yield [
                 to_device(
-                    collate(
-                        examples, order[start : min(start + batch_size, step_end)], pad_token_id
-                    ),
-                    device,
+                    collate(examples, order[start : min(start + batch_size, step_end)]), device
                 )
                 for start in range(step_start, step_end, batch_size)
             ]
@@ -157,13 +164,17 @@ def training_updates(
 
 
 def batches_in_order(
-    examples: Examples, batch_size: int, pad_token_id: int, device: torch.device, description: str
+    examples: Examples,
+    batch_size: int,
+    collate: Collate,
+    device: torch.device,
+    description: str,
 ) -> Iterator[dict[str, Tensor]]:
     """Every example once, in the file's order, with a progress bar."""
     with tqdm(total=len(examples), desc=description, unit=" examples", leave=False) as bar:
         for start in range(0, len(examples), batch_size):
             indices = np.arange(start, min(start + batch_size, len(examples)))
-            yield to_device(collate(examples, indices, pad_token_id), device)
+            yield to_device(collate(examples, indices), device)
             bar.update(len(indices))
 
 

@@ -70,8 +70,12 @@ def real_values(rows: list[Row], path: str) -> np.ndarray:
     return np.array([float(row.label or "") for row in rows], dtype=np.float32)
 
 
+Forward = Callable[[nn.Module, dict[str, Tensor]], Tensor]
+"""(model, batch) to logits (B, C), in the order of the batch's labels."""
+
+
 def training_loss(
-    task: str, label_smoothing: float
+    task: str, label_smoothing: float, forward: Forward
 ) -> Callable[[nn.Module, dict[str, Tensor]], Tensor]:
     """A function of (model, batch) to the batch's mean loss, a scalar."""
 
@@ -81,7 +85,9 @@ def training_loss(
     return loss
 
 
-def evaluation_loss(task: str) -> Callable[[nn.Module, dict[str, Tensor]], tuple[Tensor, Tensor]]:
+def evaluation_loss(
+    task: str, forward: Forward
+) -> Callable[[nn.Module, dict[str, Tensor]], tuple[Tensor, Tensor]]:
     """A function of (model, batch) to the batch's mean loss and its logits (B, C)."""
 
     def loss(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
@@ -89,11 +95,6 @@ def evaluation_loss(task: str) -> Callable[[nn.Module, dict[str, Tensor]], tuple
         return batch_loss(task, logits, batch["labels"]), logits
 
     return loss
-
-
-def forward(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-    """Logits (B, C) of a batch; the labels stay here, so that the loss is ours to see."""
-    return model(**{name: tensor for name, tensor in batch.items() if name != "labels"}).logits
 
 
 def batch_loss(task: str, logits: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> Tensor:

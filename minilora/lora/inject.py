@@ -109,7 +109,7 @@ def adapters_of(model: nn.Module) -> Adapters:
 def adapter_layers(model: nn.Module) -> Iterator[tuple[str, AdapterLayer | ModulesToSave]]:
     """Every wrapped module with its name, in `named_modules` order."""
     for name, module in model.named_modules():
-        if isinstance(module, (AdapterLayer, ModulesToSave)):
+        if isinstance(module, AdapterLayer | ModulesToSave):
             yield name, module
 
 

@@ -36,7 +36,7 @@ from minilora.lora.adapter_files import (
 from minilora.lora.inject import adapters_of
 from minilora.training.loop import Cadence, TrainState
 from minilora.training.manifest import MANIFEST_NAME, manifest_bytes, verify
-from minilora.training.rng import rng_state, set_rng_state
+from minilora.training.rng import mask_stream, rng_state, set_rng_state
 from minilora.training.trainer_files import (
     OPTIMIZER_NAME,
     RNG_NAME,
@@ -75,7 +75,7 @@ def save_checkpoint(
     files = adapter_files(model, adapter_name)
     files[OPTIMIZER_NAME] = _torch_bytes(optimizer.state_dict())
     files[SCHEDULER_NAME] = _torch_bytes(scheduler.state_dict())
-    files[RNG_NAME] = _torch_bytes(rng_state())
+    files[RNG_NAME] = _torch_bytes(rng_state(model))
     files[STATE_NAME] = trainer_state
     files[MANIFEST_NAME] = manifest_bytes(state, run or {}, files)
     path = Path(output_dir) / f"checkpoint-{state.global_step}"
@@ -111,7 +111,7 @@ def load_checkpoint(
     scheduler.load_state_dict(scheduler_state)
     log_history = json.loads((path / STATE_NAME).read_bytes())["log_history"]
     state = TrainState(**manifest.state, log_history=log_history)
-    set_rng_state(generators)
+    set_rng_state(generators, model)
     return state
 
 
@@ -157,8 +157,13 @@ def load_trainer_checkpoint(
         optimizer.load_state_dict(optimizer_state)
     if scheduler_state is not None:
         scheduler.load_state_dict(scheduler_state)
+    stream = mask_stream(model)
+    if stream is not None:
+        # Trainer knows nothing of our masks: from here on they are a function of (seed, step).
+        stream.restart(state.global_step)
+        state.inexact_from = state.global_step
     if generators is not None:
-        set_rng_state(generators)
+        set_rng_state(generators, model)
     return state
 
 

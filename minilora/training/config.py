@@ -13,6 +13,7 @@ from minilora.errors import MiniloraError
 TASKS = ("sequence_classification", "regression")
 SCHEDULES = ("linear", "cosine", "constant", "constant_with_warmup")
 STRATEGIES = ("no", "steps", "epoch")
+DTYPES = ("float32", "bfloat16", "float16")
 
 # The fields of LoraConfig in which a run differs from PEFT's defaults, chosen by measurement
 # (`benchmarks/README.md`).
@@ -82,6 +83,12 @@ class TrainConfig:
     data_seed: int | None = option(None, "training", "of the order of examples; by default seed")
     hf_parity: bool = option(False, "training", "the losses, bit for bit, of HF Trainer + PEFT: its random draws, and its sum of accumulated means")
     device: str | None = option(None, "training", "cpu, cuda, cuda:1, ...; by default cuda where there is one", FREE)
+
+    batching: str | None = option(None, "speed", "packed leaves out padding; by default packed", choices=("packed", "padded"))
+    dropout: str | None = option(None, "speed", "whose masks: fast is ours, for CPUs; by default fast on a CPU, else torch", choices=("fast", "torch"))
+    dtype: str = option("float32", "speed", "of the frozen weights and the activations; what trains is float32. float16 needs a GPU", choices=DTYPES)
+    gradient_checkpointing: bool = option(False, "speed", "save memory: recompute each layer's activations in the backward pass")
+    torch_compile: bool = option(False, "speed", "compile the model's forward; takes padded batches and torch's dropout")
 
     eval_strategy: str | None = option(None, "evaluation", "when to evaluate; by default each epoch if there is validation data", FREE, STRATEGIES)
     eval_steps: int | None = option(None, "evaluation", "optimizer steps between evaluations; by default logging_steps", FREE)
@@ -192,6 +199,14 @@ def _problems(c: TrainConfig) -> list[str]:
         found.append("validation_split and validation_file are both given: leave one out")
     if c.task == "regression" and c.label_smoothing_factor:
         found.append("label_smoothing_factor is for classification")
+    for mode in ("hf_parity", "torch_compile"):
+        plain = {"batching": "padded", "dropout": "torch"}
+        plain |= (
+            {"dtype": "float32", "gradient_checkpointing": False} if mode == "hf_parity" else {}
+        )
+        for name, needed in plain.items():
+            if getattr(c, mode) and getattr(c, name) not in (needed, None):
+                found.append(f"{mode} needs {name} {needed}, not {getattr(c, name)}: leave one out")
     if c.eval_strategy == "no" and c.best_metric():
         found.append(f"{c.best_metric()} is asked to rank checkpoints, and eval_strategy is no")
     if c.load_best_model_at_end:

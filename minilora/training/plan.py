@@ -1,5 +1,6 @@
 """What the arguments mean for the loop: when things happen, with which optimizer, saved how."""
 
+import dataclasses
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -9,12 +10,29 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 
+from minilora.errors import MiniloraError
 from minilora.training.checkpoint import rotate_checkpoints, save_checkpoint, sorted_checkpoints
 from minilora.training.config import TrainConfig
 from minilora.training.loop import Cadence, TrainState, is_finished
 from minilora.training.optim import build_optimizer, build_scheduler
 from minilora.training.progress import say
 from minilora.training.trainer_files import trainer_state
+
+
+def resolve_modes(config: TrainConfig, device: torch.device) -> TrainConfig:
+    """The arguments with `batching` and `dropout` decided, as run.json records them.
+
+    Raises:
+        MiniloraError: float16 on a CPU, which has no fast float16 products.
+    """
+    if config.dtype == "float16" and device.type == "cpu":
+        raise MiniloraError("dtype float16 needs a GPU: on a CPU use bfloat16 or float32")
+    plain = config.hf_parity or config.torch_compile
+    return dataclasses.replace(
+        config,
+        batching=config.batching or ("padded" if plain else "packed"),
+        dropout=config.dropout or ("torch" if plain or device.type != "cpu" else "fast"),
+    )
 
 
 def plan_cadence(config: TrainConfig, examples: int, validates: bool) -> Cadence:

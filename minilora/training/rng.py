@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 
 def seed_all(seed: int) -> None:
@@ -14,8 +15,9 @@ def seed_all(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-def rng_state() -> dict[str, Any]:
-    """The state of every generator, in HF Trainer's structure (`rng_state.pth`).
+def rng_state(model: nn.Module) -> dict[str, Any]:
+    """The state of every generator, in HF Trainer's structure (`rng_state.pth`), and of the stream that
+    the model's own dropout draws from, where it has one.
 
     numpy's key is a list instead of an array: Trainer restores it all the same, and the file then
     loads with plain `weights_only=True`, no numpy reconstruction function allowed.
@@ -28,17 +30,32 @@ def rng_state() -> dict[str, Any]:
     }
     if torch.cuda.is_available():
         state["cuda"] = torch.cuda.get_rng_state()
+    stream = mask_stream(model)
+    if stream is not None:
+        state["mask_stream"] = stream.get_state()
     return state
 
 
-def set_rng_state(state: dict[str, Any]) -> None:
-    """Restore what `rng_state` returned. Call it last: whatever is built after it may draw."""
+def set_rng_state(state: dict[str, Any], model: nn.Module) -> None:
+    """Restore what `rng_state` returned. Call it last: whatever is built after it may draw.
+
+    A `mask_stream` that the state lacks (HF Trainer wrote it) is left for the caller to restart.
+    """
+    stream = mask_stream(model)
+    if stream is not None and "mask_stream" in state:
+        stream.set_state(state["mask_stream"])
     version, keys, gauss_next = state["python"]
     random.setstate((version, tuple(keys), gauss_next))
     np.random.set_state(tuple(state["numpy"]))
     torch.set_rng_state(state["cpu"])
     if "cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"])
+
+
+def mask_stream(model: nn.Module) -> Any:
+    """The stream that the model's dropout modules share, or None where dropout is torch's."""
+    streams = (getattr(module, "mask_stream", None) for module in model.modules())
+    return next((stream for stream in streams if stream is not None), None)
 
 
 def draw_loader_seed() -> None:

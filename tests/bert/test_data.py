@@ -1,5 +1,7 @@
 """Tokens, batches and the order of an epoch."""
 
+import functools
+
 import numpy as np
 import pytest
 import torch
@@ -8,7 +10,7 @@ from transformers import AutoTokenizer, DataCollatorWithPadding
 from minilora import MiniloraError
 from minilora.bert.data import (
     batches_in_order,
-    collate,
+    collate_padded,
     epoch_order,
     split_rows,
     tokenize,
@@ -16,6 +18,7 @@ from minilora.bert.data import (
 )
 from minilora.bert.tables import Row
 
+COLLATE = functools.partial(collate_padded, pad_token_id=0)
 CPU = torch.device("cpu")
 
 
@@ -38,7 +41,7 @@ def test_a_batch_is_what_transformers_collator_makes(tokenizer, paired):
     encoded = tokenizer(texts, pairs, truncation=True, max_length=12)
     features = [{k: v[i] for k, v in encoded.items()} | {"label": labels[i]} for i in (2, 0, 1)]
     expected = DataCollatorWithPadding(tokenizer)(features)
-    found = collate(examples, np.array([2, 0, 1]), tokenizer.pad_token_id)
+    found = collate_padded(examples, np.array([2, 0, 1]), tokenizer.pad_token_id)
     assert found.keys() == expected.keys()
     for name in expected:
         assert torch.equal(found[name], expected[name]) and found[name].dtype == torch.int64, name
@@ -69,7 +72,7 @@ def test_the_order_draws_nothing_from_the_global_generator():
 def test_an_epoch_takes_each_example_once(tokenizer, batch_size, accumulation):
     count = 23
     examples = tokenize(rows_of(["bad"] * count), np.arange(count), tokenizer, 8, "")
-    updates = training_updates(examples, 1, batch_size, accumulation, 0, CPU)
+    updates = training_updates(examples, 1, batch_size, accumulation, COLLATE, CPU)
     steps = list(updates(0, 0))
     seen = torch.cat([batch["labels"] for step in steps for batch in step]).tolist()
     assert sorted(seen) == list(range(count)) and seen != sorted(seen)
@@ -81,7 +84,7 @@ def test_an_epoch_takes_each_example_once(tokenizer, batch_size, accumulation):
 
 def test_evaluation_keeps_the_files_order(tokenizer):
     examples = tokenize(rows_of(["bad"] * 7), np.arange(7), tokenizer, 8, "")
-    batches = batches_in_order(examples, 3, 0, CPU, "evaluating")
+    batches = batches_in_order(examples, 3, COLLATE, CPU, "evaluating")
     assert [batch["labels"].tolist() for batch in batches] == [[0, 1, 2], [3, 4, 5], [6]]
 
 

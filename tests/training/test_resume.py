@@ -189,8 +189,37 @@ def test_a_run_stopped_before_its_first_checkpoint_starts_again(
     assert_same_run(tmp_path / "run", uninterrupted)
 
 
+@pytest.mark.parametrize(
+    "mode",
+    [
+        {"dtype": "bfloat16"},
+        {"dropout": "torch"},
+        {"batching": "padded"},
+        {"batching": "padded", "dropout": "torch", "dtype": "bfloat16"},
+        {"gradient_checkpointing": True, "dtype": "bfloat16"},
+        {"gradient_checkpointing": True, "batching": "padded"},
+    ],
+    ids=lambda mode: ", ".join(f"{name} {value}" for name, value in mode.items()),
+)
+def test_a_resume_is_exact_in_every_mode(mode, tmp_path, tiny_model, sentences):
+    values = arguments(tiny_model, sentences, save_steps=1000, **mode)
+    fine_tune(TrainConfig(**values, output_dir=str(tmp_path / "whole")))
+    stop_at(4, values, tmp_path / "run")
+    fine_tune(TrainConfig(resume_from_checkpoint=str(tmp_path / "run")))
+    assert_same_run(tmp_path / "run", tmp_path / "whole")
+
+
 def forget_rng(monkeypatch):
-    monkeypatch.setattr(checkpoint_room, "set_rng_state", lambda state: None)
+    monkeypatch.setattr(checkpoint_room, "set_rng_state", lambda state, model: None)
+
+
+def forget_masks(monkeypatch):
+    read = checkpoint_room.read_rng
+
+    def without_masks(path):
+        return {name: state for name, state in read(path).items() if name != "mask_stream"}
+
+    monkeypatch.setattr(checkpoint_room, "read_rng", without_masks)
 
 
 def forget_moments(monkeypatch):
@@ -247,6 +276,7 @@ def forget_loss_sum(monkeypatch):
     "forget",
     [
         forget_rng,
+        forget_masks,
         forget_moments,
         forget_scheduler,
         forget_one_tensor,

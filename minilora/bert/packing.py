@@ -1,0 +1,213 @@
+"""Padding-free batches: the tokens of all sequences end to end in one row, and attention over it.
+
+Half of a padded batch of ordinary sentences is padding, and every layer but attention treats tokens
+one by one: these see the row. Attention takes the sequences in a few buckets of similar length, each
+padded for itself, so that what it wastes is small. Within the row, sequences lie in ascending order
+of length; logits come back in the batch's own order.
+
+B sequences of a batch, b of a bucket; N tokens of the row, n of a bucket, T of a bucket's longest
+sequence; D hidden, H heads, d = D / H.
+"""
+
+import functools
+import importlib.util
+import itertools
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from minilora.bert.data import Examples, token_positions
+from minilora.bert.dropout import dropped
+
+# More buckets waste less padding and cost more calls; 4 was fastest of 1, 2, 4 and 8 on sentences.
+BUCKETS = 4
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """Neighbouring sequences of the row that are attended together."""
+
+    count: int
+    """b"""
+    length: int
+    """T"""
+    rows: slice
+    """Their n tokens in the row."""
+    index: Tensor | None
+    """(n,) int64: each token's place among the b * T padded ones; None where nothing is padded."""
+    padding: Tensor | None
+    """(b, 1, T): -inf at padding, else 0; None where nothing is padded."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where the sequences of a packed row lie."""
+
+    buckets: list[Bucket]
+    lengths: Tensor
+    """(B,) int64, ascending."""
+    first: Tensor
+    """(B,) int64: the row index of each sequence's first token."""
+    tokens: int
+    """N, filler at the row's end included."""
+
+    def first_tokens(self) -> list[Bucket]:
+        """The buckets of a row that holds nothing but each sequence's first token."""
+        counts = [bucket.count for bucket in self.buckets]
+        ends = np.cumsum(counts).tolist()
+        return [
+            Bucket(count, 1, slice(end - count, end), None, None)
+            for count, end in zip(counts, ends, strict=True)
+        ]
+
+
+def collate_packed(
+    examples: Examples, indices: np.ndarray, pad_token_id: int, multiple: int
+) -> dict[str, Tensor]:
+    """The examples `indices` (B,) as one row of N tokens.
+
+    input_ids, position_ids and, if the model takes them, token_type_ids are (N,); lengths (B,), in
+    the row's order; place (B,): where in that order each example of the batch is; labels (B,), in the
+    batch's order.
+
+    Args:
+        multiple: N is filled up to a multiple of this. oneDNN's bfloat16 products prepare each new
+            shape anew; a few shapes that recur are faster than many.
+    """
+    lengths = examples.offsets[indices + 1] - examples.offsets[indices]
+    order = np.argsort(lengths, kind="stable")
+    lengths, indices_in_row = lengths[order], indices[order]
+    flat = token_positions(examples.offsets[indices_in_row], lengths)
+    size = -(-len(flat) // multiple) * multiple
+
+    def row(values: np.ndarray, filler: int) -> Tensor:
+        filled = np.full(size, filler, dtype=np.int64)
+        filled[: len(flat)] = values
+        return torch.from_numpy(filled)
+
+    batch = {"input_ids": row(examples.input_ids[flat], pad_token_id)}
+    if examples.token_type_ids is not None:
+        batch["token_type_ids"] = row(examples.token_type_ids[flat], 0)
+    batch["position_ids"] = row(token_positions(np.zeros_like(lengths), lengths), 0)
+    batch["lengths"] = torch.from_numpy(lengths)
+    batch["place"] = torch.from_numpy(np.argsort(order))
+    batch["labels"] = torch.from_numpy(examples.labels[indices])
+    return batch
+
+
+def layout_of(lengths: Tensor, tokens: int) -> Layout:
+    """The layout of a row of `tokens` tokens whose sequences have these lengths (B,), ascending."""
+    on_host = lengths.cpu().numpy()
+    starts = np.cumsum(on_host) - on_host
+    count = 1 if on_host[0] == on_host[-1] else min(BUCKETS, len(on_host))
+    edges = np.linspace(0, len(on_host), count + 1).round().astype(int)
+    buckets = [
+        _bucket(on_host[low:high], int(starts[low]), lengths.device)
+        for low, high in itertools.pairwise(edges)
+    ]
+    return Layout(buckets, lengths, torch.from_numpy(starts).to(lengths.device), tokens)
+
+
+def _bucket(lengths: np.ndarray, start: int, device: torch.device) -> Bucket:
+    longest = int(lengths[-1])
+    rows = slice(start, start + int(lengths.sum()))
+    if lengths[0] == longest:
+        return Bucket(len(lengths), longest, rows, None, None)
+    index = token_positions(np.arange(len(lengths)) * longest, lengths)
+    real = np.arange(longest) < lengths[:, None]  # (b, T)
+    padding = np.where(real, 0.0, -np.inf).astype(np.float32)[:, None]  # (b, T) -> (b, 1, T)
+    return Bucket(
+        len(lengths),
+        longest,
+        rows,
+        torch.from_numpy(index).to(device),
+        torch.from_numpy(padding).to(device),
+    )
+
+
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layout: Layout,
+    heads: int,
+    dropout: nn.Module,
+    first_only: bool = False,
+) -> Tensor:
+    """softmax(Q K^T / sqrt(d)) V within each sequence, as transformers' eager attention computes it:
+    (N, D) three times -> (N, D).
+
+    Scores and probabilities are float32 whatever the row's dtype: oneDNN's bfloat16 products of such
+    small matrices are slower.
+
+    Args:
+        dropout: on the probabilities.
+        first_only: the query (B, D) is of the first tokens alone, and so is the result.
+    """
+    if _has_kernel(query, dropout):
+        return _by_kernel(query, key, value, layout, heads, first_only)
+    queries = layout.first_tokens() if first_only else layout.buckets
+    found = []
+    for of_query, of_key in zip(queries, layout.buckets, strict=True):
+        q = _to_heads(query, of_query, heads)  # (N, D) -> (b * H, T, d)
+        k, v = _to_heads(key, of_key, heads), _to_heads(value, of_key, heads)
+        scale = q.shape[-1] ** -0.5
+        if of_key.padding is None:
+            scores = torch.bmm(q, k.transpose(1, 2)).mul_(scale)  # (b * H, T, T)
+        else:
+            padding = of_key.padding.repeat_interleave(heads, dim=0)  # (b, 1, T) -> (b * H, 1, T)
+            scores = torch.baddbmm(padding, q, k.transpose(1, 2), alpha=scale)
+        probabilities = dropped(torch.softmax(scores, dim=-1), dropout)
+        found.append(_from_heads(torch.bmm(probabilities, v), of_query, heads))
+    result = torch.cat(found).to(query.dtype)
+    return F.pad(result, (0, 0, 0, len(query) - len(result)))  # the filler attends to nothing
+
+
+def _to_heads(x: Tensor, bucket: Bucket, heads: int) -> Tensor:
+    # (N, D) -> (n, D) -> (b * T, D) -> (b * H, T, d), float32
+    rows = x[bucket.rows]
+    if bucket.index is not None:
+        padded = x.new_zeros(bucket.count * bucket.length, x.shape[1])
+        rows = padded.index_copy_(0, bucket.index, rows)
+    split = rows.view(bucket.count, bucket.length, heads, -1).transpose(1, 2)
+    return split.to(torch.float32).reshape(bucket.count * heads, bucket.length, -1)
+
+
+def _from_heads(x: Tensor, bucket: Bucket, heads: int) -> Tensor:
+    # (b * H, T, d) -> (b * T, D) -> (n, D)
+    joined = x.view(bucket.count, heads, bucket.length, -1).transpose(1, 2)
+    rows = joined.reshape(bucket.count * bucket.length, -1)
+    return rows if bucket.index is None else rows.index_select(0, bucket.index)
+
+
+def _has_kernel(query: Tensor, dropout: nn.Module) -> bool:
+    # torch's variable-length kernel (since 2.10) is for CUDA, for half precision, without dropout.
+    drops = dropout.training and dropout.p > 0  # pyright: ignore[reportOperatorIssue]
+    is_half = query.dtype in (torch.float16, torch.bfloat16)
+    return query.is_cuda and is_half and not drops and _kernel_is_installed()
+
+
+@functools.cache
+def _kernel_is_installed() -> bool:
+    return importlib.util.find_spec("torch.nn.attention.varlen") is not None
+
+
+def _by_kernel(
+    query: Tensor, key: Tensor, value: Tensor, layout: Layout, heads: int, first_only: bool
+) -> Tensor:
+    from torch.nn.attention.varlen import varlen_attn
+
+    ends = F.pad(layout.lengths.cumsum(0), (1, 0)).to(torch.int32)  # (B + 1,)
+    longest = max(bucket.length for bucket in layout.buckets)
+    query_ends = torch.arange(len(ends), device=ends.device, dtype=torch.int32)
+    q, k, v = (x.view(len(x), heads, -1) for x in (query, key, value))  # (N, D) -> (N, H, d)
+    result = varlen_attn(
+        q, k, v, query_ends if first_only else ends, ends, 1 if first_only else longest, longest,
+        scale=1 / math.sqrt(q.shape[-1]),
+    )  # fmt: skip
+    assert isinstance(result, Tensor)
+    return result.reshape(len(query), -1)

@@ -7,6 +7,7 @@ Imports nothing but the standard library, so that `--help` answers at once.
 import argparse
 import contextlib
 import dataclasses
+import gc
 import json
 import signal
 import sys
@@ -71,6 +72,19 @@ def parsed_fields(config: type, namespace: argparse.Namespace) -> dict[str, Any]
     """The fields of `config` that were given on the command line."""
     names = [field.name for field in dataclasses.fields(config)]
     return {name: getattr(namespace, name) for name in names if hasattr(namespace, name)}
+
+
+@contextlib.contextmanager
+def without_collection() -> Iterator[None]:
+    """Pause Python's garbage collector around the imports of torch and transformers, and exempt what
+    they leave behind: its passes over ever more objects are a sixth of the time they take.
+    """
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 def run_command(main: Callable[[], int]) -> typing.NoReturn:

@@ -18,6 +18,7 @@ from minilora.command import (
     parsed_fields,
     run_command,
     stop_signals,
+    without_collection,
 )
 from minilora.lora.config import LoraConfig
 from minilora.training.config import LORA_DEFAULTS, TrainConfig
@@ -34,8 +35,8 @@ def main() -> int:
         TrainConfig(**train_arguments)
         LoraConfig(**lora_arguments)
     with stop_signals() as received:
-        from minilora.fine_tuning import run_fine_tuning  # the slow import: torch and transformers
-
+        with without_collection():  # the slow import: torch and transformers
+            from minilora.fine_tuning import run_fine_tuning
         result = run_fine_tuning(
             train_arguments, lora_arguments, should_stop=lambda: bool(received)
         )

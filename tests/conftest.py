@@ -2,12 +2,16 @@
 
 import json
 import os
+import shutil
+import tempfile
 from pathlib import Path
 
 # Before transformers is imported anywhere: a test that reaches for the network fails at once.
 os.environ["HF_HUB_OFFLINE"] = "1"
 # Tiny models are fastest on one thread; set here so that the commands the tests start inherit it.
 os.environ["OMP_NUM_THREADS"] = "1"
+# The user's cache is not the tests' to fill.
+os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp()
 
 import pytest
 from transformers import BertConfig, BertForSequenceClassification, BertTokenizerFast, set_seed
@@ -46,6 +50,10 @@ WORDS = [
 ]
 POSITIVE = {"good", "fine", "great", "loved"}
 NEGATIVE = {"bad", "dull", "awful", "hated"}
+
+
+def pytest_sessionfinish():
+    shutil.rmtree(os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 
 
 def tiny_config(**changes) -> BertConfig:

@@ -242,7 +242,7 @@ def test_training_reaches_what_the_data_holds(tiny_model, tmp_path):
         write_sentences(tmp_path / "train.tsv", 300, seed=1),
         write_sentences(tmp_path / "validation.tsv", 100, seed=2),
     )
-    changes = {"max_steps": 150, "learning_rate": 1e-2, "eval_on_start": True}
+    changes = {"max_steps": 300, "learning_rate": 3e-3, "eval_on_start": True}
     targets = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear")
     result = fine_tune(settings(tiny_model, files, tmp_path / "out", **changes), targets)
     assert result.log_history[0]["step"] == 0

@@ -7,8 +7,9 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from minilora.bert import packaged, tasks
-from minilora.bert.data import Examples, file_fingerprint, split_rows, tokenize
+from minilora.bert.data import Examples, file_fingerprint, split_rows
 from minilora.bert.tables import Row, read_rows
+from minilora.bert.token_cache import tokenize_once, tokenizer_fingerprint
 from minilora.errors import MiniloraError
 
 
@@ -59,9 +60,12 @@ def read_parts(
 def tokenize_parts(
     parts: Parts, tokenizer: PreTrainedTokenizerBase, max_length: int
 ) -> dict[str, Examples]:
-    """Each part as flat token arrays with its labels."""
+    """Each part as flat token arrays with its labels, from the cache where it has been tokenised."""
+    fingerprint = tokenizer_fingerprint(tokenizer)
     return {
-        part: tokenize(rows, _labels(parts, part), tokenizer, max_length, f"tokenizing {part}")
+        part: tokenize_once(
+            rows, _labels(parts, part), tokenizer, fingerprint, max_length, f"tokenizing {part}"
+        )
         for part, rows in parts.rows.items()
     }
 

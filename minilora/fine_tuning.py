@@ -40,7 +40,13 @@ from minilora.training.loop import (
     mean_loss,
     trainer_shares,
 )
-from minilora.training.plan import build_optimisation, plan_cadence, resolve_modes, saver
+from minilora.training.plan import (
+    build_optimisation,
+    build_scaler,
+    plan_cadence,
+    resolve_modes,
+    saver,
+)
 from minilora.training.progress import TrainingBar, say
 from minilora.training.resume import begin, check_same_inputs, describe_run, resumed_arguments
 from minilora.training.rng import draw_loader_seed, seed_all
@@ -142,9 +148,10 @@ def train(
     batching = prepare_forward(config, model, weights.pad_token_id(tokenizer), device)
     describe_start(start, config.on_adapter, str(output_dir))
     optimizer, scheduler = build_optimisation(config, model, cadence.max_steps)
+    scaler = build_scaler(config.dtype, device)
     seed_all(config.seed)  # again, as Trainer does: how much was drawn so far depends on the model
 
-    state = begin(config, cadence, output_dir, run, point, model, optimizer, scheduler)
+    state = begin(config, cadence, output_dir, run, point, model, optimizer, scheduler, scaler)
     metrics_file = MetricsFile(output_dir / METRICS_NAME, state.log_history)
     evaluate = evaluator(config, model, parts, examples, batching, device)
     if evaluates_at_start(config, parts) and not state.log_history:
@@ -156,6 +163,7 @@ def train(
             model,
             optimizer,
             scheduler,
+            scaler,
             state,
             cadence,
             config.max_grad_norm,
@@ -163,7 +171,7 @@ def train(
             loss=tasks.training_loss(config.task, config.label_smoothing_factor, batching.forward),
             evaluate=partial(evaluate, "validation", "eval") if "validation" in examples else None,
             record=metrics_file.append,
-            save=saver(config, cadence, output_dir, run, model, optimizer, scheduler),
+            save=saver(config, cadence, output_dir, run, model, optimizer, scheduler, scaler),
             should_stop=should_stop,
             progress=bar.advance,
             shares=trainer_shares if config.hf_parity else example_shares,

@@ -4,6 +4,7 @@
       adapter_model.safetensors  adapter_config.json    the adapter, as PEFT writes it
       optimizer.pt  scheduler.pt                        torch state dicts; load with weights_only=True
       rng_state.pth                                     every generator's state; the same
+      scaler.pt                                         with float16: the loss scale
       trainer_state.json                                HF Trainer's progress and log
       minilora.json                                     written last: `TrainState`, the run's arguments, what it ran
                                                         on, and size and SHA-256 of every other file
@@ -40,6 +41,7 @@ from minilora.training.rng import mask_stream, rng_state, set_rng_state
 from minilora.training.trainer_files import (
     OPTIMIZER_NAME,
     RNG_NAME,
+    SCALER_NAME,
     SCHEDULER_NAME,
     STATE_NAME,
     TRAINING_ARGS_NAME,
@@ -60,6 +62,7 @@ def save_checkpoint(
     state: TrainState,
     trainer_state: bytes,
     run: dict[str, Any] | None = None,
+    scaler: torch.amp.GradScaler | None = None,
     adapter_name: str = "default",
 ) -> Path:
     """Write `output_dir/checkpoint-<global_step>` and return its path. After a crash at any moment
@@ -75,10 +78,13 @@ def save_checkpoint(
     files = adapter_files(model, adapter_name)
     files[OPTIMIZER_NAME] = _torch_bytes(optimizer.state_dict())
     files[SCHEDULER_NAME] = _torch_bytes(scheduler.state_dict())
+    if scaler is not None and scaler.is_enabled():
+        files[SCALER_NAME] = _torch_bytes(scaler.state_dict())
     files[RNG_NAME] = _torch_bytes(rng_state(model))
     files[STATE_NAME] = trainer_state
     files[MANIFEST_NAME] = manifest_bytes(state, run or {}, files)
     path = Path(output_dir) / f"checkpoint-{state.global_step}"
+    path.parent.mkdir(parents=True, exist_ok=True)
     commit_directory(path, files)
     return path
 
@@ -88,6 +94,7 @@ def load_checkpoint(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     scheduler: torch.optim.lr_scheduler.LRScheduler,
+    scaler: torch.amp.GradScaler | None = None,
     adapter_name: str = "default",
 ) -> TrainState:
     """Put everything back as it was when the checkpoint was saved, the random generators last.
@@ -104,11 +111,14 @@ def load_checkpoint(
     check_same_adapter(adapters_of(model).configs[adapter_name], read_config(path), path)
     optimizer_state = read_torch(path / OPTIMIZER_NAME)
     scheduler_state = read_torch(path / SCHEDULER_NAME)
+    scaler_state = _read_scaler(path, scaler)
     generators = read_rng(path)
     check_optimizer(optimizer, optimizer_state, path / OPTIMIZER_NAME)
     assign_tensors(model, read_tensors(path), adapter_name, path / WEIGHTS_NAME)
     optimizer.load_state_dict(optimizer_state)
     scheduler.load_state_dict(scheduler_state)
+    if scaler is not None and scaler_state is not None:
+        scaler.load_state_dict(scaler_state)
     log_history = json.loads((path / STATE_NAME).read_bytes())["log_history"]
     state = TrainState(**manifest.state, log_history=log_history)
     set_rng_state(generators, model)
@@ -121,6 +131,7 @@ def load_trainer_checkpoint(
     optimizer: torch.optim.Optimizer,
     scheduler: torch.optim.lr_scheduler.LRScheduler,
     cadence: Cadence,
+    scaler: torch.amp.GradScaler | None = None,
     allow_inexact: bool = False,
     adapter_name: str = "default",
 ) -> TrainState:
@@ -147,6 +158,7 @@ def load_trainer_checkpoint(
     state.inexact_from = state.global_step if missing else None
     optimizer_state = None if OPTIMIZER_NAME in missing else read_torch(path / OPTIMIZER_NAME)
     scheduler_state = None if SCHEDULER_NAME in missing else read_torch(path / SCHEDULER_NAME)
+    scaler_state = _read_scaler(path, scaler)
     generators = None if RNG_NAME in missing else read_rng(path)
     if optimizer_state is not None:
         check_optimizer(optimizer, optimizer_state, path / OPTIMIZER_NAME)
@@ -157,6 +169,8 @@ def load_trainer_checkpoint(
         optimizer.load_state_dict(optimizer_state)
     if scheduler_state is not None:
         scheduler.load_state_dict(scheduler_state)
+    if scaler is not None and scaler_state is not None:
+        scaler.load_state_dict(scaler_state)
     stream = mask_stream(model)
     if stream is not None:
         # Trainer knows nothing of our masks: from here on they are a function of (seed, step).
@@ -251,6 +265,14 @@ def check_scheduler(
 def is_trainer_checkpoint(path: Path) -> bool:
     """Whether a directory is a checkpoint that HF Trainer wrote, complete or not."""
     return not (path / MANIFEST_NAME).exists() and (path / TRAINING_ARGS_NAME).exists()
+
+
+def _read_scaler(path: Path, scaler: torch.amp.GradScaler | None) -> dict[str, Any] | None:
+    if scaler is None or not scaler.is_enabled():
+        return None
+    if not (path / SCALER_NAME).is_file():
+        raise MiniloraError(f"{path} has no {SCALER_NAME}: it is of a run that was not float16")
+    return read_torch(path / SCALER_NAME)
 
 
 def _torch_bytes(value: Any) -> bytes:

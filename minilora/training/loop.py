@@ -81,6 +81,7 @@ def fit(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     scheduler: torch.optim.lr_scheduler.LRScheduler,
+    scaler: torch.amp.GradScaler,
     state: TrainState,
     cadence: Cadence,
     max_grad_norm: float,
@@ -97,6 +98,7 @@ def fit(
     """Train from `state` to the end of the run, or until `should_stop`. Changes `state` in place.
 
     Args:
+        scaler: scales the loss for float16; one that is not enabled does nothing.
         updates: (epoch, steps to skip) to an iterator over the batches of each optimizer step.
         evaluate: metrics of the validation data under `eval_...` keys, or None.
         record: takes one row of metrics.jsonl.
@@ -126,7 +128,15 @@ def fit(
                 return
             learning_rate = float(scheduler.get_last_lr()[0])
             losses, grad_norm = training_step(
-                model, optimizer, scheduler, batches, shares(batches), max_grad_norm, loss, state
+                model,
+                optimizer,
+                scheduler,
+                scaler,
+                batches,
+                shares(batches),
+                max_grad_norm,
+                loss,
+                state,
             )
             state.global_step += 1
             state.step_in_epoch += 1
@@ -151,6 +161,7 @@ def training_step(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     scheduler: torch.optim.lr_scheduler.LRScheduler,
+    scaler: torch.amp.GradScaler,
     batches: list[Batch],
     shares: list[float],
     max_grad_norm: float,
@@ -159,28 +170,34 @@ def training_step(
 ) -> tuple[list[float], float]:
     """One optimizer update from one or more batches: forward, backward, clip, step.
 
-    Returns (each batch's share of the loss, norm of the gradient before clipping).
+    Returns (each batch's share of the loss, norm of the gradient before clipping). Where a scaled
+    gradient overflows, the scaler lowers its scale and neither the parameters nor the learning rate
+    move, as in Trainer; the step counts.
 
     Raises:
-        MiniloraError: the loss or the gradient norm is not finite; names the step.
+        MiniloraError: the loss is not finite, or the gradient norm without a scaler; names the step.
     """
     model.train()
     losses = []
     for batch, share in zip(batches, shares, strict=True):
         # A single batch's share is 1.0, which changes no bit.
         batch_loss = loss(model, batch) * share
-        batch_loss.backward()
+        scaler.scale(batch_loss).backward()
         losses.append(batch_loss.item())
+    scaler.unscale_(optimizer)
     # An infinite bound computes the norm and clips nothing.
     grad_norm = nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm or math.inf).item()
-    if not math.isfinite(sum(losses) + grad_norm):
+    if not math.isfinite(sum(losses) + (0.0 if scaler.is_enabled() else grad_norm)):
         raise MiniloraError(
             f"step {state.global_step + 1}: the loss is {sum(losses)} and the gradient norm "
             f"{grad_norm}; training stops before this step. Lower --learning_rate, or resume from "
             "the last checkpoint"
         )
-    optimizer.step()
-    scheduler.step()
+    scale = scaler.get_scale()
+    scaler.step(optimizer)
+    scaler.update()
+    if scaler.get_scale() >= scale:
+        scheduler.step()
     optimizer.zero_grad()
     return losses, grad_norm
 

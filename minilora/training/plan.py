@@ -70,6 +70,11 @@ def build_optimisation(
     )
 
 
+def build_scaler(dtype: str, device: torch.device) -> torch.amp.GradScaler:
+    """Loss scaling for float16, whose smallest gradients would be zero; for others it does nothing."""
+    return torch.amp.GradScaler(device.type, enabled=dtype == "float16")
+
+
 def saver(
     config: TrainConfig,
     cadence: Cadence,
@@ -78,6 +83,7 @@ def saver(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     scheduler: LRScheduler,
+    scaler: torch.amp.GradScaler,
 ) -> Callable[[TrainState], None]:
     """A function that writes a checkpoint of a state, and then deletes what is over the limit.
 
@@ -94,7 +100,9 @@ def saver(
             state, cadence, epochs, config.per_device_train_batch_size, best
         )
         try:
-            save_checkpoint(output_dir, model, optimizer, scheduler, state, for_trainer, run)
+            save_checkpoint(
+                output_dir, model, optimizer, scheduler, state, for_trainer, run, scaler
+            )
         except OSError as error:
             if is_finished(state, cadence) or not sorted_checkpoints(output_dir):
                 advice = (

@@ -130,6 +130,7 @@ def begin(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     scheduler: LRScheduler,
+    scaler: torch.amp.GradScaler,
 ) -> TrainState:
     """The state to train from: a checkpoint's, or a fresh one."""
     if point is None or point.run is None or point.checkpoint is None:
@@ -141,11 +142,17 @@ def begin(
         return TrainState()
     if is_trainer_checkpoint(point.checkpoint):
         state = load_trainer_checkpoint(
-            point.checkpoint, model, optimizer, scheduler, cadence, config.allow_inexact_resume
+            point.checkpoint,
+            model,
+            optimizer,
+            scheduler,
+            cadence,
+            scaler,
+            config.allow_inexact_resume,
         )
     else:
         warn_if_elsewhere(point.checkpoint)
-        state = load_checkpoint(point.checkpoint, model, optimizer, scheduler)
+        state = load_checkpoint(point.checkpoint, model, optimizer, scheduler, scaler)
     clear_way(point)
     say(f"resuming {point.checkpoint} at step {state.global_step}")
     return state

@@ -23,6 +23,7 @@ from minilora.training.loop import Cadence, TrainState, epochs_done
 STATE_NAME = "trainer_state.json"
 OPTIMIZER_NAME = "optimizer.pt"
 SCHEDULER_NAME = "scheduler.pt"
+SCALER_NAME = "scaler.pt"
 RNG_NAME = "rng_state.pth"
 TRAINING_ARGS_NAME = "training_args.bin"
 REQUIRED = (STATE_NAME, OPTIMIZER_NAME, SCHEDULER_NAME, RNG_NAME)

@@ -37,12 +37,17 @@ def loss(model, batch):
     return nn.functional.mse_loss(model(batch["x"]).squeeze(-1), batch["labels"])
 
 
-def step(model, batches, max_grad_norm=0.0, number=1):
+UNSCALED = torch.amp.GradScaler("cpu", enabled=False)
+
+
+def step(model, batches, max_grad_norm=0.0, number=1, scaler=UNSCALED):
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     scheduler = build_scheduler(optimizer, "constant", 0, 1)
     state = TrainState(global_step=number - 1)
     shares = example_shares(batches)
-    return training_step(model, optimizer, scheduler, batches, shares, max_grad_norm, loss, state)
+    return training_step(
+        model, optimizer, scheduler, scaler, batches, shares, max_grad_norm, loss, state
+    )
 
 
 def test_accumulating_batches_equals_one_batch_of_all_their_examples():
@@ -82,6 +87,20 @@ def test_a_loss_that_is_not_finite_stops_before_the_step_and_names_it(bad):
     assert torch.equal(model.weight, before)
 
 
+def test_a_scaled_step_is_the_unscaled_one_and_an_overflow_is_skipped():
+    """The scale is a power of two, so that scaling and unscaling lose no bit."""
+    one, other, batch = linear(), linear(), batch_of(4, 1)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16)
+    (losses, norm), expected = step(one, [batch], 0.5, scaler=scaler), step(other, [batch], 0.5)
+    assert (losses, norm) == expected and torch.equal(one.weight, other.weight)
+
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127)
+    batch["labels"] *= 100
+    _, norm = step(one, [batch], scaler=scaler)
+    assert not math.isfinite(norm) and torch.equal(one.weight, other.weight)
+    assert scaler.get_scale() == 2.0**126
+
+
 def run(cadence_changes, epochs=2, evaluations=None, stop_after=None):
     """Fit 5 steps an epoch; returns (state, rows, saved steps)."""
     settings = {
@@ -98,6 +117,7 @@ def run(cadence_changes, epochs=2, evaluations=None, stop_after=None):
         model,
         optimizer,
         build_scheduler(optimizer, "constant", 0, 1),
+        UNSCALED,
         state,
         Cadence(**{**settings, **cadence_changes}),
         1.0,

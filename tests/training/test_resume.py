@@ -488,3 +488,32 @@ def test_checkpoint_files_have_the_permissions_the_umask_gives(uninterrupted):
     for path in uninterrupted.rglob("*"):
         if path.is_file() and not path.name.startswith("."):
             assert path.stat().st_mode & 0o777 == 0o666 & ~umask, path
+
+
+def test_the_loss_scale_is_part_of_a_checkpoint(tmp_path):
+    """Of a float16 run, which needs a GPU; the scaler itself works on a CPU, too."""
+    from minilora import add_adapter, load_checkpoint, save_checkpoint
+    from minilora.training.loop import TrainState
+    from minilora.training.optim import build_optimizer, build_scheduler
+    from tests.conftest import tiny_classifier
+
+    def parts(scale):
+        model = tiny_classifier()
+        add_adapter(model, LoraConfig(task_type="SEQ_CLS"))
+        optimizer = build_optimizer(model, 1e-3, 0.0, (0.9, 0.999), 1e-8)
+        scheduler = build_scheduler(optimizer, "constant", 0, 1)
+        return model, optimizer, scheduler, torch.amp.GradScaler("cpu", init_scale=scale)
+
+    model, optimizer, scheduler, scaler = parts(1024.0)
+    scaler.scale(torch.ones(()))  # a scaler knows its scale from its first use on
+    state = json.dumps({"log_history": []}).encode()
+    path = save_checkpoint(tmp_path, model, optimizer, scheduler, TrainState(), state, {}, scaler)
+    assert (path / "scaler.pt").is_file()
+    *others, restored = parts(2.0)
+    load_checkpoint(path, *others, restored)
+    assert restored.get_scale() == 1024.0
+
+    model, optimizer, scheduler, _ = parts(2.0)
+    other = save_checkpoint(tmp_path / "other", model, optimizer, scheduler, TrainState(), state)
+    with pytest.raises(MiniloraError, match=r"has no scaler\.pt"):
+        load_checkpoint(other, model, optimizer, scheduler, restored)

@@ -137,6 +137,10 @@ def test_dashes_and_underscores_are_the_same_flag(tiny_model, sentences, tmp_pat
         (["--use_dora", "maybe"], "'maybe' is neither true nor false"),
         (["--num_train_epochs", "0"], "num_train_epochs is 0.0"),
         (["--load_best_model_at_end", "--save_strategy", "steps"], "make them the same"),
+        (["--hf_parity", "--batching", "packed"], "hf_parity needs batching padded, not packed"),
+        (["--hf_parity", "--dtype", "bfloat16"], "hf_parity needs dtype float32, not bfloat16"),
+        (["--torch_compile", "--dropout", "fast"], "torch_compile needs dropout torch, not fast"),
+        (["--dtype", "float16", "--device", "cpu"], "dtype float16 needs a GPU"),
         (["--train_file", "nowhere.tsv"], "nowhere.tsv cannot be read"),
         (["--train_file", "data.txt"], "suffix '.txt'"),
         (["--resume_from_checkpoint", "nowhere"], "there is no such directory"),
@@ -222,6 +226,55 @@ def test_regression_learns_values(tiny_model, tmp_path):
     result = fine_tune(settings(tiny_model, files, tmp_path / "out", **changes), targets)
     assert result.metrics["eval_pearson"] > 0.8
     assert {"eval_mse", "eval_spearman"} <= result.metrics.keys()
+
+
+@pytest.mark.parametrize("family", ["roberta", "distilbert"])
+def test_a_relative_trains_and_says_so_where_it_is_padded(family, tiny_model, tmp_path, capsys):
+    """RoBERTa packed, DistilBERT padded; either learns what the words say."""
+    from transformers import AutoConfig, AutoModel, set_seed
+
+    sizes = {
+        "roberta": {"hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": 64},
+        "distilbert": {"dim": 32, "n_layers": 2, "n_heads": 4, "hidden_dim": 64},
+    }
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    config = AutoConfig.for_model(
+        family, vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id,
+        num_attention_heads=4, max_position_embeddings=66, **sizes[family],
+    )  # fmt: skip
+    set_seed(1)
+    AutoModel.from_config(config).save_pretrained(tmp_path / "model")
+    tokenizer.model_input_names = ["input_ids", "attention_mask"]
+    tokenizer.save_pretrained(tmp_path / "model")
+    files = (
+        write_sentences(tmp_path / "train.tsv", 300, seed=1),
+        write_sentences(tmp_path / "validation.tsv", 100, seed=2),
+    )
+    changes = {"max_steps": 300, "learning_rate": 3e-3}
+    targets = LoraConfig(lora_alpha=16, target_modules="all-linear")
+    result = fine_tune(settings(tmp_path / "model", files, tmp_path / "out", **changes), targets)
+    assert result.metrics["eval_accuracy"] > 0.75
+    said = "a distilbert is not known how to pack" in capsys.readouterr().err
+    assert said == (family == "distilbert")
+
+
+def test_trained_biases_are_refused_over_half_precision(tiny_model, sentences, tmp_path):
+    config = settings(tiny_model, sentences, tmp_path / "out", dtype="bfloat16")
+    with pytest.raises(minilora.MiniloraError, match="would round away: use dtype float32"):
+        fine_tune(config, LoraConfig(bias="all"))
+
+
+def test_bfloat16_keeps_what_trains_in_float32_and_learns(tiny_model, tmp_path):
+    files = (
+        write_sentences(tmp_path / "train.tsv", 300, seed=1),
+        write_sentences(tmp_path / "validation.tsv", 100, seed=2),
+    )
+    changes = {"max_steps": 300, "learning_rate": 3e-3, "dtype": "bfloat16"}
+    targets = LoraConfig(lora_alpha=16, target_modules="all-linear")
+    result = fine_tune(settings(tiny_model, files, tmp_path / "out", **changes), targets)
+    assert result.metrics["eval_accuracy"] > 0.85
+    tensors = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    assert {tensor.dtype for tensor in tensors.values()} == {torch.float32}
 
 
 def test_pairs_and_three_classes_train(tiny_model, tmp_path):

@@ -55,9 +55,11 @@ ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 
 # A checkpoint of a bare encoder has no head, and one of a masked language model no pooler either.
 MAY_BE_NEW = ("classifier.", "score.", "pooler.", "pre_classifier.", "pooler.dense.")
-# Parts of pretraining heads that a classifier has no use for, and buffers of older checkpoints.
+# Parts of pretraining heads that a classifier has no use for, the pooler of families whose head has
+# its own (RoBERTa), and buffers of older checkpoints.
 MAY_BE_UNUSED = (
     "cls.",
+    "pooler.",
     "lm_head.",
     "generator_",
     "discriminator_predictions.",

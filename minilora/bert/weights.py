@@ -16,6 +16,8 @@ import contextlib
 import hashlib
 import importlib.util
 import logging
+import os
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -188,6 +190,24 @@ def load_tokenizer(location: str, revision: str | None) -> PreTrainedTokenizerBa
     """
     with _quiet(), _as_minilora_error(location):
         return AutoTokenizer.from_pretrained(location, revision=revision, trust_remote_code=False)
+
+
+def save_tokenizer(tokenizer: PreTrainedTokenizerBase, directory: Path) -> tuple[str, ...]:
+    """Write the tokenizer's files and return their paths.
+
+    Raises:
+        OSError: disk full, read-only, permission.
+    """
+    try:
+        return tokenizer.save_pretrained(directory)
+    except OSError:
+        raise
+    except Exception as error:  # the tokenizers library's own code, in Rust, raises nothing finer
+        number = re.search(r"\(os error (\d+)\)", str(error))
+        if number is None:
+            raise
+        reason = os.strerror(int(number.group(1)))
+        raise OSError(int(number.group(1)), reason, str(directory)) from error
 
 
 def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:

@@ -2,26 +2,11 @@
 
 import os
 import sys
+from functools import partial
 from pathlib import Path
 
-os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads do not survive a fork
-os.environ["TQDM_DISABLE"] = "1"  # how often a bar is drawn depends on the time
-
 from minilora import MiniloraError, train
-from minilora.training.run import find_resume_point
-from tests.faults.forks import serve
-
-MODEL, TRAIN_FILE, VALIDATION_FILE = sys.argv[1:] or ("", "", "")
-
-
-def flags(output_dir: Path) -> list[str]:
-    """Go on, or start if there is nothing to go on from."""
-    try:
-        find_resume_point(output_dir)
-        return ["--resume_from_checkpoint", str(output_dir)]
-    except MiniloraError:
-        return fresh_flags(MODEL, TRAIN_FILE, VALIDATION_FILE, output_dir)
+from minilora.training.run import explained, find_resume_point
 
 
 def fresh_flags(model, train_file, validation_file, output_dir) -> list[str]:
@@ -35,10 +20,22 @@ def fresh_flags(model, train_file, validation_file, output_dir) -> list[str]:
     ]  # fmt: skip
 
 
-def run(output_dir: Path) -> int:
-    sys.argv = ["minilora.train", *flags(output_dir)]
+def run(model: str, train_file: str, validation_file: str, output_dir: Path) -> int:
+    """Go on, or start if there is nothing to go on from."""
+    try:
+        with explained(output_dir):
+            find_resume_point(output_dir)
+        flags = ["--resume_from_checkpoint", str(output_dir)]
+    except MiniloraError:
+        flags = fresh_flags(model, train_file, validation_file, output_dir)
+    sys.argv = ["minilora.train", *flags]
     return train.main()
 
 
 if __name__ == "__main__":
-    serve(run)
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads do not survive a fork
+    os.environ["TQDM_DISABLE"] = "1"  # how often a bar is drawn depends on the time
+    from tests.faults.forks import serve
+
+    serve(partial(run, *sys.argv[1:]))

@@ -113,7 +113,9 @@ def check_same_inputs(point: ResumePoint, run: dict[str, Any]) -> None:
         if run["data_sha256"].get(part) != digest
     ]
     if run["model_sha256"] != recorded["model_sha256"]:
-        changed.append(f"base model ({run['arguments']['model_name_or_path'] or 'packaged'})")
+        changed.append(
+            f"base model or adapter ({run['arguments']['model_name_or_path'] or 'packaged'})"
+        )
     if changed or run["labels"] != recorded["labels"]:
         raise MiniloraError(
             f"cannot resume {point.output_dir}: not what the run began with: {', '.join(changed) or 'the labels'}; "

@@ -1,12 +1,12 @@
 """The whole command in a fork: `python -m tests.faults.command MODEL TRAIN_FILE VALIDATION_FILE`."""
 
-import os
 import sys
 from functools import partial
 from pathlib import Path
 
 from minilora import MiniloraError, train
 from minilora.training.run import explained, find_resume_point
+from tests.faults.forks import serve
 
 
 def fresh_flags(model, train_file, validation_file, output_dir) -> list[str]:
@@ -33,9 +33,4 @@ def run(model: str, train_file: str, validation_file: str, output_dir: Path) -> 
 
 
 if __name__ == "__main__":
-    os.environ["HF_HUB_OFFLINE"] = "1"
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads do not survive a fork
-    os.environ["TQDM_DISABLE"] = "1"  # how often a bar is drawn depends on the time
-    from tests.faults.forks import serve
-
     serve(partial(run, *sys.argv[1:]))

@@ -25,6 +25,10 @@ CALLS = (
 )
 
 
+# No threads, which do not survive a fork; and how often a bar is drawn depends on the time.
+ALONE = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "TQDM_DISABLE": "1"}
+
+
 @dataclass(frozen=True)
 class Call:
     """The `number`-th call of its name in a process, counted from 1."""
@@ -74,6 +78,7 @@ class Server:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
+            env={**os.environ, **ALONE},
         )
 
     def run(self, output_dir: Path, log: Path | None = None, *options: str) -> int:

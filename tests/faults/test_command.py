@@ -52,8 +52,7 @@ def assert_same_run(output_dir: Path, whole: Path) -> None:
 # Calls of the main thread whose number does not depend on how fast the machine is. A fresh run
 # makes 7 mkdir, 15 rename and 56 fsync.
 KILLS = [
-    ("mkdir", 4), ("rename", 1), ("rename", 3), ("rename", 6), ("fsync", 9), ("fsync", 27),
-    ("fsync", 38), ("rmdir", 1), ("unlinkat", 5), ("fsync", 52),
+    ("mkdir", 4), ("rename", 1), ("rename", 6), ("fsync", 27), ("unlinkat", 5),
 ]  # fmt: skip
 
 
@@ -85,8 +84,10 @@ def test_a_kill_at_a_call_loses_nothing(call, number, tmp_path, tiny_model, sent
 
 @pytest.mark.slow
 @needs_strace
-@pytest.mark.parametrize("error", ["ENOSPC", "EIO"])
-@pytest.mark.parametrize(("call", "number"), [("fsync", 9), ("fsync", 27), ("rename", 14)])
+@pytest.mark.parametrize(
+    ("call", "number", "error"),
+    [("fsync", 9, "ENOSPC"), ("fsync", 27, "EIO"), ("rename", 14, "ENOSPC")],
+)
 def test_a_refusal_of_a_call_loses_nothing(
     call, number, error, tmp_path, tiny_model, sentences, whole
 ):
@@ -149,16 +150,22 @@ def test_a_second_signal_ends_the_process_at_once_and_corrupts_nothing(
     process.send_signal(signal.SIGTERM)
     process.send_signal(second)
     _, said = process.communicate(timeout=100)
-    # -15 and -2 to a parent are 143 and 130 to a shell; 143 if the run was quicker to end by itself.
-    assert process.returncode in (-second, 143, 0), said
+    # -15 and -2 to a parent are 143 and 130 to a shell. 143 or 130 themselves, where the second came so
+    # soon that python saw both at once, or the run was quicker to end.
+    assert process.returncode in (-second, 143, 130, 0), said
     assert "Traceback" not in said
     subprocess.run([*RESUME, output_dir], check=True, capture_output=True)
     assert_same_run(output_dir, whole)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-@pytest.mark.parametrize("delay", [0.15, 0.3, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0])
+@pytest.mark.parametrize(
+    ("number", "delay"),
+    [
+        *((signal.SIGTERM, delay) for delay in (0.2, 1.0, 3.0, 5.0)),
+        *((signal.SIGINT, delay) for delay in (0.3, 2.0, 4.0, 6.0)),
+    ],
+)
 def test_a_signal_at_any_time_ends_in_the_documented_way(
     number, delay, tmp_path, tiny_model, sentences
 ):
@@ -185,8 +192,9 @@ def test_a_second_run_on_the_same_directory_is_refused(tmp_path, tiny_model, sen
     first.communicate()
     assert second.returncode == 2 and "is in use by another run" in second.stderr
     assert (output_dir / ".minilora.lock").exists()
+    reached = sorted_checkpoints(output_dir)[0]
     third = start([*RESUME, str(output_dir)])
-    wait_until(third, lambda: int(sorted_checkpoints(output_dir)[0].name[11:]) > 9)
+    wait_until(third, lambda: sorted_checkpoints(output_dir)[0] != reached)
     third.send_signal(signal.SIGTERM)
     _, said = third.communicate(timeout=100)
     assert third.returncode == 143 and os.path.isdir(output_dir), said

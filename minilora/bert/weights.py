@@ -243,7 +243,8 @@ def tensors_fingerprint(tensors: Mapping[str, Tensor]) -> str:
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
+        data = tensor.detach().cpu().contiguous().view(torch.uint8).numpy()
+        digest.update(data)  # pyright: ignore[reportArgumentType]
     return digest.hexdigest()
 
 

@@ -140,6 +140,7 @@ def test_a_signal_during_the_imports_is_one_line_and_an_exit_code(
     assert_same_run(output_dir, whole)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("second", [signal.SIGTERM, signal.SIGINT])
 def test_a_second_signal_ends_the_process_at_once_and_corrupts_nothing(
     second, tmp_path, tiny_model, sentences, whole

@@ -219,8 +219,12 @@ def small_disk(directory: Path, size: int):
 
 def test_a_disk_that_is_really_full_loses_nothing(server, tmp_path, whole):
     """From one that holds no checkpoint to one that holds all; then room is made."""
+    assert server.run(tmp_path / "roomy") == 0
+    # Pages of 4096 bytes, and three checkpoints at a time where two are kept.
+    files = [file for file in (tmp_path / "roomy").rglob("*") if file.is_file()]
+    needed = 2 * sum(file.stat().st_size + 4096 for file in files)
     codes = []
-    for size in range(8_192, 200_000, 8_192):
+    for size in range(8_192, needed, needed // 24):
         output_dir = tmp_path / str(size)
         with small_disk(output_dir, size):
             codes.append(server.run(output_dir))

@@ -158,13 +158,13 @@ def test_a_kill_at_any_call_loses_nothing(faults, server, whole):
 
 
 def test_a_kill_while_recovering_from_a_kill_loses_nothing(server, begun, tmp_path, whole):
-    """Of every 13th call of a resume, every 7th call of the resume after it."""
+    """Of every 20th call of a resume, every 11th call of the resume after it."""
     first = Faults(server, tmp_path, begun)
-    for index, call in enumerate(first.calls[::13]):
+    for index, call in enumerate(first.calls[::20]):
         _, killed = first.run(call, "signal=SIGKILL")
         (tmp_path / f"again-{index}").mkdir()
         second = Faults(server, tmp_path / f"again-{index}", killed)
-        for again in second.calls[index % 7 :: 7]:
+        for again in second.calls[index % 11 :: 11]:
             code, output_dir = second.run(again, "signal=SIGKILL")
             assert code == -9
             assert_recovers(server, output_dir, whole)

@@ -109,9 +109,11 @@ def stop_signals() -> Iterator[list[int]]:
         return
 
     def remember(number: int, frame: types.FrameType | None) -> None:
+        if received:
+            # Not reset in advance: python complains of a signal that comes in just before that.
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
         received.append(number)
-        for either in handled:
-            signal.signal(either, signal.SIG_DFL)
         # Not through sys.stderr, which the signal may have interrupted in the midst of a write, and
         # which may be closed.
         with contextlib.suppress(OSError):

@@ -151,9 +151,9 @@ def test_a_second_signal_ends_the_process_at_once_and_corrupts_nothing(
     process.send_signal(signal.SIGTERM)
     process.send_signal(second)
     _, said = process.communicate(timeout=100)
-    # -15 and -2 to a parent are 143 and 130 to a shell. 143 or 130 themselves, where the second came so
-    # soon that python saw both at once, or the run was quicker to end.
-    assert process.returncode in (-second, 143, 130, 0), said
+    # To a shell these are 143 and 130, too. Of two signals that come together python sees the one
+    # with the lower number first; and the run may be quicker to end than the second.
+    assert process.returncode in (-15, -2, 143, 130, 0), said
     assert "Traceback" not in said
     subprocess.run([*RESUME, output_dir], check=True, capture_output=True)
     assert_same_run(output_dir, whole)
@@ -163,8 +163,8 @@ def test_a_second_signal_ends_the_process_at_once_and_corrupts_nothing(
 @pytest.mark.parametrize(
     ("number", "delay"),
     [
-        *((signal.SIGTERM, delay) for delay in (0.2, 1.0, 3.0, 5.0)),
-        *((signal.SIGINT, delay) for delay in (0.3, 2.0, 4.0, 6.0)),
+        *((signal.SIGTERM, delay) for delay in (0.2, 2.0, 4.0)),
+        *((signal.SIGINT, delay) for delay in (0.3, 1.0, 3.0)),
     ],
 )
 def test_a_signal_at_any_time_ends_in_the_documented_way(

@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import gc
 import json
+import os
 import signal
 import sys
 import threading
@@ -21,6 +22,7 @@ from minilora.errors import MiniloraError
 
 BAD_INPUT = 2
 INTERRUPTED = 128  # plus the signal's number, as shells count
+LONGEST_LINE = 2000
 
 
 class Parser(argparse.ArgumentParser):
@@ -94,12 +96,12 @@ def run_command(main: Callable[[], int]) -> typing.NoReturn:
     try:
         code = main()
     except MiniloraError as error:
-        sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
+        _complain(str(error))
         code = BAD_INPUT
     except OSError as error:
         # The disk, not the user's arguments: full, read-only, gone.
         place = f"{error.filename}: " if error.filename else ""
-        sys.stderr.write(f"error: {place}{error.strerror or error}\n")
+        _complain(f"{place}{error.strerror or error}")
         code = 1
     except KeyboardInterrupt:
         sys.stderr.write("interrupted\n")
@@ -112,8 +114,8 @@ def stop_signals() -> Iterator[list[int]]:
     """Inside, the first SIGINT or SIGTERM is put into the list that is yielded, for the loop to
     see.
 
-    A second one ends the process at once, as if there were no handler; checkpoints are safe against
-    that. Outside the main thread (a notebook's or a server's) signals are left alone.
+    A second one, of either kind, ends the process at once, as if there were no handler; checkpoints
+    are safe against that. Outside the main thread (a notebook's or a server's) signals are left alone.
     """
     received: list[int] = []
     if threading.current_thread() is not threading.main_thread():
@@ -121,9 +123,15 @@ def stop_signals() -> Iterator[list[int]]:
         return
 
     def remember(number: int, frame: types.FrameType | None) -> None:
+        if received:
+            # Not reset in advance: python complains of a signal that comes in just before that.
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
         received.append(number)
-        signal.signal(number, signal.SIG_DFL)
-        sys.stderr.write("\nstopping after this step; once more to stop at once\n")
+        # Not through sys.stderr, which the signal may have interrupted in the midst of a write, and
+        # which may be closed.
+        with contextlib.suppress(OSError):
+            os.write(2, b"\nstopping after this step; once more to stop at once\n")
 
     handled = (signal.SIGINT, signal.SIGTERM)
     before = {number: signal.signal(number, remember) for number in handled}
@@ -132,6 +140,13 @@ def stop_signals() -> Iterator[list[int]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _complain(message: str) -> None:
+    # One line, of a length that can be read, whatever a damaged file holds.
+    line = " ".join(message.split())
+    shown = line if len(line) <= LONGEST_LINE else f"{line[:LONGEST_LINE]}..."
+    sys.stderr.write(f"error: {shown}\n")
 
 
 def _with_underscores(argument: str) -> str:

@@ -5,9 +5,13 @@ POSIX `rename` replaces its target atomically, and the two fsyncs order the data
 that even a power loss leaves either the old state or the new one. Temporary names start with a dot:
 nothing that looks for `checkpoint-<step>` (HF Trainer's `get_last_checkpoint` included) can mistake
 them.
+
+Two kinds of failure: an `OSError` says that nothing has changed, its subclass `NotConfirmed` that
+everything has, but that the disk refused the last fsync, so that a power loss may undo it.
 """
 
 import contextlib
+import ctypes
 import fcntl
 import os
 import re
@@ -24,30 +28,53 @@ LOCK_NAME = ".minilora.lock"
 # What a killed run may leave behind in its directory: "<prefix><final name>-<8 hex digits>".
 LEFTOVER = re.compile(r"\.(tmp|trash)-.+-[0-9a-f]{8}")
 
+AT_FDCWD, RENAME_EXCHANGE = -100, 2  # linux/fcntl.h, linux/fs.h
+
+
+class NotConfirmed(OSError):
+    """What was written is whole and in its place; that it survives a power loss is not known."""
+
+
+def make_directory(path: Path) -> None:
+    """Create `path` and the parents it lacks, each of them durable. No error if it is there.
+
+    Raises:
+        OSError: read-only, permission, disk full, or a file is in the way.
+    """
+    if path.is_dir():
+        return
+    make_directory(path.parent)
+    path.mkdir(exist_ok=True)
+    _sync_directory(path.parent)
+
 
 def write_file(path: Path, data: bytes) -> None:
     """Replace `path` by `data`, or leave it exactly as it was.
 
     Raises:
         OSError: disk full, read-only, permission; the temporary file is gone again.
+        NotConfirmed: `path` is replaced.
     """
     temporary = _sibling(path, TEMPORARY)
     try:
         _write_new(temporary, data)
         os.rename(temporary, path)
     except BaseException:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
         raise
-    _sync_directory(path.parent)
+    _confirm(path.parent)
 
 
 def commit_directory(path: Path, files: Mapping[str, bytes]) -> None:
     """Create the directory `path` holding `files`, written in their order; all of it, or nothing.
 
-    An existing directory of that name is replaced (moved aside first, then deleted).
+    An existing directory of that name is replaced: the two change names in one step, so that there
+    is no moment in which neither is there.
 
     Raises:
         OSError: disk full, read-only, permission; the temporary directory is gone again.
+        NotConfirmed: `path` is there.
     """
     temporary = _sibling(path, TEMPORARY)
     try:
@@ -56,12 +83,25 @@ def commit_directory(path: Path, files: Mapping[str, bytes]) -> None:
             _write_new(temporary / name, data)
         _sync_directory(temporary)
         if path.exists():
-            remove_directory(path)
-        os.rename(temporary, path)
+            _exchange(temporary, path)
+        else:
+            os.rename(temporary, path)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-    _sync_directory(path.parent)
+    _confirm(path.parent)
+    shutil.rmtree(temporary, ignore_errors=True)  # what was replaced, if anything was
+
+
+@contextlib.contextmanager
+def scratch_directory(parent: Path) -> Iterator[Path]:
+    """An empty directory inside `parent`, gone afterwards; if the process dies, a leftover."""
+    path = _sibling(parent / "scratch", TEMPORARY)
+    path.mkdir()
+    try:
+        yield path
+    finally:
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def remove_directory(path: Path) -> None:
@@ -73,7 +113,7 @@ def remove_directory(path: Path) -> None:
 
 
 def set_aside(path: Path, reason: str) -> Path:
-    """Rename a directory to `.<reason>-<name>-<random>`, out of every reader's sight, and return
+    """Rename a directory (or link) to `.<reason>-<name>-<random>`, out of every reader's sight, and return
     its new path.
     """
     aside = _sibling(path, f".{reason}-")
@@ -103,15 +143,15 @@ def exclusive(directory: Path) -> Iterator[None]:
     Raises:
         MiniloraError: another live process holds it.
     """
-    descriptor = os.open(directory / LOCK_NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+    descriptor = os.open(directory / LOCK_NAME, flags, 0o666)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(descriptor)
-        raise MiniloraError(
-            f"{directory} is in use by another run: wait for it to end, or give another --output_dir"
-        ) from None
-    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise MiniloraError(
+                f"{directory} is in use by another run: wait for it to end, or give another --output_dir"
+            ) from None
         yield
     finally:
         os.close(descriptor)
@@ -136,3 +176,20 @@ def _sync_directory(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _confirm(directory: Path) -> None:
+    try:
+        _sync_directory(directory)
+    except OSError as error:
+        reason = f"written, but not confirmed by the disk ({error.strerror})"
+        raise NotConfirmed(error.errno, reason, str(directory)) from error
+
+
+def _exchange(one: Path, other: Path) -> None:
+    # rename(2) replaces only an empty directory, and Python has no renameat2(2).
+    renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
+    names = (AT_FDCWD, os.fsencode(one), AT_FDCWD, os.fsencode(other))
+    if renameat2(*names, ctypes.c_uint(RENAME_EXCHANGE)) != 0:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number), str(other))

@@ -6,7 +6,6 @@ one hop to `loop.fit` and a second to `loop.training_step`, where `optimizer.ste
 
 import dataclasses
 import datetime
-import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -24,7 +23,7 @@ from minilora.bert.dropout import MaskStream, use_fast_dropout
 from minilora.bert.packed_bert import apply_module
 from minilora.bert.parts import Parts, read_parts, tokenize_parts
 from minilora.bert.recomputation import recompute_activations
-from minilora.durable import exclusive, sweep_leftovers, write_file
+from minilora.durable import exclusive, scratch_directory, sweep_leftovers, write_file
 from minilora.errors import MiniloraError
 from minilora.lora.adapter_files import load_adapter, save_adapter
 from minilora.lora.base_precision import linear_in_base_precision
@@ -41,11 +40,11 @@ from minilora.training.loop import (
     trainer_shares,
 )
 from minilora.training.plan import (
+    Saver,
     build_optimisation,
     build_scaler,
     plan_cadence,
     resolve_modes,
-    saver,
 )
 from minilora.training.progress import TrainingBar, say
 from minilora.training.resume import begin, check_same_inputs, describe_run, resumed_arguments
@@ -54,6 +53,7 @@ from minilora.training.run import (
     METRICS_NAME,
     MetricsFile,
     ResumePoint,
+    explained,
     find_resume_point,
     new_output_dir,
     write_run,
@@ -80,6 +80,7 @@ def fine_tune(train_config: TrainConfig, lora_config: LoraConfig | None = None) 
 
     Raises:
         MiniloraError: bad arguments or data, named; nothing that existed before is lost.
+        OSError: the disk refuses; says what to do, and nothing that existed before is lost.
     """
     lora_arguments = {}
     if lora_config is not None:
@@ -103,16 +104,18 @@ def run_fine_tuning(
         lora_config = new_lora_config(config, lora_arguments)
         point = None
         output_dir = Path(config.output_dir or _dated_directory())
-        new_output_dir(output_dir)
+        with explained(output_dir):
+            new_output_dir(output_dir)
     else:
-        point = find_resume_point(Path(path))
+        with explained(Path(path)):
+            point = find_resume_point(Path(path))
         config, lora_config = resumed_arguments(point, train_arguments, lora_arguments)
         output_dir = point.output_dir
         if point.checkpoint is None and point.run and "result" in point.run:
             raise MiniloraError(
                 f"{output_dir} is finished and kept no checkpoint (save_strategy no): nothing to resume"
             )
-    with exclusive(output_dir):
+    with explained(output_dir), exclusive(output_dir):
         sweep_leftovers(output_dir)
         return train(config, lora_config, output_dir, point, should_stop)
 
@@ -158,6 +161,7 @@ def train(
         state.log_history.append({"step": 0, "epoch": 0.0, **evaluate("validation", "eval")})
         metrics_file.append(state.log_history[-1])
 
+    save = Saver(config, cadence, output_dir, run, model, optimizer, scheduler, scaler)
     with TrainingBar(cadence.max_steps, state.global_step) as bar:
         fit(
             model,
@@ -171,12 +175,14 @@ def train(
             loss=tasks.training_loss(config.task, config.label_smoothing_factor, batching.forward),
             evaluate=partial(evaluate, "validation", "eval") if "validation" in examples else None,
             record=metrics_file.append,
-            save=saver(config, cadence, output_dir, run, model, optimizer, scheduler, scaler),
+            save=save,
             should_stop=should_stop,
             progress=bar.advance,
             shares=trainer_shares if config.hf_parity else example_shares,
             begin_epoch=draw_loader_seed if config.hf_parity else draw_nothing,
         )
+    metrics_file.finish()
+    save.finish()
     metrics = {**bar.speed(), "train_loss": mean_loss(state)}
     if is_finished(state, cadence):
         if config.load_best_model_at_end and state.best_step is not None:
@@ -321,8 +327,8 @@ def write_final_files(
 ) -> None:
     """The adapter as PEFT writes it, the tokenizer's files, and run.json with the result."""
     save_adapter(model, output_dir)
-    with tempfile.TemporaryDirectory() as directory:
-        for file in tokenizer.save_pretrained(directory):
+    with scratch_directory(output_dir) as directory:
+        for file in weights.save_tokenizer(tokenizer, directory):
             if Path(file).is_file():
                 write_file(output_dir / Path(file).name, Path(file).read_bytes())
     write_run(output_dir, run)

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from minilora.bert import tasks, weights
 from minilora.errors import MiniloraError
-from minilora.lora.adapter_files import find_adapter, load_adapter, read_config
+from minilora.lora.adapter_files import find_adapter, load_adapter, read_config, read_tensors
 from minilora.lora.base_precision import train_modules_in_float32
 from minilora.lora.config import LoraConfig
 from minilora.lora.inject import add_adapter
@@ -27,7 +27,7 @@ class StartingModel:
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     sha256: str
-    """Fingerprint of its encoder."""
+    """Fingerprint of its encoder, and of the adapter that is to be continued."""
     base: weights.Located
     adapter: weights.Located | None
     """The adapter directory it was given as, if it was one."""
@@ -66,6 +66,9 @@ def load_model(config: TrainConfig, labels: list[str] | None) -> StartingModel:
         load_adapter(model, found.location)
         merge_and_unload(model)
     sha256 = weights.model_fingerprint(model)
+    if found.is_adapter and config.on_adapter == "continue":
+        tensors = read_tensors(find_adapter(found.location))
+        sha256 = f"{sha256} {weights.tensors_fingerprint(tensors)}"
     return StartingModel(
         model, tokenizer, sha256, base, found if found.is_adapter else None, new_tensors
     )

@@ -12,7 +12,9 @@ from minilora.durable import (
     commit_directory,
     exclusive,
     is_leftover,
+    make_directory,
     remove_directory,
+    scratch_directory,
     set_aside,
     sweep_leftovers,
     write_file,
@@ -62,6 +64,53 @@ def test_a_directory_can_be_replaced(tmp_path):
     commit_directory(tmp_path / "checkpoint-2", {"a": b"old", "b": b"gone"})
     commit_directory(tmp_path / "checkpoint-2", {"a": b"new"})
     assert names(tmp_path) == ["checkpoint-2"] and names(tmp_path / "checkpoint-2") == ["a"]
+
+
+def test_a_replaced_directory_is_there_at_every_moment(tmp_path):
+    """Old or new, and whole: looked at by another process while it is replaced."""
+    path = tmp_path / "checkpoint-2"
+    commit_directory(path, {"a": b"0", "b": b"0"})
+    context = multiprocessing.get_context("spawn")
+    started, stop, looks = context.Event(), context.Event(), context.Value("i", 0)
+    process = context.Process(target=look, args=(path, started, stop, looks))
+    process.start()
+    assert started.wait(60)
+    for number in range(200):
+        commit_directory(path, {"a": b"%d" % number, "b": b"%d" % number})
+    stop.set()
+    process.join()
+    assert process.exitcode == 0 and looks.value > 200
+    assert names(tmp_path) == ["checkpoint-2"]
+
+
+def look(path, started, stop, looks):
+    started.set()
+    while not stop.is_set():
+        os.stat(path)  # FileNotFoundError ends the process with an exit code
+        looks.value += 1
+
+
+def test_a_directory_is_made_with_its_parents(tmp_path):
+    make_directory(tmp_path / "a" / "b" / "c")
+    make_directory(tmp_path / "a" / "b" / "c")
+    assert (tmp_path / "a" / "b" / "c").is_dir()
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError):
+        make_directory(tmp_path / "file" / "a")
+
+
+def test_a_scratch_directory_is_a_leftover_while_it_is_there_and_gone_afterwards(tmp_path):
+    with scratch_directory(tmp_path) as directory:
+        (directory / "file").write_text("")
+        assert is_leftover(directory.name) and directory.parent == tmp_path
+    assert names(tmp_path) == []
+
+
+def test_a_lock_is_not_taken_through_a_link(tmp_path):
+    (tmp_path / "victim").write_text("precious")
+    (tmp_path / ".minilora.lock").symlink_to(tmp_path / "victim")
+    with pytest.raises(OSError, match="Too many levels of symbolic links"), exclusive(tmp_path):
+        pass
 
 
 def test_nothing_is_written_through_a_link_that_lies_in_wait(tmp_path, monkeypatch):

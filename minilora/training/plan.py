@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,7 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 
+from minilora.durable import NotConfirmed
 from minilora.errors import MiniloraError
 from minilora.training.checkpoint import rotate_checkpoints, save_checkpoint, sorted_checkpoints
 from minilora.training.config import TrainConfig
@@ -75,46 +75,74 @@ def build_scaler(dtype: str, device: torch.device) -> torch.amp.GradScaler:
     return torch.amp.GradScaler(device.type, enabled=dtype == "float16")
 
 
-def saver(
-    config: TrainConfig,
-    cadence: Cadence,
-    output_dir: Path,
-    run: dict[str, Any],
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    scheduler: LRScheduler,
-    scaler: torch.amp.GradScaler,
-) -> Callable[[TrainState], None]:
-    """A function that writes a checkpoint of a state, and then deletes what is over the limit.
+class Saver:
+    """Writes a checkpoint of a state, and then deletes what is over the limit.
 
-    When the disk is full, an older checkpoint is still there and the run is not over, it warns and
-    lets the run go on.
+    When one cannot be written (the disk is full, for one) and an older one is there, it warns, lets
+    the run go on and tries again at the next save; the last save of a run has no next one, and
+    fails.
     """
-    epochs = math.ceil(cadence.max_steps / cadence.steps_per_epoch)
 
-    def save(state: TrainState) -> None:
-        best = (
-            None if state.best_step is None else str(output_dir / f"checkpoint-{state.best_step}")
-        )
-        for_trainer = trainer_state(
-            state, cadence, epochs, config.per_device_train_batch_size, best
-        )
+    def __init__(
+        self,
+        config: TrainConfig,
+        cadence: Cadence,
+        output_dir: Path,
+        run: dict[str, Any],
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        scheduler: LRScheduler,
+        scaler: torch.amp.GradScaler,
+    ) -> None:
+        """What every checkpoint of a run has in common."""
+        self.config, self.cadence, self.output_dir, self.run = config, cadence, output_dir, run
+        self.trained = (model, optimizer, scheduler)
+        self.scaler = scaler
+        self.failure: OSError | None = None
+
+    def __call__(self, state: TrainState) -> None:
+        """Write the checkpoint of `state`.
+
+        Raises:
+            OSError: it cannot be written, and the run is over or has no older checkpoint.
+        """
+        self.failure = None
         try:
-            save_checkpoint(
-                output_dir, model, optimizer, scheduler, state, for_trainer, run, scaler
-            )
+            self._write(state)
         except OSError as error:
-            if is_finished(state, cadence) or not sorted_checkpoints(output_dir):
-                advice = (
-                    f"{error.strerror}; no older checkpoint is lost: make room, then "
-                    f"--resume_from_checkpoint {output_dir}"
-                )
-                raise OSError(error.errno, advice, str(output_dir)) from error
-            say(
-                f"warning: no checkpoint at step {state.global_step}: {error.strerror}; training goes on"
-            )
+            if is_finished(state, self.cadence) or not sorted_checkpoints(self.output_dir):
+                raise
+            self.failure = error
+            step = state.global_step
+            is_there = isinstance(error, NotConfirmed)
+            what = f"checkpoint-{step} is" if is_there else f"no checkpoint at step {step}:"
+            say(f"warning: {what} {error.strerror}; training goes on")
             return
-        if config.save_total_limit is not None:
-            rotate_checkpoints(output_dir, config.save_total_limit, state.best_step)
+        if self.config.save_total_limit is not None:
+            self._rotate(self.config.save_total_limit, state.best_step)
 
-    return save
+    def finish(self) -> None:
+        """Say so if the run ends, stopped by a signal perhaps, without its last checkpoint.
+
+        Raises:
+            OSError: what the last save failed with.
+        """
+        if self.failure is not None:
+            raise self.failure
+
+    def _write(self, state: TrainState) -> None:
+        best = state.best_step
+        for_trainer = trainer_state(
+            state,
+            self.cadence,
+            math.ceil(self.cadence.max_steps / self.cadence.steps_per_epoch),
+            self.config.per_device_train_batch_size,
+            None if best is None else str(self.output_dir / f"checkpoint-{best}"),
+        )
+        save_checkpoint(self.output_dir, *self.trained, state, for_trainer, self.run, self.scaler)
+
+    def _rotate(self, limit: int, best_step: int | None) -> None:
+        try:
+            rotate_checkpoints(self.output_dir, limit, best_step)
+        except OSError as error:
+            say(f"warning: an old checkpoint cannot be deleted: {error.strerror}")

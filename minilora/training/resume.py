@@ -113,7 +113,9 @@ def check_same_inputs(point: ResumePoint, run: dict[str, Any]) -> None:
         if run["data_sha256"].get(part) != digest
     ]
     if run["model_sha256"] != recorded["model_sha256"]:
-        changed.append(f"base model ({run['arguments']['model_name_or_path'] or 'packaged'})")
+        changed.append(
+            f"base model or adapter ({run['arguments']['model_name_or_path'] or 'packaged'})"
+        )
     if changed or run["labels"] != recorded["labels"]:
         raise MiniloraError(
             f"cannot resume {point.output_dir}: not what the run began with: {', '.join(changed) or 'the labels'}; "
@@ -153,9 +155,26 @@ def begin(
     else:
         warn_if_elsewhere(point.checkpoint)
         state = load_checkpoint(point.checkpoint, model, optimizer, scheduler, scaler)
+    check_position(state, cadence, point.checkpoint)
     clear_way(point)
     say(f"resuming {point.checkpoint} at step {state.global_step}")
     return state
+
+
+def check_position(state: TrainState, cadence: Cadence, checkpoint: Path) -> None:
+    """Refuse a position that is none in this run's data: skipping to it would find nothing, for
+    ever.
+
+    Raises:
+        MiniloraError: with both.
+    """
+    length = cadence.steps_per_epoch
+    inside = state.step_in_epoch < length or (state.epoch_ends and state.step_in_epoch == length)
+    if not inside or state.global_step != state.epoch * length + state.step_in_epoch:
+        raise MiniloraError(
+            f"{checkpoint} stands at step {state.step_in_epoch} of epoch {state.epoch} and step "
+            f"{state.global_step} in all, where an epoch has {length}: it was edited"
+        )
 
 
 def warn_if_elsewhere(checkpoint: Path) -> None:

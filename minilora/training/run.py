@@ -4,20 +4,33 @@ run.json         every resolved argument, label names, fingerprints of model and
 metrics.jsonl    one JSON object for each log or evaluation
 """
 
+import contextlib
+import errno
 import json
+import os
 import sys
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from minilora.durable import is_leftover, set_aside, write_file
+from minilora.durable import is_leftover, make_directory, set_aside, write_file
 from minilora.errors import MiniloraError
-from minilora.training.checkpoint import CHECKPOINT, is_trainer_checkpoint, sorted_checkpoints
-from minilora.training.manifest import MANIFEST_NAME, verify
+from minilora.reading import read_json
+from minilora.training.checkpoint import is_trainer_checkpoint, refuse_links, sorted_checkpoints
+from minilora.training.manifest import CHECKPOINT, MANIFEST_NAME, verify
 from minilora.training.trainer_files import read_progress
 
 RUN_NAME = "run.json"
 METRICS_NAME = "metrics.jsonl"
+
+# What a user can do about a disk that refuses.
+REMEDIES = {
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "make room"),
+    **dict.fromkeys((errno.EROFS, errno.EACCES, errno.EPERM), "make it writable"),
+    errno.EIO: "see to the disk",
+}
 
 
 @dataclass(frozen=True)
@@ -47,7 +60,7 @@ def new_output_dir(path: Path) -> None:
                 f"output_dir {str(path)!r} is not empty (it holds {held[0]}): give a new one, or continue its run with "
                 f"--resume_from_checkpoint {path}"
             )
-    path.mkdir(parents=True, exist_ok=True)
+    make_directory(path)
 
 
 def find_resume_point(path: Path) -> ResumePoint:
@@ -92,10 +105,13 @@ def _resume_point(checkpoint: Path) -> ResumePoint:
     output_dir = checkpoint.parent
     if is_trainer_checkpoint(checkpoint):
         # Trainer writes its state last; what else may be missing is for the loader to judge.
+        refuse_links(checkpoint)
         read_progress(checkpoint)
         run = read_run(output_dir) if (output_dir / RUN_NAME).is_file() else None
         return ResumePoint(output_dir, checkpoint, run)
-    return ResumePoint(output_dir, checkpoint, verify(checkpoint).run)
+    run = verify(checkpoint).run
+    check_recorded(run, checkpoint / MANIFEST_NAME)
+    return ResumePoint(output_dir, checkpoint, run)
 
 
 def clear_way(point: ResumePoint) -> None:
@@ -125,15 +141,27 @@ def read_run(output_dir: Path) -> dict[str, Any]:
         MiniloraError: it is missing or damaged.
     """
     path = output_dir / RUN_NAME
-    try:
-        run = json.loads(path.read_bytes())
-    except OSError as error:
-        raise MiniloraError(f"{path} cannot be read: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:
-        raise MiniloraError(f"{path} is damaged: {error}") from None
-    if not isinstance(run, dict) or {"arguments", "lora"} - set(run):
-        raise MiniloraError(f"{path} does not record a run's arguments")
+    run = read_json(path)
+    check_recorded(run, path)
     return run
+
+
+def check_recorded(run: dict[str, Any], path: Path) -> None:
+    """Refuse what does not record a run; the arguments themselves are for `resumed_arguments`.
+
+    Raises:
+        MiniloraError: names the first part that is missing or of the wrong type.
+    """
+    labels = run.get("labels")
+    if labels is not None and not (
+        isinstance(labels, list) and all(isinstance(label, str) for label in labels)
+    ):
+        raise MiniloraError(f"{path} does not record a run: its labels are {labels!r}")
+    for name in ("arguments", "lora", "data_sha256"):
+        if not isinstance(run.get(name), dict):
+            raise MiniloraError(f"{path} does not record a run: it has no {name}")
+    if not isinstance(run.get("model_sha256"), str):
+        raise MiniloraError(f"{path} does not record a run: it has no model_sha256")
 
 
 class MetricsFile:
@@ -146,33 +174,52 @@ class MetricsFile:
         """Begin with the rows of a checkpoint: those that a killed run wrote after it are dropped."""
         self.path = path
         self.rows = log_history
-        self.behind = True
-        self.write_all()
+        self.has_failed = False
+        self._try(self._write_all)
 
     def append(self, row: dict[str, Any]) -> None:
         """Add `row`, which the loop has just appended to `log_history`."""
-        if self.behind:
-            self.write_all()
-            return
-        try:
-            with self.path.open("ab", buffering=0) as file:
-                file.write(_line(row))
-        except OSError as error:
-            self._fell_behind(error)
+        self._try(self._write_all if self.has_failed else partial(self._append, row))
 
-    def write_all(self) -> None:
-        """Write every row, atomically."""
-        try:
-            write_file(self.path, b"".join(map(_line, self.rows)))
-            self.behind = False
-        except OSError as error:
-            self._fell_behind(error)
+    def finish(self) -> None:
+        """Write every row, durably.
 
-    def _fell_behind(self, error: OSError) -> None:
-        self.behind = True
-        sys.stderr.write(
-            f"warning: {self.path} cannot be written ({error.strerror}); the rows are kept for later\n"
-        )
+        Raises:
+            OSError: rows that are in no checkpoint would be lost.
+        """
+        self._write_all()
+
+    def _append(self, row: dict[str, Any]) -> None:
+        with self.path.open("ab") as file:
+            file.write(_line(row))
+
+    def _write_all(self) -> None:
+        write_file(self.path, b"".join(map(_line, self.rows)))
+
+    def _try(self, write: Callable[[], None]) -> None:
+        try:
+            write()
+        except OSError as error:
+            if not self.has_failed:
+                sys.stderr.write(
+                    f"warning: {self.path} cannot be written ({error.strerror}); the rows are kept for later\n"
+                )
+            self.has_failed = True
+        else:
+            self.has_failed = False
+
+
+@contextlib.contextmanager
+def explained(output_dir: Path) -> Iterator[None]:
+    """Let an `OSError` that comes out say what to do about it, and how the run goes on."""
+    try:
+        yield
+    except OSError as error:
+        begun = os.path.isfile(output_dir / RUN_NAME)
+        go_on = f"--resume_from_checkpoint {output_dir}" if begun else "start the run again"
+        remedy = REMEDIES.get(error.errno or 0, "see to it")
+        advice = f"{error.strerror}; no older checkpoint is lost: {remedy}, then {go_on}"
+        raise OSError(error.errno, advice, error.filename or str(output_dir)) from error
 
 
 def _line(row: dict[str, Any]) -> bytes:

@@ -10,7 +10,7 @@ learned from the other files, where they tell (`recorded_arguments`).
 
 import json
 import math
-import pickle
+import random
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ import numpy
 import torch
 
 from minilora.errors import MiniloraError
+from minilora.reading import first_line, read_json, read_torch
 from minilora.training.loop import Cadence, TrainState, epochs_done
 
 STATE_NAME = "trainer_state.json"
@@ -35,6 +36,9 @@ NUMPY_GLOBALS = [
     numpy.dtype,
     numpy.dtypes.UInt32DType,
 ]
+
+# The log of a long run; 100 bytes a row.
+MAX_STATE_BYTES = 100_000_000
 
 
 def trainer_state(
@@ -95,19 +99,6 @@ def missing_parts(checkpoint: Path) -> list[str]:
     ]
 
 
-def read_torch(path: Path) -> Any:
-    """What torch.save wrote, read by a loader that cannot run code.
-
-    Raises:
-        MiniloraError: not readable, or it holds something that would have to run.
-    """
-    try:
-        with torch.serialization.safe_globals(NUMPY_GLOBALS):
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
-        raise MiniloraError(f"{path} cannot be read safely: {str(error).splitlines()[0]}") from None
-
-
 def read_progress(checkpoint: Path) -> dict[str, Any]:
     """The contents of trainer_state.json, the parts we use checked for their types.
 
@@ -115,17 +106,41 @@ def read_progress(checkpoint: Path) -> dict[str, Any]:
         MiniloraError: missing, damaged, or of the wrong types.
     """
     path = checkpoint / STATE_NAME
-    try:
-        values = json.loads(path.read_bytes())
-        types = {"global_step": int, "epoch": (int, float), "max_steps": int, "log_history": list}
-        wrong = [name for name, kind in types.items() if not isinstance(values[name], kind)]
-    except OSError as error:
-        raise MiniloraError(f"{path} cannot be read: {error.strerror}") from None
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise MiniloraError(f"{path} is damaged: {error!r}") from None
+    values = read_json(path, MAX_STATE_BYTES)
+    required = {
+        "global_step": _is_count,
+        "epoch": _is_number,
+        "max_steps": _is_count,
+        "log_history": _is_log,
+    }
+    optional = {"best_metric": _is_number, "best_global_step": _is_count}
+    wrong = [name for name, is_right in required.items() if not is_right(values.get(name))]
+    wrong += [
+        name
+        for name, is_right in optional.items()
+        if values.get(name) is not None and not is_right(values[name])
+    ]
     if wrong:
-        raise MiniloraError(f"{path} is damaged: {', '.join(wrong)} of the wrong type")
+        raise MiniloraError(
+            f"{path} is damaged: {', '.join(wrong)} is missing or of the wrong type"
+        )
     return values
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 2**63
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) is float or (type(value) is int and abs(value) < 2**63)
+
+
+def _is_log(value: Any) -> bool:
+    if not isinstance(value, list) or not all(isinstance(row, dict) for row in value):
+        return False
+    # Trainer's last row, of the whole run, has step and epoch, too.
+    steps = all(_is_count(row.get("step")) for row in value)
+    return steps and all(_is_number(row["loss"]) for row in value if "loss" in row)
 
 
 def recorded_arguments(checkpoint: Path) -> dict[str, Any]:
@@ -137,15 +152,11 @@ def recorded_arguments(checkpoint: Path) -> dict[str, Any]:
     found: dict[str, Any] = {}
     progress = read_progress(checkpoint)
     found["max_steps"] = progress["max_steps"]
-    if isinstance(progress.get("train_batch_size"), int):
+    if _is_count(progress.get("train_batch_size")):
         found["per_device_train_batch_size"] = progress["train_batch_size"]
     missing = missing_parts(checkpoint)
     if OPTIMIZER_NAME not in missing:
-        decayed = _first_group(checkpoint)
-        found["learning_rate"] = decayed.get("initial_lr", decayed["lr"])
-        found["weight_decay"] = decayed["weight_decay"]
-        found["adam_beta1"], found["adam_beta2"] = decayed["betas"]
-        found["adam_epsilon"] = decayed["eps"]
+        found |= _adamw_arguments(checkpoint)
     if RNG_NAME not in missing:
         # A generator's state begins with its seed; Trainer seeded this one.
         generator = torch.Generator()
@@ -158,12 +169,27 @@ def read_rng(checkpoint: Path) -> dict[str, Any]:
     """Trainer's random state, in the structure of `rng.rng_state`.
 
     Raises:
-        MiniloraError: damaged.
+        MiniloraError: damaged, or not states that the generators can take.
     """
     path = checkpoint / RNG_NAME
-    state = read_torch(path)
+    state = read_torch(path, NUMPY_GLOBALS)
     if not isinstance(state, dict) or {"python", "numpy", "cpu"} - set(state):
         raise MiniloraError(f"{path} does not hold the states of python, numpy and torch")
+    try:  # on generators of no consequence: the run's own are untouched if one is refused
+        version, keys, gauss_next = state["python"]
+        random.Random().setstate((version, tuple(keys), gauss_next))
+        numpy.random.RandomState().set_state(tuple(state["numpy"]))
+        position = state["numpy"][2]
+        if not 0 <= position <= 624:  # numpy does not check, and would read beyond its array
+            raise ValueError(f"numpy's position is {position}")
+        torch.Generator().set_state(state["cpu"])
+        masks = state.get("mask_stream", torch.zeros(4, dtype=torch.int64))
+        if masks.shape != (4,) or masks.dtype != torch.int64:
+            raise ValueError("the state of a mask stream is four int64")
+        if state.get("cuda") is not None and not isinstance(state["cuda"], torch.Tensor):
+            raise ValueError("CUDA's state is no tensor")
+    except Exception as error:  # each generator complains in its own way
+        raise MiniloraError(f"{path} holds no generators' states: {first_line(error)}") from None
     return state
 
 
@@ -197,13 +223,19 @@ def progress_state(checkpoint: Path, cadence: Cadence) -> TrainState:
     return state
 
 
-def _first_group(checkpoint: Path) -> dict[str, Any]:
+def _adamw_arguments(checkpoint: Path) -> dict[str, Any]:
     path = checkpoint / OPTIMIZER_NAME
     try:
-        group = read_torch(path)["param_groups"][0]
-        return {name: group[name] for name in ("weight_decay", "betas", "eps", "lr")} | group
-    except (KeyError, TypeError, IndexError) as error:
+        group = read_torch(path, NUMPY_GLOBALS)["param_groups"][0]
+        beta1, beta2 = group["betas"]
+        learning_rate = group.get("initial_lr", group["lr"])
+        values = [learning_rate, group["weight_decay"], beta1, beta2, group["eps"]]
+    except (KeyError, TypeError, IndexError, ValueError, AttributeError) as error:
         raise MiniloraError(f"{path} is not AdamW's state: {error!r}") from None
+    names = ("learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon")
+    if not all(map(_is_number, values)):
+        raise MiniloraError(f"{path} is not AdamW's state: {names} are {values}")
+    return dict(zip(names, values, strict=True))
 
 
 def _logged_losses(log_history: list[dict[str, Any]]) -> float:

@@ -1,5 +1,6 @@
 """What a model's name means, and what is checked when its weights are loaded."""
 
+import contextlib
 import importlib.util
 import json
 import os
@@ -14,6 +15,7 @@ from minilora import MiniloraError
 from minilora.bert.weights import (
     PACKAGE,
     load_classifier,
+    load_tokenizer,
     locate,
     longest_input,
     model_fingerprint,
@@ -204,3 +206,51 @@ def test_packaged_weights_that_are_not_the_official_ones_are_refused(monkeypatch
     )
     with pytest.raises(MiniloraError, match="the official file 53aa5117"):
         packaged_model()
+
+
+def damaged(tiny_model, tmp_path, name, data):
+    directory = shutil.copytree(tiny_model, tmp_path / "damaged")
+    (directory / name).write_bytes(data((directory / name).read_bytes()))
+    return directory
+
+
+@pytest.mark.parametrize(
+    ("name", "data"),
+    [
+        ("model.safetensors", lambda data: data[:-100]),
+        ("model.safetensors", lambda data: b""),
+        ("model.safetensors", lambda data: b"\xff" * 7 + b"\x7f" + data[8:]),
+        ("config.json", lambda data: b"[" * 100_000),
+        ("config.json", lambda data: b"7"),
+        ("config.json", lambda data: b'{"model_type": "bert", "hidden_size": "wide"}'),
+        ("config.json", lambda data: b'{"model_type": {"a": []}}'),
+    ],
+)
+def test_a_damaged_base_model_is_our_own_error(name, data, tiny_model, tmp_path):
+    """Whatever transformers, or what it stands on, makes of it."""
+    directory = damaged(tiny_model, tmp_path, name, data)
+    with pytest.raises(MiniloraError, match="cannot be loaded"):
+        load_classifier(str(directory), None, ["a", "b"], CLASSIFY)
+
+
+@pytest.mark.parametrize("data", [b"[" * 100_000, b"{}", b"7", b"\xff"])
+def test_a_damaged_tokenizer_is_our_own_error(data, tiny_model, tmp_path):
+    directory = damaged(tiny_model, tmp_path, "tokenizer.json", lambda _: data)
+    with pytest.raises(MiniloraError, match="cannot be loaded"):
+        load_tokenizer(str(directory), None)
+
+
+def test_code_that_comes_with_a_model_does_not_run(tiny_model, tmp_path):
+    """transformers would ask on the terminal, or run it where it is told to trust."""
+    directory = shutil.copytree(tiny_model, tmp_path / "model")
+    (directory / "own.py").write_text(f"import os\nos.mkdir({str(tmp_path / 'ran')!r})\n")
+    classes = ("AutoConfig", "AutoModelForSequenceClassification")
+    settings = {"model_type": "unheard_of", "auto_map": dict.fromkeys(classes, "own.Own")}
+    (directory / "config.json").write_text(json.dumps(settings))
+    with pytest.raises(MiniloraError, match="cannot be loaded"):
+        load_classifier(str(directory), None, ["a", "b"], CLASSIFY)
+    settings = {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": ["own.Own", "own.Own"]}}
+    (directory / "tokenizer_config.json").write_text(json.dumps(settings))
+    with contextlib.suppress(MiniloraError):
+        load_tokenizer(str(directory), None)
+    assert not (tmp_path / "ran").exists()

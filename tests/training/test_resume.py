@@ -225,8 +225,8 @@ def forget_masks(monkeypatch):
 def forget_moments(monkeypatch):
     read = checkpoint_room.read_torch
 
-    def without_moments(path):
-        loaded = read(path)
+    def without_moments(path, allowed):
+        loaded = read(path, allowed)
         if path.name == "optimizer.pt":
             for values in loaded["state"].values():
                 values["exp_avg"].zero_()
@@ -255,7 +255,9 @@ def forget_position(monkeypatch):
 
     def rewound(path):
         manifest = verify(path)
+        # Both, for a position that does not fit the number of steps is refused.
         manifest.state["step_in_epoch"] -= 1
+        manifest.state["global_step"] -= 1
         return manifest
 
     monkeypatch.setattr(checkpoint_room, "verify", rewound)
@@ -459,6 +461,29 @@ def test_a_save_that_fails_does_not_end_the_run_if_an_older_checkpoint_is_there(
     assert "no checkpoint at step 4: File too large; training goes on" in warnings
     assert checkpoint.exists() and not (tmp_path / "run" / "checkpoint-4").exists()
     assert not [p for p in (tmp_path / "run").iterdir() if p.name.startswith(".tmp-")]
+    assert_same_run(tmp_path / "run", uninterrupted)
+
+
+def test_a_run_that_is_stopped_and_cannot_save_says_so(
+    tmp_path, tiny_model, sentences, uninterrupted
+):
+    """ "Nothing is lost" would not be true: the steps since the older checkpoint are."""
+    from tests.test_durable import largest_file
+
+    values = arguments(tiny_model, sentences, output_dir=str(tmp_path / "run"), save_steps=4)
+    steps = iter(range(1, 1000))
+    with contextlib.ExitStack() as refusing:
+
+        def stop_at_a_full_disk():
+            if next(steps) <= 6:
+                return False
+            refusing.enter_context(largest_file(10_000))
+            return True
+
+        with pytest.raises(OSError, match="File too large; no older checkpoint is lost: make room"):
+            run_fine_tuning(values, {}, stop_at_a_full_disk)
+    assert latest_checkpoint(tmp_path / "run") == tmp_path / "run" / "checkpoint-4"
+    fine_tune(TrainConfig(resume_from_checkpoint=str(tmp_path / "run")))
     assert_same_run(tmp_path / "run", uninterrupted)
 
 

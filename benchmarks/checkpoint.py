@@ -1,0 +1,231 @@
+"""What a checkpoint costs: HF Trainer + PEFT and minilora, the same model and adapter, alternating.
+
+    python benchmarks/checkpoint.py [--saves 15]
+
+Randomly drawn models in the shapes of MiniLM-L6 and BERT-base, r=8 on query and value. For each:
+milliseconds of a save (median) and bytes of a checkpoint; then, for the smaller one, milliseconds
+from asking for a resume to its first step, 10 and 10,000 steps into an epoch. The last line is JSON.
+"""
+
+import argparse
+import dataclasses
+import gc
+import json
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from peft import LoraConfig as PeftConfig
+from peft import get_peft_model
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    set_seed,
+)
+
+from minilora import LoraConfig, TrainConfig, add_adapter
+from minilora.bert.data import Examples, training_updates
+from minilora.bert.tasks import training_loss
+from minilora.lora.config import config_to_dict
+from minilora.training.checkpoint import load_checkpoint, save_checkpoint
+from minilora.training.loop import TrainState, example_shares, training_step
+from minilora.training.plan import build_optimisation, plan_cadence
+from minilora.training.trainer_files import trainer_state
+
+SHAPES = {
+    "MiniLM-L6": {
+        "hidden_size": 384,
+        "num_hidden_layers": 6,
+        "num_attention_heads": 12,
+        "intermediate_size": 1536,
+    },
+    "BERT-base": {},
+}
+EXAMPLES, TOKENS, BATCH = 20_100, 16, 2
+STEPS = EXAMPLES // BATCH
+
+
+def base(shape: str) -> BertForSequenceClassification:
+    set_seed(0)
+    return BertForSequenceClassification(BertConfig(**SHAPES[shape]))
+
+
+class Rows(torch.utils.data.Dataset):
+    """Sentences of the same length, all alike: only their number matters here."""
+
+    def __len__(self) -> int:
+        return EXAMPLES
+
+    def __getitem__(self, index: int) -> dict:
+        return {"input_ids": [1] * TOKENS, "attention_mask": [1] * TOKENS, "labels": index % 2}
+
+
+class Clock(TrainerCallback):
+    """Notes when the first step begins, and ends the training after it."""
+
+    began = 0.0
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.began = self.began or time.perf_counter()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_training_stop = True
+
+
+class Theirs:
+    """HF Trainer + PEFT after one step."""
+
+    def __init__(self, shape: str, directory: Path) -> None:
+        self.directory = directory
+        self.clock = Clock()
+        config = PeftConfig(task_type="SEQ_CLS", r=8, target_modules=["query", "value"])
+        arguments = TrainingArguments(
+            output_dir=str(directory),
+            max_steps=STEPS,
+            per_device_train_batch_size=BATCH,
+            save_strategy="no",
+            report_to=[],
+            disable_tqdm=True,
+            use_cpu=True,
+        )
+        self.trainer = Trainer(
+            get_peft_model(base(shape), config),
+            arguments,
+            train_dataset=Rows(),
+            callbacks=[self.clock],
+        )
+        self.trainer.remove_callback(PrinterCallback)
+
+    def prepare(self) -> None:
+        self.trainer.train()
+
+    def save(self, step: int) -> Path:
+        self.trainer.state.global_step = step
+        self.trainer._save_checkpoint(self.trainer.model, None)
+        return self.directory / f"checkpoint-{step}"
+
+    def resume(self, step: int) -> float:
+        """Seconds from asking to the first step."""
+        path = self.directory / f"checkpoint-{step}"
+        file = path / "trainer_state.json"
+        values = {**json.loads(file.read_text()), "global_step": step, "epoch": step / STEPS}
+        file.write_text(json.dumps(values))
+        self.clock.began = 0.0
+        start = time.perf_counter()
+        self.trainer.train(resume_from_checkpoint=str(path))
+        return self.clock.began - start
+
+
+class Ours:
+    """minilora after one step."""
+
+    def __init__(self, shape: str, directory: Path) -> None:
+        self.directory = directory
+        self.config = TrainConfig(max_steps=STEPS, per_device_train_batch_size=BATCH)
+        lora = LoraConfig(task_type="SEQ_CLS", r=8, target_modules=["query", "value"])
+        self.run = {"arguments": dataclasses.asdict(self.config), "lora": config_to_dict(lora)}
+        self.cadence = plan_cadence(self.config, EXAMPLES, validates=False)
+        self.model = base(shape)
+        add_adapter(self.model, lora)
+        self.optimisation = build_optimisation(self.config, self.model, STEPS)
+        examples = Examples(
+            input_ids=np.ones(EXAMPLES * TOKENS, dtype=np.int32),
+            token_type_ids=None,
+            offsets=np.arange(EXAMPLES + 1) * TOKENS,
+            labels=np.arange(EXAMPLES) % 2,
+            truncated=0,
+        )
+        self.updates = training_updates(examples, 42, BATCH, 1, 0, torch.device("cpu"))
+
+    def prepare(self) -> None:
+        batches = next(self.updates(0, 0))
+        loss = training_loss("sequence_classification", 0.0)
+        shares = example_shares(batches)
+        training_step(self.model, *self.optimisation, batches, shares, 1.0, loss, TrainState())
+
+    def save(self, step: int) -> Path:
+        state = TrainState(global_step=step, step_in_epoch=step)
+        written = trainer_state(state, self.cadence, 1, BATCH, None)
+        return save_checkpoint(
+            self.directory, self.model, *self.optimisation, state, written, self.run
+        )
+
+    def resume(self, step: int) -> float:
+        """Seconds from asking to the first step."""
+        start = time.perf_counter()
+        path = self.directory / f"checkpoint-{step}"
+        state = load_checkpoint(path, self.model, *self.optimisation)
+        next(self.updates(state.epoch, state.step_in_epoch))
+        return time.perf_counter() - start
+
+
+def size(path: Path) -> int:
+    return sum(file.stat().st_size for file in path.iterdir())
+
+
+def compare(shape: str, directory: Path, saves: int) -> dict:
+    sides = {
+        "trainer": Theirs(shape, directory / "theirs"),
+        "minilora": Ours(shape, directory / "ours"),
+    }
+    (directory / "ours").mkdir()
+    for side in sides.values():
+        side.prepare()
+    seconds: dict[str, list[float]] = {name: [] for name in sides}
+    sizes = {}
+    gc.disable()
+    for step in range(1, saves + 2):
+        for name, side in sides.items():
+            start = time.perf_counter()
+            path = side.save(step)
+            seconds[name].append(time.perf_counter() - start)
+            sizes[name] = size(path)
+    gc.enable()
+    found: dict = {f"{name}_ms": 1000 * statistics.median(seconds[name][1:]) for name in sides}
+    found |= {f"{name}_bytes": sizes[name] for name in sides}
+    found["ratio"] = found["minilora_ms"] / found["trainer_ms"]
+    if shape == "MiniLM-L6":
+        found["resume_ms"] = resumes(sides)
+    return found
+
+
+def resumes(sides: dict) -> dict:
+    """Milliseconds to the first step, by side and step; the median of nine after one to warm up."""
+    found = {}
+    for step in (10, 10_000):
+        for name, side in sides.items():
+            side.save(step)
+            times = [side.resume(step) for _ in range(10)]
+            found[f"{name} at step {step}"] = 1000 * statistics.median(times[1:])
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--saves", type=int, default=15)
+    parser.add_argument("--directory", help="where to write; the disk matters")
+    asked = parser.parse_args()
+    torch.set_num_threads(2)
+    results = {}
+    for shape in SHAPES:
+        with tempfile.TemporaryDirectory(dir=asked.directory) as directory:
+            found = results[shape] = compare(shape, Path(directory), asked.saves)
+        print(
+            f"{shape:10} Trainer {found['trainer_ms']:.1f} ms {found['trainer_bytes']:,} bytes; "
+            f"minilora {found['minilora_ms']:.1f} ms {found['minilora_bytes']:,} bytes; "
+            f"ratio of times {found['ratio']:.2f}"
+        )
+        for name, value in found.get("resume_ms", {}).items():
+            print(f"{shape:10} first step after a resume: {name}: {value:.0f} ms")
+    print(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,287 @@
+"""Readers given anything: a value or a `MiniloraError`, and nothing else, however bad the bytes.
+
+Hypothesis makes the bytes up, or damages good ones; `tests/corpus` keeps files that are bad in a way
+worth remembering. The name of a corpus file begins with the reader that it is for.
+"""
+
+import contextlib
+import dataclasses
+import io
+import json
+import struct
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from minilora import LoraConfig, MiniloraError, add_adapter, load_adapter
+from minilora.bert.tables import read_rows
+from minilora.lora.adapter_files import adapter_files, read_config, read_tensors
+from minilora.lora.config import NOT_SUPPORTED, config_from_dict
+from minilora.reading import read_json, read_safetensors, read_torch
+from minilora.training.config import TrainConfig, train_config_from_dict
+from minilora.training.manifest import verify
+from minilora.training.rng import rng_state
+from minilora.training.run import RUN_NAME, read_run
+from minilora.training.trainer_files import NUMPY_GLOBALS, read_progress, read_rng
+from tests.faults.saver import Toy
+
+CORPUS = Path(__file__).parent / "corpus"
+# No deadline for one example (the machine may be busy); a reader that hangs is seen all the same.
+ONE_FILE = settings(
+    max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+
+JSON = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.integers(min_value=10**300, max_value=10**310)
+    | st.floats()
+    | st.text(max_size=8)
+    | st.sampled_from(
+        ["query", "all-linear", "(", "*", "LORA", "SEQ_CLS", "pissa_niter_999999999"]
+    ),
+    lambda inner: (
+        st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4)
+    ),
+    max_leaves=8,
+)
+
+
+@contextlib.contextmanager
+def only_our_own_error():
+    """Whatever else comes out fails the test."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with contextlib.suppress(MiniloraError):
+            yield
+
+
+def torch_bytes(value) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    return buffer.getvalue()
+
+
+def toy_adapter() -> dict[str, bytes]:
+    model = Toy()
+    add_adapter(model, LoraConfig(r=2, target_modules=["query"]))
+    return adapter_files(model)
+
+
+GOOD = {
+    "torch": torch_bytes({"a": torch.arange(9.0), "b": [1, (2.0, None)], "c": {"d": "text"}}),
+    "rng": torch_bytes(rng_state(nn.Module())),
+    "safetensors": toy_adapter()["adapter_model.safetensors"],
+}
+
+
+@st.composite
+def damaged(draw, good: bytes) -> bytes:
+    """A good file with some bytes overwritten, cut out or put in."""
+    data = bytearray(good)
+    for _ in range(draw(st.integers(1, 4))):
+        start = draw(st.integers(0, max(0, len(data) - 1)))
+        length = draw(st.integers(0, 8))
+        data[start : start + length] = draw(st.binary(max_size=8))
+    return bytes(data)
+
+
+READERS = {
+    "torch": lambda path: read_torch(path, NUMPY_GLOBALS),
+    "rng": lambda path: read_rng(path.parent),
+    "safetensors": read_safetensors,
+    "json": read_json,
+    "config": lambda path: read_config(path.parent),
+    "state": lambda path: read_progress(path.parent),
+    "run": lambda path: read_run(path.parent),
+    "manifest": lambda path: verify(path.parent),
+    "bin": lambda path: read_tensors(path.parent),
+    "rows": read_rows,
+}
+NAMES = {
+    "rng": "rng_state.pth",
+    "config": "adapter_config.json",
+    "state": "trainer_state.json",
+    "run": RUN_NAME,
+    "manifest": "minilora.json",
+    "bin": "adapter_model.bin",
+}
+
+
+def place(directory: Path, kind: str, data: bytes, suffix: str = "") -> Path:
+    path = directory / (NAMES.get(kind) or f"file{suffix}")
+    path.write_bytes(data)
+    return path
+
+
+@pytest.mark.parametrize("file", sorted(CORPUS.iterdir()), ids=lambda file: file.name)
+def test_every_file_of_the_corpus_is_refused(file, tmp_path):
+    """One line that names the file, and no code run: the pickles among them would make `ran`."""
+    kind = file.name.split("-")[0]
+    path = place(tmp_path, kind, file.read_bytes(), file.suffix)
+    with pytest.raises(MiniloraError) as refused:
+        READERS[kind](path)
+    assert path.name in str(refused.value)
+    assert not Path("ran-by-the-corpus").exists()
+
+
+def test_the_good_files_are_read(tmp_path):
+    """Negative control: the readers do not refuse everything."""
+    for kind, data in GOOD.items():
+        READERS[kind](place(tmp_path, kind, data))
+
+
+@pytest.mark.parametrize("kind", [k for k in READERS if k != "rows"])
+@ONE_FILE
+@given(data=st.binary(max_size=300))
+def test_any_bytes(kind, data, tmp_path):
+    with only_our_own_error():
+        READERS[kind](place(tmp_path, kind, data))
+
+
+@pytest.mark.parametrize("kind", GOOD)
+@ONE_FILE
+@given(data=st.data())
+def test_damaged_archives(kind, data, tmp_path):
+    with only_our_own_error():
+        READERS[kind](place(tmp_path, kind, data.draw(damaged(GOOD[kind]))))
+
+
+@ONE_FILE
+@given(
+    header=st.dictionaries(st.text(max_size=8), JSON, max_size=4),
+    length=st.integers(0, 2**64 - 1),
+    honest=st.booleans(),
+    rest=st.binary(max_size=64),
+)
+def test_a_safetensors_header_may_say_anything(header, length, honest, rest, tmp_path):
+    text = json.dumps(header).encode()
+    data = struct.pack("<Q", len(text) if honest else length) + text + rest
+    with only_our_own_error():
+        read_safetensors(place(tmp_path, "safetensors", data))
+
+
+NUMBERS = st.integers(0, 2**64) | st.sampled_from([0, 1, 2, 8, 32, 2**31, 2**63])
+ENTRY = st.fixed_dictionaries(
+    {
+        "dtype": st.sampled_from(
+            ["F32", "F64", "F16", "BF16", "I64", "BOOL", "F8_E4M3", "U8", "X"]
+        ),
+        "shape": st.lists(NUMBERS, max_size=4),
+        "data_offsets": st.lists(NUMBERS, min_size=2, max_size=2),
+    }
+)
+
+
+@ONE_FILE
+@given(header=st.dictionaries(st.text(max_size=4), ENTRY, max_size=3), size=st.integers(0, 64))
+def test_a_safetensors_header_may_lie_about_lengths_and_offsets(header, size, tmp_path):
+    text = json.dumps(header).encode()
+    data = struct.pack("<Q", len(text)) + text + bytes(size)
+    with only_our_own_error():
+        tensors = read_safetensors(place(tmp_path, "safetensors", data))
+        assert sum(t.numel() * t.element_size() for t in tensors.values()) <= size
+
+
+FIELDS = [f.name for f in dataclasses.fields(LoraConfig)] + list(NOT_SUPPORTED) + ["unheard_of"]
+
+
+@settings(ONE_FILE, max_examples=800)
+@given(changes=st.dictionaries(st.sampled_from(FIELDS), JSON, max_size=3))
+def test_an_adapter_config_may_hold_anything(changes):
+    """The outcome is a config that a model can be given, or our own error."""
+    values = {"peft_type": "LORA", "r": 2, "target_modules": ["query"], **changes}
+    with only_our_own_error():
+        config = config_from_dict(values)
+        if config.r <= 16 and max(config.rank_pattern.values(), default=0) <= 16:
+            add_adapter(Toy(), config)
+
+
+@ONE_FILE
+@given(changes=st.dictionaries(st.sampled_from(FIELDS), JSON, max_size=2))
+def test_an_adapter_directory_may_hold_anything(changes, tmp_path):
+    files = toy_adapter()
+    config = {**json.loads(files["adapter_config.json"]), **changes}
+    files["adapter_config.json"] = json.dumps(config).encode()
+    for name, data in files.items():
+        (tmp_path / name).write_bytes(data)
+    with only_our_own_error():
+        load_adapter(Toy(), tmp_path)
+
+
+def test_a_rank_that_no_memory_holds_is_refused(tmp_path):
+    """A few bytes of JSON ask for terabytes."""
+    files = toy_adapter()
+    config = {**json.loads(files["adapter_config.json"]), "r": 10**12}
+    files["adapter_config.json"] = json.dumps(config).encode()
+    for name, data in files.items():
+        (tmp_path / name).write_bytes(data)
+    with pytest.raises(MiniloraError, match="asks for rank 1000000000000"):
+        load_adapter(Toy(), tmp_path)
+
+
+@ONE_FILE
+@given(
+    changes=st.dictionaries(
+        st.sampled_from([f.name for f in dataclasses.fields(TrainConfig)]), JSON, max_size=3
+    )
+)
+def test_recorded_arguments_may_be_anything(changes):
+    with only_our_own_error():
+        train_config_from_dict(changes, "run.json")
+
+
+STATE = {"global_step": 4, "epoch": 1.0, "max_steps": 4, "log_history": [{"step": 1, "loss": 0.5}]}
+MANIFEST = {"schema_version": 1, "state": {}, "run": {}, "environment": {}, "files": {}}
+
+
+@pytest.mark.parametrize("kind", ["state", "manifest", "run"])
+@ONE_FILE
+@given(data=st.data())
+def test_a_json_file_may_hold_anything(kind, data, tmp_path):
+    good = {"state": STATE, "manifest": MANIFEST, "run": {"arguments": {}, "lora": {}}}[kind]
+    changes = data.draw(
+        st.dictionaries(st.sampled_from([*good, "labels", "other"]), JSON, max_size=3)
+    )
+    with only_our_own_error():
+        READERS[kind](place(tmp_path, kind, json.dumps({**good, **changes}).encode()))
+
+
+TABLE = st.text(alphabet=st.sampled_from('ab\t,"\n\r\\{}[]:1.é\x00\u2028 '), max_size=120)
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".tsv", ".json", ".jsonl"])
+@ONE_FILE
+@given(
+    text=TABLE
+    | st.lists(st.dictionaries(st.sampled_from(["text", "label", "x"]), JSON), max_size=3).map(
+        json.dumps
+    )
+)
+def test_a_data_file_may_hold_anything(suffix, text, tmp_path):
+    with only_our_own_error():
+        read_rows(place(tmp_path, "rows", text.encode(), suffix))
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".tsv", ".json", ".jsonl"])
+@ONE_FILE
+@given(data=st.binary(max_size=200))
+def test_a_data_file_may_be_any_bytes(suffix, data, tmp_path):
+    with only_our_own_error():
+        read_rows(place(tmp_path, "rows", data, suffix))
+
+
+def test_a_large_file_is_refused_unread(tmp_path):
+    """A terabyte that takes no room on the disk."""
+    for name in ("adapter_config.json", "minilora.json", "trainer_state.json", RUN_NAME):
+        with (tmp_path / name).open("wb") as file:
+            file.truncate(10**12)
+    for kind in ("config", "manifest", "state", "run"):
+        with pytest.raises(MiniloraError, match="1,000,000,000,000 bytes"):
+            READERS[kind](tmp_path / NAMES[kind])

@@ -241,9 +241,8 @@ def _check_values(config: LoraConfig) -> None:
         _require_type(config, name, bool)
     for name in ("target_modules", "exclude_modules", "modules_to_save", "layers_pattern"):
         _normalise_names(config, name)
-    for name in ("rank_pattern", "alpha_pattern"):
-        _require_type(config, name, dict)
     _check_layers(config)
+    _check_patterns(config)
     _check_bookkeeping(config)
     indices = config.trainable_token_indices
     lists = list(indices.values()) if isinstance(indices, dict) else [indices or [0]]
@@ -252,6 +251,12 @@ def _check_values(config: LoraConfig) -> None:
             f"trainable_token_indices is {indices!r}; it must be a list of distinct token ids, or an "
             "object from an embedding's name to one"
         )
+    _check_expressions(config)
+
+
+def _check_patterns(config: LoraConfig) -> None:
+    for name in ("rank_pattern", "alpha_pattern"):
+        _require_type(config, name, dict)
     if any(
         isinstance(r, bool) or not isinstance(r, int) or r <= 0
         for r in config.rank_pattern.values()
@@ -263,7 +268,6 @@ def _check_values(config: LoraConfig) -> None:
         raise MiniloraError(
             f"alpha_pattern is {config.alpha_pattern!r}; every alpha must be a finite number"
         )
-    _check_expressions(config)
 
 
 def _check_layers(config: LoraConfig) -> None:

@@ -26,6 +26,11 @@ if TYPE_CHECKING:
     from minilora.lora.switch import delete_adapter as delete_adapter
     from minilora.lora.switch import disable_adapter as disable_adapter
     from minilora.lora.switch import set_adapter as set_adapter
+    from minilora.prediction import predict_texts as predict_texts
+    from minilora.scoring import Scores as Scores
+    from minilora.scoring import evaluate_file as evaluate_file
+    from minilora.trained_run import TrainedRun as TrainedRun
+    from minilora.trained_run import open_run as open_run
     from minilora.training.checkpoint import latest_checkpoint as latest_checkpoint
     from minilora.training.checkpoint import load_checkpoint as load_checkpoint
     from minilora.training.checkpoint import save_checkpoint as save_checkpoint
@@ -39,6 +44,9 @@ _ROOMS = {
     "lora.merge": ["merge_adapter", "merge_and_unload", "unload", "unmerge_adapter"],
     "lora.switch": ["delete_adapter", "disable_adapter", "set_adapter"],
     "fine_tuning": ["TrainResult", "fine_tune"],
+    "prediction": ["predict_texts"],
+    "scoring": ["Scores", "evaluate_file"],
+    "trained_run": ["TrainedRun", "open_run"],
     "training.checkpoint": ["latest_checkpoint", "load_checkpoint", "save_checkpoint"],
     "training.config": ["TrainConfig"],
 }

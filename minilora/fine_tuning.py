@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import transformers
 from torch import nn
@@ -122,7 +123,13 @@ def train(
     model, tokenizer = start.model, start.tokenizer
     libraries = {"transformers": transformers.__version__}
     run = describe_run(
-        config, lora_config, parts.labels, parts.fingerprints, start.sha256, libraries
+        config,
+        lora_config,
+        parts.labels,
+        parts.have_pairs(),
+        parts.fingerprints,
+        start.sha256,
+        libraries,
     )
     if point is not None:
         check_same_inputs(point, run)
@@ -236,19 +243,29 @@ def evaluator(
     """A function of (part of the data, prefix of the keys) to the model's metrics there."""
 
     def evaluate(part: str, prefix: str) -> dict[str, float]:
-        if config.hf_parity:
-            draw_loader_seed()
-        batches = data.batches_in_order(
-            examples[part],
-            config.per_device_eval_batch_size,
-            pad_token_id,
-            device,
-            f"evaluating {part}",
-        )
         metrics = tasks.metrics_of(config.task, [row.kind for row in parts.rows[part]])
-        return evaluate_model(model, batches, tasks.evaluation_loss(config.task), metrics, prefix)
+        return score(config, model, examples[part], metrics, pad_token_id, device, part, prefix)
 
     return evaluate
+
+
+def score(
+    config: TrainConfig,
+    model: nn.Module,
+    examples: data.Examples,
+    metrics: Callable[[np.ndarray, np.ndarray], dict[str, float]],
+    pad_token_id: int,
+    device: torch.device,
+    part: str,
+    prefix: str,
+) -> dict[str, float]:
+    """One evaluation, during training or after it: the same batches, hence the same bits."""
+    if config.hf_parity:
+        draw_loader_seed()
+    batches = data.batches_in_order(
+        examples, config.per_device_eval_batch_size, pad_token_id, device, f"evaluating {part}"
+    )
+    return evaluate_model(model, batches, tasks.evaluation_loss(config.task), metrics, prefix)
 
 
 def draw_nothing() -> None:

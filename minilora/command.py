@@ -78,17 +78,17 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "path", metavar="OUT", help="what train wrote, a checkpoint in it, or a PEFT adapter"
     )
-    add_moved_arguments(parser)
+    add_base_argument(parser)
+    parser.add_argument("--device", help="cpu, cuda, ...; by default as in training")
 
 
-def add_moved_arguments(parser: argparse.ArgumentParser) -> None:
-    """The base model and the device, where they are no longer the recorded ones."""
+def add_base_argument(parser: argparse.ArgumentParser) -> None:
+    """The base model, where it is no longer at its recorded place."""
     parser.add_argument(
         "--model_name_or_path",
         metavar="PATH",
         help="the base model, if it has moved; checked by its fingerprint",
     )
-    parser.add_argument("--device", help="cpu, cuda, ...; by default as in training")
 
 
 def add_column_arguments(parser: argparse.ArgumentParser, *names: str) -> None:

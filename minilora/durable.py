@@ -82,7 +82,7 @@ def new_directory(path: Path) -> Iterator[Path]:
     temporary.mkdir()
     try:
         yield temporary
-        for file in temporary.iterdir():
+        for file in filter(Path.is_file, temporary.rglob("*")):
             _give_default_mode(file)
             _sync_file(file)
         _sync_directory(temporary)

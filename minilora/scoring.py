@@ -66,4 +66,3 @@ def evaluate_file(
     pad = weights.pad_token_id(run.tokenizer)
     found = score(config, run.model, examples[part], metrics, pad, run.device, part, "eval")
     return Scores(found, counts[0] if counts else None)
-

@@ -11,6 +11,7 @@ as the difference it makes to W when merged alone. Sums are taken in float64 and
 PEFT's `add_weighted_adapter` refuses adapters with heads and is too large by sqrt(r) with rslora.
 """
 
+import math
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,8 +20,81 @@ from torch import Tensor, nn
 
 from minilora.errors import MiniloraError
 from minilora.lora.adapter_files import load_adapter
-from minilora.lora.inject import adapter_layers
+from minilora.lora.embedding import TrainableTokens
+from minilora.lora.inject import AdapterLayer, adapter_layers, adapters_of
 from minilora.lora.layer import LoRALinear
-from minilora.lora.embedding import LoRAEmbedding
-from minilora.lora.merge import merge_and_unload, unload
+from minilora.lora.merge import record_untied, unload
 from minilora.lora.modules_to_save import ModulesToSave
+
+NAME = "combined"
+
+
+def combine_adapters(model: nn.Module, paths: list[Path], weights: list[float]) -> nn.Module:
+    """Fold the weighted adapters into a plain model, in place, and return it, plain again.
+
+    Args:
+        paths: adapter directories, as for `load_adapter`.
+        weights: one for each; they need not sum to 1.
+
+    Raises:
+        MiniloraError: an adapter does not fit the model, the weights do not fit the adapters or sum
+            to 0, or the result is not finite. The model is as it was.
+    """
+    if len(weights) != len(paths) or not all(map(math.isfinite, weights)) or not sum(weights):
+        raise MiniloraError(
+            f"weights are {weights} for {len(paths)} adapters: give a number for each, not summing to 0"
+        )
+    plain = dict(model.named_parameters())
+    sums: dict[str, Tensor] = {}
+    for path, weight in zip(paths, weights, strict=True):
+        load_adapter(model, path, NAME)
+        try:
+            for name, difference, averaged in _differences(model, plain):
+                term = difference * (weight / sum(weights) if averaged else weight)
+                sums[name] = sums[name] + term if name in sums else term
+        finally:
+            unload(model)
+    combined = {
+        name: (plain[name].detach().double() + total).to(plain[name].dtype)
+        for name, total in sums.items()
+    }
+    broken = [name for name, tensor in combined.items() if not torch.isfinite(tensor).all()]
+    if broken:
+        raise MiniloraError(f"combining gives NaN or infinity in {broken[0]}: an adapter is broken")
+    for name, tensor in combined.items():
+        parent, _, child = name.rpartition(".")
+        new = nn.Parameter(tensor, requires_grad=plain[name].requires_grad)
+        setattr(model.get_submodule(parent), child, new)
+    record_untied(model)
+    return model
+
+
+@torch.no_grad()
+def _differences(
+    model: nn.Module, plain: dict[str, nn.Parameter]
+) -> Iterator[tuple[str, Tensor, bool]]:
+    """(plain parameter's name, what the adapter adds to it in float64, whether it is averaged)."""
+    for name, layer in adapter_layers(model):
+        if isinstance(layer, ModulesToSave):
+            original = dict(layer.original_module.named_parameters())
+            for part, trained in layer.adapter_parameters(NAME).items():
+                yield f"{name}.{part}", trained.double() - original[part].double(), True
+            continue
+        yield f"{name}.weight", _weight_difference(layer), False
+        if isinstance(layer, LoRALinear) and layer.lora_B[NAME].bias is not None:
+            _, lora_B = layer.factors(NAME)
+            if layer.base_layer.bias is None:
+                raise MiniloraError(f"{name}: lora_bias=True has no bias to be merged into")
+            yield f"{name}.bias", lora_B.bias.double() * layer.scaling[NAME], False
+    # Trained biases, and weights that pissa and olora reduced: they differ from the plain model's.
+    names = {id(parameter): name for name, parameter in plain.items()}
+    for parameter, value in adapters_of(model).originals:
+        yield names[id(parameter)], parameter.double() - value.double(), False
+
+
+def _weight_difference(layer: AdapterLayer) -> Tensor:
+    if not isinstance(layer, TrainableTokens) and NAME not in layer.lora_magnitude_vector:
+        return layer.delta_weight(NAME).double()
+    weight = layer.base_layer.weight
+    merged, _ = layer.merged_parameters(NAME, weight, None)
+    return merged.double() - weight.double()

@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from minilora.comparison import compare_directories as compare_directories
     from minilora.errors import MiniloraError as MiniloraError
     from minilora.fine_tuning import TrainResult as TrainResult
     from minilora.fine_tuning import fine_tune as fine_tune
+    from minilora.inspection import inspect_directory as inspect_directory
     from minilora.lora.adapter_files import adapter_state_dict as adapter_state_dict
     from minilora.lora.adapter_files import load_adapter as load_adapter
     from minilora.lora.adapter_files import save_adapter as save_adapter
@@ -49,6 +51,8 @@ _ROOMS = {
     "lora.mixed": ["adapter_names"],
     "lora.switch": ["delete_adapter", "disable_adapter", "set_adapter"],
     "fine_tuning": ["TrainResult", "fine_tune"],
+    "comparison": ["compare_directories"],
+    "inspection": ["inspect_directory"],
     "merged_model": ["write_merged_model"],
     "prediction": ["predict_texts"],
     "scoring": ["Scores", "evaluate_file"],

@@ -177,6 +177,21 @@ def exclusive(directory: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
+def is_held(directory: Path) -> bool:
+    """Whether a live process holds `directory`. Changes nothing."""
+    try:
+        descriptor = os.open(directory / LOCK_NAME, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        return False
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(descriptor)
+
+
 def _sibling(path: Path, prefix: str) -> Path:
     return path.with_name(f"{prefix}{path.name}-{uuid.uuid4().hex[:8]}")
 

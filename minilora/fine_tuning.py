@@ -23,8 +23,9 @@ from minilora.bert import data, tasks, weights
 from minilora.bert.parts import Parts, read_parts, tokenize_parts
 from minilora.durable import exclusive, sweep_leftovers, write_file
 from minilora.errors import MiniloraError
-from minilora.lora.adapter_files import load_adapter, save_adapter
+from minilora.lora.adapter_files import CARD_NAME, load_adapter, save_adapter
 from minilora.lora.config import LoraConfig
+from minilora.model_card import model_card
 from minilora.starting_model import attach_adapter, describe_start, load_model, new_lora_config
 from minilora.training.config import TrainConfig
 from minilora.training.evaluation import Batch, evaluate_model
@@ -176,7 +177,9 @@ def train(
             load_adapter(model, output_dir / f"checkpoint-{state.best_step}", is_trainable=True)
         metrics |= reported_evaluation(config, state)
         metrics |= evaluate("test", "test") if "test" in examples else {}
-        write_final_files(output_dir, model, tokenizer, {**run, "result": metrics})
+        run = {**run, "result": metrics}
+        card = model_card(output_dir.resolve().name, start.base.location, run)
+        write_final_files(output_dir, model, tokenizer, run, card)
     return TrainResult(state.global_step, metrics, str(output_dir), state.log_history)
 
 
@@ -292,9 +295,17 @@ def reported_evaluation(config: TrainConfig, state: TrainState) -> dict[str, flo
 
 
 def write_final_files(
-    output_dir: Path, model: nn.Module, tokenizer: PreTrainedTokenizerBase, run: dict[str, Any]
+    output_dir: Path,
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    run: dict[str, Any],
+    card: str,
 ) -> None:
-    """The adapter as PEFT writes it, the tokenizer's files, and run.json with the result."""
+    """The adapter as PEFT writes it, its model card (one that is there already is kept), the
+    tokenizer's files, and run.json with the result.
+    """
+    if not (output_dir / CARD_NAME).exists():
+        write_file(output_dir / CARD_NAME, card.encode(errors="replace"))
     save_adapter(model, output_dir)
     with tempfile.TemporaryDirectory() as directory:
         for file in tokenizer.save_pretrained(directory):

@@ -6,8 +6,9 @@
     jsonl        one object per line
 
 csv and tsv may lack a header. The first line is one if it contains the columns asked for by name,
-or, when none is asked for, if its label field (the last) is no label seen below it; without labels,
-if it contains a usual name of a text column.
+or, when none is asked for, if its label field (the last) is no label seen below it. Where no labels
+are expected, a usual name of a text column makes it one, too, and nothing else does in a file of a
+single column.
 """
 
 import csv
@@ -152,9 +153,10 @@ def _header(
         return first if all(name in first for name in names) else None
     if asked:
         return None  # columns given by number: there is no header
-    if not labelled:
-        # No label tells a header from a text: only a name that texts are known under does.
-        return first if {name.lower() for name in first} & set(TEXT_NAMES) else None
+    named_as_usual = bool({name.lower() for name in first} & set(TEXT_NAMES))
+    if not labelled and (named_as_usual or len(first) == 1):
+        # A single column of texts: only a usual name tells a header from a text.
+        return first if named_as_usual else None
     labels_below = {row[-1] for _, row in rows[1:]}
     if first[-1] in labels_below or (_is_number(first[-1]) and all(map(_is_number, labels_below))):
         return None

@@ -46,50 +46,56 @@ def combine_adapters(model: nn.Module, paths: list[Path], weights: list[float]) 
         )
     plain = dict(model.named_parameters())
     sums: dict[str, Tensor] = {}
+    heads: list[dict[str, Tensor]] = []
     for path, weight in zip(paths, weights, strict=True):
         load_adapter(model, path, NAME)
         try:
-            for name, difference, averaged in _differences(model, plain):
-                term = difference * (weight / sum(weights) if averaged else weight)
-                sums[name] = sums[name] + term if name in sums else term
+            heads.append(_heads(model))
+            for name, difference in _differences(model, plain):
+                sums[name] = sums.get(name, 0) + weight * difference
         finally:
             unload(model)
-    combined = {
-        name: (plain[name].detach().double() + total).to(plain[name].dtype)
-        for name, total in sums.items()
-    }
+    combined = {name: plain[name].detach().double() + total for name, total in sums.items()}
+    for name in {name: None for head in heads for name in head}:
+        each = [head.get(name, plain[name].detach().double()) for head in heads]
+        terms = [weight * head for weight, head in zip(weights, each, strict=True)]
+        combined[name] = torch.stack(terms).sum(dim=0) / sum(weights)
     broken = [name for name, tensor in combined.items() if not torch.isfinite(tensor).all()]
     if broken:
         raise MiniloraError(f"combining gives NaN or infinity in {broken[0]}: an adapter is broken")
     for name, tensor in combined.items():
         parent, _, child = name.rpartition(".")
-        new = nn.Parameter(tensor, requires_grad=plain[name].requires_grad)
+        new = nn.Parameter(tensor.to(plain[name].dtype), requires_grad=plain[name].requires_grad)
         setattr(model.get_submodule(parent), child, new)
     record_untied(model)
     return model
 
 
+def _heads(model: nn.Module) -> dict[str, Tensor]:
+    return {
+        f"{name}.{part}": trained.detach().double()
+        for name, module in adapter_layers(model)
+        if isinstance(module, ModulesToSave)
+        for part, trained in module.adapter_parameters(NAME).items()
+    }
+
+
 @torch.no_grad()
-def _differences(
-    model: nn.Module, plain: dict[str, nn.Parameter]
-) -> Iterator[tuple[str, Tensor, bool]]:
-    """(plain parameter's name, what the adapter adds to it in float64, whether it is averaged)."""
+def _differences(model: nn.Module, plain: dict[str, nn.Parameter]) -> Iterator[tuple[str, Tensor]]:
+    """(plain parameter's name, what the adapter adds to it, in float64), heads aside."""
     for name, layer in adapter_layers(model):
         if isinstance(layer, ModulesToSave):
-            original = dict(layer.original_module.named_parameters())
-            for part, trained in layer.adapter_parameters(NAME).items():
-                yield f"{name}.{part}", trained.double() - original[part].double(), True
             continue
-        yield f"{name}.weight", _weight_difference(layer), False
+        yield f"{name}.weight", _weight_difference(layer)
         if isinstance(layer, LoRALinear) and layer.lora_B[NAME].bias is not None:
             _, lora_B = layer.factors(NAME)
             if layer.base_layer.bias is None:
                 raise MiniloraError(f"{name}: lora_bias=True has no bias to be merged into")
-            yield f"{name}.bias", lora_B.bias.double() * layer.scaling[NAME], False
+            yield f"{name}.bias", lora_B.bias.double() * layer.scaling[NAME]
     # Trained biases, and weights that pissa and olora reduced: they differ from the plain model's.
     names = {id(parameter): name for name, parameter in plain.items()}
     for parameter, value in adapters_of(model).originals:
-        yield names[id(parameter)], parameter.double() - value.double(), False
+        yield names[id(parameter)], parameter.double() - value.double()
 
 
 def _weight_difference(layer: AdapterLayer) -> Tensor:

@@ -51,7 +51,7 @@ def merged_alone(path):
 
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
 def test_the_arithmetic_is_that_of_pefts_deltas(settings, tmp_path):
-    """Bitwise for W; a head is ours as H + sum w (H_i - H), the same number in another order."""
+    """Bitwise, in float64 rounded once; the weights sum to 1, so heads need no division."""
     paths = saved(tmp_path, *settings)
     expected = {name: t.double() for name, t in tiny_classifier().state_dict().items()}
     head = {"weight": 0, "bias": 0}
@@ -66,11 +66,8 @@ def test_the_arithmetic_is_that_of_pefts_deltas(settings, tmp_path):
     found = combine_adapters(tiny_classifier(), paths, WEIGHTS).state_dict()
     assert found.keys() == expected.keys()
     for name, value in expected.items():
-        if name.startswith("classifier."):
-            average = head[name.removeprefix("classifier.")].float()
-            torch.testing.assert_close(found[name], average, rtol=1e-6, atol=1e-8)
-        else:
-            assert torch.equal(found[name], value.float()), name
+        value = head.get(name.removeprefix("classifier."), value)
+        assert torch.equal(found[name], value.float()), name
 
 
 @pytest.mark.parametrize(

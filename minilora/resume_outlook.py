@@ -33,13 +33,12 @@ def resume_outlook(path: Path) -> dict[str, Any]:
             progress = read_progress(point.checkpoint)
             outlook["checkpoint"] = str(point.checkpoint)
             outlook["step"], outlook["max_steps"] = progress["global_step"], progress["max_steps"]
+        if is_held(point.output_dir):
+            outlook["refuses"].append(f"{point.output_dir} is in use by another run")
+        outlook["refuses"] += _refusals(point)
+        outlook["remarks"] += _remarks(point)
     except MiniloraError as error:
         outlook["refuses"].append(str(error))
-        return outlook
-    if is_held(point.output_dir):
-        outlook["refuses"].append(f"{point.output_dir} is in use by another run")
-    outlook["refuses"] += _refusals(point)
-    outlook["remarks"] += _remarks(point)
     if outlook["max_steps"] is not None and outlook["step"] >= outlook["max_steps"]:
         outlook["remarks"].append("finished: nothing is left to train")
     return outlook

@@ -81,9 +81,8 @@ def directory_report(found: dict[str, Any], with_tensors: bool) -> list[str]:
     if with_tensors:
         for tensor in found["tensors"]:
             shape = "x".join(map(str, tensor["shape"]))
-            lines.append(
-                f"    {tensor['name']}  {shape}  {tensor['dtype']}  norm {tensor['norm']:.6g}"
-            )
+            norm = "not finite" if tensor["norm"] is None else f"{tensor['norm']:.6g}"
+            lines.append(f"    {tensor['name']}  {shape}  {tensor['dtype']}  norm {norm}")
     last = found["log"]["last"] or {}
     shown = {name: value for name, value in last.items() if not name.endswith(TIMINGS)}
     lines.append(f"  log: {found['log']['rows']} rows, the last {json.dumps(shown)}")

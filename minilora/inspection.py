@@ -3,6 +3,7 @@ never builds a model: of the base model only the header of its file is looked at
 """
 
 import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,7 @@ def inspect_directory(path: str | Path) -> dict[str, Any]:
         kind, what (the kind in words), problems (why it does not verify; empty if all is well),
         verified (True where every hash was checked, None where there are none), position (step,
         epoch, ...), config (the adapter's, or the model's), arguments (the run's), tensors (name,
-        shape, dtype, norm of each), trainable (parameters, of, percent), log (rows, last), resume
+        shape, dtype, norm of each; None for a norm that is not finite), trainable (parameters, of, percent), log (rows, last), resume
         (see `resume_outlook`; None where there is nothing to resume).
 
     Raises:
@@ -55,6 +56,8 @@ def inspect_directory(path: str | Path) -> dict[str, Any]:
     found["labels"] = record.get("labels")
     found["result"] = record.get("result")
     found["tensors"] = _collect(problems, _described_tensors, path, kind) or []
+    broken = [tensor["name"] for tensor in found["tensors"] if tensor["norm"] is None]
+    problems += [f"{path}: {name} holds NaN or infinity" for name in broken]
     found["trainable"] = _trainable(found)
     rows = _collect(problems, log_rows, path, kind) or []
     found["log"] = {"rows": len(rows), "last": rows[-1] if rows else None}
@@ -162,21 +165,24 @@ def _position(path: Path, kind: str) -> dict[str, Any] | None:
 
 
 def _described_tensors(path: Path, kind: str) -> list[dict[str, Any]]:
-    return [
-        {
-            "name": name,
-            "shape": list(tensor.shape),
-            "dtype": str(tensor.dtype).removeprefix("torch."),
-            "norm": tensor.double().norm().item(),
-        }
-        for name, tensor in named_tensors(path, kind)
-    ]
+    found = []
+    for name, tensor in named_tensors(path, kind):
+        norm = tensor.double().norm().item()
+        found.append(
+            {
+                "name": name,
+                "shape": list(tensor.shape),
+                "dtype": str(tensor.dtype).removeprefix("torch."),
+                "norm": norm if math.isfinite(norm) else None,  # JSON has no NaN
+            }
+        )
+    return found
 
 
 def _trainable(found: dict[str, Any]) -> dict[str, Any] | None:
     if found["kind"] == kinds.MODEL or not found["tensors"]:
         return None
-    trained = sum(_numel(tensor["shape"]) for tensor in found["tensors"])
+    trained = sum(math.prod(tensor["shape"]) for tensor in found["tensors"])
     base = _base_parameters(found)
     if base is None:
         return {"parameters": trained, "of": None, "percent": None}
@@ -201,13 +207,6 @@ def _collect(problems: list[str], read: Any, path: Path, kind: str) -> Any:
         if str(error) not in problems:
             problems.append(str(error))
         return None
-
-
-def _numel(shape: list[int]) -> int:
-    total = 1
-    for size in shape:
-        total *= size
-    return total
 
 
 def _json_object(path: Path) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import sys
 import peft
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification, Trainer, TrainingArguments
 
 from minilora import MiniloraError, TrainConfig, fine_tune, inspect_directory, write_merged_model
@@ -222,6 +223,17 @@ def test_a_setting_that_minilora_refuses_is_a_problem_of_the_adapter(run_copy):
 def test_an_adapters_broken_tensors_are_a_problem(run_copy):
     (run_copy / "adapter_model.safetensors").write_bytes(b"nonsense")
     assert "is damaged" in inspect_directory(run_copy)["problems"][0]
+
+
+def test_tensors_that_are_not_finite_are_a_problem_and_the_json_stays_json(run_copy, command):
+    file = run_copy / "adapter_model.safetensors"
+    tensors = load_file(file)
+    name = next(iter(tensors))
+    tensors[name][0, 0] = float("nan")
+    save_file(tensors, file)
+    found = json.loads(command("inspect", run_copy, "--json").out, parse_constant=pytest.fail)
+    assert found["problems"] == [f"{run_copy}: {name} holds NaN or infinity"]
+    assert "norm not finite" in command("inspect", run_copy, "--tensors").out
 
 
 def test_the_command_prints_a_report_and_one_json_object(finished_run, command):

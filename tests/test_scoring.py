@@ -1,13 +1,15 @@
 """evaluate: the numbers of training, in the same bits, on any labelled file."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
 from sklearn.metrics import confusion_matrix
+from transformers import BertModel, set_seed
 
 from minilora import TrainConfig, evaluate_file, fine_tune, open_run, predict_texts
-from tests.conftest import read_rows, write_sentences
+from tests.conftest import read_rows, tiny_config, write_sentences
 
 TIMINGS = ("runtime", "samples_per_second", "steps_per_second")
 
@@ -47,6 +49,24 @@ def test_the_confusion_matrix_counts_what_predict_says(finished_run, sentences, 
     table = [line.split() for line in result.out.splitlines()[:3]]
     assert table[0][-2:] == ["negative", "positive"]
     assert np.array([row[1:] for row in table[1:]], dtype=int).tolist() == expected.tolist()
+
+
+def test_another_base_model_is_one_line_and_exit_code_2(
+    finished_run, tiny_model, sentences, tmp_path, command
+):
+    shutil.copytree(tiny_model, tmp_path / "other")
+    set_seed(9)
+    BertModel(tiny_config()).save_pretrained(tmp_path / "other")
+    for name, flags in {
+        "evaluate": ["--file", sentences[1]],
+        "predict": ["--text", "good"],
+        "merge": ["--output_dir", tmp_path / "merged"],
+    }.items():
+        moved = ["--model_name_or_path", tmp_path / "other"]
+        result = command(name, finished_run, *flags, *moved)
+        assert result.code == 2 and not result.out
+        assert "error: " in result.err and "is an adapter for another base model" in result.err
+    assert not (tmp_path / "merged").exists()
 
 
 def test_regression_is_scored(tiny_model, tmp_path, command):

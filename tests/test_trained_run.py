@@ -89,15 +89,19 @@ def test_a_base_that_is_gone_says_so(finished_run, tmp_path):
         open_run(tmp_path / "out")
 
 
+@pytest.mark.parametrize("part", ["theirs", "checkpoint-2"])
 @pytest.mark.parametrize("classes", [1, 3])
-def test_an_adapter_of_pefts_needs_no_run_json(classes, tiny_model, tmp_path):
+def test_an_adapter_of_pefts_or_trainers_needs_no_run_json(classes, part, tiny_model, tmp_path):
     """One output is a regression; other names than LABEL_0, ... are nowhere to be found."""
     model = AutoModelForSequenceClassification.from_pretrained(tiny_model, num_labels=classes)
     theirs = peft.get_peft_model(
         model, peft.LoraConfig(task_type="SEQ_CLS", init_lora_weights=False)
     )
-    theirs.save_pretrained(tmp_path / "theirs")
-    run = open_run(tmp_path / "theirs")
+    directory = tmp_path / part
+    theirs.save_pretrained(directory)
+    if part == "checkpoint-2":
+        (directory / "training_args.bin").write_bytes(b"never opened")
+    run = open_run(directory)
     expected = None if classes == 1 else ["LABEL_0", "LABEL_1", "LABEL_2"]
     assert run.record.labels == expected
     assert torch.equal(logits(run.model, run.tokenizer), logits(theirs.eval(), run.tokenizer))

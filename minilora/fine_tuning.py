@@ -178,7 +178,10 @@ def train(
         metrics |= reported_evaluation(config, state)
         metrics |= evaluate("test", "test") if "test" in examples else {}
         run = {**run, "result": metrics}
-        card = model_card(output_dir.resolve().name, start.base.location, run)
+        merged = start.adapter if config.on_adapter == "merge" else None
+        card = model_card(
+            output_dir.resolve().name, start.base.location, merged and merged.location, run
+        )
         write_final_files(output_dir, model, tokenizer, run, card)
     return TrainResult(state.global_step, metrics, str(output_dir), state.log_history)
 

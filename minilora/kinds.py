@@ -8,6 +8,7 @@ from minilora.lora.adapter_files import CONFIG_NAME
 from minilora.training.checkpoint import CHECKPOINT, is_trainer_checkpoint, sorted_checkpoints
 from minilora.training.manifest import MANIFEST_NAME
 from minilora.training.run import RUN_NAME
+from minilora.training.trainer_files import STATE_NAME
 
 RUN = "run"
 CHECKPOINT_OF_OURS = "checkpoint"
@@ -39,18 +40,22 @@ def kind_of(path: Path) -> str:
         return CHECKPOINT_OF_OURS
     if (path / RUN_NAME).is_file():
         return RUN
-    if is_trainer_checkpoint(path):
+    named = CHECKPOINT.fullmatch(path.resolve().name) is not None
+    is_adapter = (path / CONFIG_NAME).is_file()
+    # A directory that Trainer's save_model wrote has training_args.bin, too, and is no checkpoint.
+    if is_adapter and is_trainer_checkpoint(path) and (named or (path / STATE_NAME).is_file()):
         return CHECKPOINT_OF_TRAINER
-    if CHECKPOINT.fullmatch(path.resolve().name):
-        return INCOMPLETE
-    if (path / CONFIG_NAME).is_file():
-        return ADAPTER
-    if (path / "config.json").is_file() and any((path / name).is_file() for name in WEIGHT_FILES):
+    has_weights = any((path / name).is_file() for name in WEIGHT_FILES)
+    if has_weights and (path / "config.json").is_file() and not is_adapter:
         return MODEL
+    if named:
+        return INCOMPLETE
+    if is_adapter:
+        return ADAPTER
     within = [checkpoint.name for checkpoint in sorted_checkpoints(path)[:1]]
     raise MiniloraError(
         f"{path} is none of the known kinds: looked for {RUN_NAME} (a run), {MANIFEST_NAME} (its "
-        f"checkpoint), training_args.bin (HF Trainer's), {CONFIG_NAME} (a PEFT adapter) and "
-        f"config.json with weights (a model)"
+        f"checkpoint), {CONFIG_NAME} (a PEFT adapter; with training_args.bin and {STATE_NAME}, a "
+        "checkpoint of HF Trainer's) and config.json with weights (a model)"
         + (f"; it holds {within[0]}, which can be given itself" if within else "")
     )

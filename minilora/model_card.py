@@ -30,26 +30,23 @@ PATHS = ("train_file", "validation_file", "test_file", "model_name_or_path")
 NOT_SHOWN = ("output_dir", "resume_from_checkpoint", "device")
 
 
-def model_card(name: str, base: str, run: dict[str, Any]) -> str:
+def model_card(name: str, base: str, merged: str | None, run: dict[str, Any]) -> str:
     """The text of README.md.
 
     Args:
         name: of the adapter, usually its directory's.
         base: where the base model was loaded from, a hub id or a directory.
+        merged: the adapter that was merged into the base first, if one was. What was trained then fits
+            no model that has a name, and no lines for PEFT are given.
         run: what run.json records, the result included.
     """
-    arguments, labels = run["arguments"], run["labels"]
-    hub_id = base_id(base)
-    shown_base = hub_id or Path(base).name
+    arguments, lora, labels = run["arguments"], run["lora"], run["labels"]
+    hub_id = base_id(base) if merged is None else None
     metrics = {hub: run["result"][ours] for ours, hub in METRICS.items() if ours in run["result"]}
-    lora, count = run["lora"], 1 if labels is None else len(labels)
-    scores = ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())
-    task = (
-        "regression"
-        if labels is None
-        else f"classes {', '.join(labels[:20])}{', ...' if labels[20:] else ''}"
-    )
-    names = {} if labels is None else dict(enumerate(labels))
+    scores = ", ".join(f"{metric} {value:.4f}" for metric, value in metrics.items())
+    shown_base = f"`{base_id(base) or Path(base).name}`"
+    if merged is not None:
+        shown_base += f" with the adapter `{Path(merged).name}` merged into it"
     return "\n".join(
         [
             "---",
@@ -58,7 +55,8 @@ def model_card(name: str, base: str, run: dict[str, Any]) -> str:
             "",
             f"# {name}",
             "",
-            f"A LoRA adapter (r={lora['r']}, lora_alpha={lora['lora_alpha']}) for `{shown_base}`; {task}.",
+            f"A LoRA adapter (r={lora['r']}, lora_alpha={lora['lora_alpha']}) for {shown_base}; "
+            + ("it predicts a number." if labels is None else f"classes: {_listed(labels)}."),
             f"On `{_data_name(arguments)}`: {scores}." if scores else "It was not evaluated.",
             "",
             "Trained with",
@@ -67,20 +65,31 @@ def model_card(name: str, base: str, run: dict[str, Any]) -> str:
             command(arguments, lora),
             "```",
             "",
-            "PEFT loads it so, with the number of labels and their names:",
-            "",
-            "```python",
-            "from peft import AutoPeftModelForSequenceClassification",
-            "",
-            "model = AutoPeftModelForSequenceClassification.from_pretrained(",
-            f"    {json.dumps(name, ensure_ascii=False)},",
-            f"    num_labels={count},",
-            *([f"    id2label={names!r},"] if names else []),
-            ")",
-            "```",
-            "",
+            *(_lines_for_peft(name, labels) if merged is None else []),
         ]
     )
+
+
+def _lines_for_peft(name: str, labels: list[str] | None) -> list[str]:
+    names = None if labels is None else dict(enumerate(labels))
+    return [
+        "PEFT loads it so, with the number of labels and their names:",
+        "",
+        "```python",
+        "from peft import AutoPeftModelForSequenceClassification",
+        "",
+        "model = AutoPeftModelForSequenceClassification.from_pretrained(",
+        f"    {json.dumps(name, ensure_ascii=False)},",
+        f"    num_labels={1 if labels is None else len(labels)},",
+        *([f"    id2label={names!r},"] if names else []),
+        ")",
+        "```",
+        "",
+    ]
+
+
+def _listed(labels: list[str]) -> str:
+    return ", ".join(labels[:20]) + (", ..." if labels[20:] else "")
 
 
 def base_id(base: str) -> str | None:

@@ -96,6 +96,8 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     asked = parser.parse_intermixed_args(arguments)
     if sum(source is not None for source in (asked.stdin, asked.text, asked.file)) != 1:
         parser.error("give one source of texts: --text TEXT, --file F, or - for standard input")
+    if asked.text_pair is not None and asked.text is None:
+        parser.error("--text_pair is the second text of --text")
     return asked
 
 

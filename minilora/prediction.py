@@ -1,8 +1,8 @@
-"""Texts to labels with probabilities, in bounded memory, however many there are.
+"""Texts to labels with probabilities.
 
 Texts are taken in windows of a few thousand: a window is tokenised, sorted by length (so that
-batches hold little padding), predicted, and put back in the order it came in. Only one window is
-in memory at a time.
+batches hold little padding), predicted, and put back in the order it came in. Of a stream, however
+long, only one window is in memory at a time.
 """
 
 import dataclasses

@@ -213,6 +213,29 @@ def test_an_adapter_of_pefts_and_models_are_told_apart(finished_run, tiny_model,
     assert inspect_directory(tiny_model)["kind"] == "model"
 
 
+def test_what_trainer_saves_beside_its_checkpoints_is_called_by_what_it_is(
+    finished_run, trainers, tmp_path
+):
+    """save_model writes training_args.bin, too; a full fine-tune's checkpoint is a model."""
+    shutil.copytree(trainers, tmp_path / "saved")
+    for name in ("trainer_state.json", "optimizer.pt", "scheduler.pt", "rng_state.pth"):
+        (tmp_path / "saved" / name).unlink()
+    assert inspect_directory(tmp_path / "saved")["kind"] == "adapter"
+    full = write_merged_model([finished_run], tmp_path / "checkpoint-2")
+    for name in ("trainer_state.json", "optimizer.pt", "training_args.bin"):
+        shutil.copy(trainers / name, full)
+    found = inspect_directory(full)
+    assert (found["kind"], found["position"]["step"], len(found["tensors"])) == ("model", 2, 41)
+
+
+def test_a_base_that_is_not_on_this_machine_leaves_the_share_open(run_copy):
+    path = run_copy / "adapter_config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps({**config, "base_model_name_or_path": "no-such/model"}))
+    trained = inspect_directory(run_copy)["trainable"]
+    assert trained["parameters"] > 0 and trained["of"] is None
+
+
 def test_a_setting_that_minilora_refuses_is_a_problem_of_the_adapter(run_copy):
     path = run_copy / "adapter_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "peft_type": "IA3"}))

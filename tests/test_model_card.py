@@ -55,7 +55,7 @@ def run_of(**changes):
 def test_any_name_is_valid_yaml(name):
     run = run_of(train_file="t.tsv", validation_file=f"{name}.tsv")
     run["result"] = {"eval_accuracy": 1e-05, "eval_f1": 1.0}
-    data = ModelCard(model_card(name, "org/base", run)).data
+    data = ModelCard(model_card(name, "org/base", None, run)).data
     assert data.base_model == "org/base" and "base_model:adapter:org/base" in data.tags
     printable = "".join(c if c.isprintable() else "?" for c in name)
     _, results = model_index_to_eval_results(data.to_dict()["model-index"])
@@ -64,8 +64,14 @@ def test_any_name_is_valid_yaml(name):
     assert re.fullmatch(r"[\w.-]+", results[0].dataset_type, re.ASCII)
 
 
+def test_a_base_with_an_adapter_merged_into_it_is_not_passed_off_as_the_plain_one():
+    text = model_card("x", "org/base", "runs/first", run_of(train_file="t.tsv"))
+    assert ModelCard(text).data.base_model is None and "from peft" not in text
+    assert "for `org/base` with the adapter `first` merged into it" in text
+
+
 def test_without_an_evaluation_no_metrics_are_claimed():
-    data = ModelCard(model_card("x", "org/base", run_of(train_file="t.tsv"))).data
+    data = ModelCard(model_card("x", "org/base", None, run_of(train_file="t.tsv"))).data
     assert data.metrics is None and data.eval_results is None
 
 

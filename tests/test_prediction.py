@@ -213,6 +213,7 @@ def lines(path):
     [
         ([], "give one source of texts"),
         (["--text", "a", "--file", "b"], "give one source of texts"),
+        (["--file", "data.csv", "--text_pair", "b"], "--text_pair is the second text of --text"),
         (["--file", "nowhere.tsv"], "nowhere.tsv cannot be read"),
         (["--file", "no-text.csv"], "none of the usual columns"),
         (["--file", "data.csv", "--text_column", "body"], "no header with 'body'"),

@@ -23,6 +23,7 @@ from minilora.lora.adapter_files import (
     WEIGHTS_NAME,
     find_adapter,
     load_adapter,
+    read_config,
     read_tensors,
 )
 from minilora.starting_model import base_of, load_model
@@ -154,12 +155,13 @@ def _of_foreign_adapter(adapter: Path, model_name_or_path: str | None) -> Record
     name = model_name_or_path
     if name is None:
         name = base_of(weights.Located(str(adapter), True, f"the adapter in {adapter}")).location
-    classes = _head_size(adapter)
+    classes, revision = _head_size(adapter), read_config(adapter).revision
     config = TrainConfig(
         model_name_or_path=name,
+        model_revision=revision,
         task="regression" if classes == 1 else "sequence_classification",
     )
-    labels = None if classes == 1 else weights.recorded_labels(name, None, classes)
+    labels = None if classes == 1 else weights.recorded_labels(name, revision, classes)
     return Record(adapter, config, labels, None, None)
 
 

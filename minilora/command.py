@@ -30,8 +30,8 @@ class Parser(argparse.ArgumentParser):
     `--learning-rate` and `--learning_rate` are the same flag.
     """
 
-    def parse_args(self, args: list[str]) -> argparse.Namespace:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return super().parse_args([_with_underscores(argument) for argument in args])
+    def parse_known_args(self, args: list[str], namespace: Any = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return super().parse_known_args([_with_underscores(word) for word in args], namespace)
 
     def error(self, message: str) -> typing.NoReturn:
         # A newline inside a value must not break the one line.
@@ -76,6 +76,30 @@ def parsed_fields(config: type, namespace: argparse.Namespace) -> dict[str, Any]
     return {name: getattr(namespace, name) for name in names if hasattr(namespace, name)}
 
 
+def add_run_arguments(parser: argparse.ArgumentParser) -> None:
+    """What every command after training takes: the run, and what may have moved since."""
+    parser.add_argument(
+        "path", metavar="OUT", help="what train wrote, a checkpoint in it, or a PEFT adapter"
+    )
+    add_base_argument(parser)
+    parser.add_argument("--device", help="cpu, cuda, ...; by default as in training")
+
+
+def add_base_argument(parser: argparse.ArgumentParser) -> None:
+    """The base model, where it is no longer at its recorded place."""
+    parser.add_argument(
+        "--model_name_or_path",
+        metavar="PATH",
+        help="the base model, if it has moved; checked by its fingerprint",
+    )
+
+
+def add_column_arguments(parser: argparse.ArgumentParser, *names: str) -> None:
+    """The columns of a file, where they are not called as in training."""
+    for name in names:
+        parser.add_argument(f"--{name}", metavar="COLUMN", help="by default as in training")
+
+
 @contextlib.contextmanager
 def without_collection() -> Iterator[None]:
     """Pause Python's garbage collector around the imports of torch and transformers, and exempt what
@@ -92,7 +116,10 @@ def without_collection() -> Iterator[None]:
 def run_command(main: Callable[[], int]) -> typing.NoReturn:
     """Call `main` and end the process with its exit code; a user's error becomes one line and code
     2.
+
+    SIGTERM ends `main` as SIGINT does, by an exception: what cleans up after itself still does.
     """
+    signal.signal(signal.SIGTERM, _exit_on_signal)
     try:
         code = main()
     except MiniloraError as error:
@@ -142,6 +169,10 @@ def stop_signals() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
+def _exit_on_signal(number: int, frame: types.FrameType | None) -> typing.NoReturn:
+    raise SystemExit(INTERRUPTED + number)
+
+
 def _complain(message: str) -> None:
     # One line, of a length that can be read, whatever a damaged file holds.
     line = " ".join(message.split())
@@ -180,7 +211,7 @@ def _value_options(name: str, hint: Any, choices: tuple[str, ...] | None) -> dic
     if kinds == {bool, str}:
         return {"type": _bool_or_string, "metavar": "VALUE"}
     if bool in kinds:
-        return {"type": _boolean, "nargs": "?", "const": True, "metavar": "BOOL"}
+        return {"type": boolean, "nargs": "?", "const": True, "metavar": "BOOL"}
     if kinds == {int, float} or kinds == {float}:
         return {"type": _number if int in kinds else float, "metavar": "X"}
     return (
@@ -199,11 +230,19 @@ class _ListOrString(argparse.Action):
         setattr(namespace, self.dest, values[0] if is_pattern else values)
 
 
-def _boolean(text: str) -> bool:
+def boolean(text: str) -> bool:
+    """A flag's value that is true or false."""
     words = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
     if text.lower() not in words:
         raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
     return words[text.lower()]
+
+
+def positive(text: str) -> int:
+    """A flag's value that is a whole number, 1 or more."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number of 1 or more")
+    return int(text)
 
 
 def _bool_or_string(text: str) -> bool | str:

@@ -13,11 +13,12 @@ everything has, but that the disk refused the last fsync, so that a power loss m
 import contextlib
 import ctypes
 import fcntl
+import io
 import os
 import re
 import shutil
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 from minilora.errors import MiniloraError
@@ -104,6 +105,65 @@ def scratch_directory(parent: Path) -> Iterator[Path]:
         shutil.rmtree(path, ignore_errors=True)
 
 
+@contextlib.contextmanager
+def new_directory(path: Path) -> Iterator[Path]:
+    """A directory to fill inside the block, which takes the name `path` when the block ends well.
+
+    For files too large to hold in memory as `commit_directory` does. If the block raises, nothing
+    is left; a process that is killed leaves a `.tmp-...` beside `path`, which nothing reads.
+
+    Raises:
+        MiniloraError: `path` exists.
+    """
+    if os.path.lexists(path):
+        raise MiniloraError(f"{path} exists: give a new name, or move it away")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = _sibling(path, TEMPORARY)
+    temporary.mkdir()
+    try:
+        yield temporary
+        for file in filter(Path.is_file, temporary.rglob("*")):
+            _give_default_mode(file)
+            _sync_file(file)
+        _sync_directory(temporary)
+        os.rename(temporary, path)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    _sync_directory(path.parent)
+
+
+@contextlib.contextmanager
+def new_lines(path: Path | None) -> Iterator[Callable[[str], None]]:
+    """A function that adds one line to the new file `path`, or without one to standard output.
+
+    Each line is handed to the kernel in one piece, at once: a process that is killed leaves whole
+    lines. A file to which nothing was written when the block raises is removed.
+
+    Raises:
+        MiniloraError: `path` exists, or there is no such directory.
+    """
+    try:
+        file = io.FileIO(path, "x") if path else io.FileIO(1, "w", closefd=False)
+    except FileExistsError:
+        raise MiniloraError(f"{path} exists: give a new name, or move it away") from None
+    except (FileNotFoundError, NotADirectoryError):
+        raise MiniloraError(f"{path}: there is no such directory to write to") from None
+
+    def write(line: str) -> None:
+        rest = memoryview(f"{line}\n".encode())
+        while rest:
+            rest = rest[file.write(rest) or 0 :]
+
+    with file:
+        try:
+            yield write
+        except BaseException:
+            if path and file.tell() == 0:
+                path.unlink(missing_ok=True)
+            raise
+
+
 def remove_directory(path: Path) -> None:
     """Delete a directory so that a half-deleted one never bears its name."""
     trash = _sibling(path, TRASH)
@@ -157,6 +217,21 @@ def exclusive(directory: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
+def is_held(directory: Path) -> bool:
+    """Whether a live process holds `directory`. Changes nothing."""
+    try:
+        descriptor = os.open(directory / LOCK_NAME, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        return False
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(descriptor)
+
+
 def _sibling(path: Path, prefix: str) -> Path:
     return path.with_name(f"{prefix}{path.name}-{uuid.uuid4().hex[:8]}")
 
@@ -168,6 +243,22 @@ def _write_new(path: Path, data: bytes) -> None:
         file.write(data)
         file.flush()
         os.fsync(descriptor)
+
+
+def _give_default_mode(path: Path) -> None:
+    # What the umask gives to a file made by open(); safetensors' own writer leaves 0600.
+    probe = path.with_name(f"{TEMPORARY}mode")
+    _write_new(probe, b"")
+    path.chmod(probe.stat().st_mode & 0o777)
+    probe.unlink()
+
+
+def _sync_file(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _sync_directory(path: Path) -> None:

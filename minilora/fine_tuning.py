@@ -12,22 +12,21 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import transformers
 from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from minilora.bert import data, tasks, weights
-from minilora.bert.batching import Batching, packed_batching, padded_batching
-from minilora.bert.dropout import MaskStream, use_fast_dropout
-from minilora.bert.packed_bert import apply_module
+from minilora.bert.batching import Batching
 from minilora.bert.parts import Parts, read_parts, tokenize_parts
-from minilora.bert.recomputation import recompute_activations
 from minilora.durable import exclusive, scratch_directory, sweep_leftovers, write_file
 from minilora.errors import MiniloraError
-from minilora.lora.adapter_files import load_adapter, save_adapter
-from minilora.lora.base_precision import linear_in_base_precision
+from minilora.execution import prepare_training
+from minilora.lora.adapter_files import CARD_NAME, load_adapter, save_adapter
 from minilora.lora.config import LoraConfig
+from minilora.model_card import model_card
 from minilora.starting_model import attach_adapter, describe_start, load_model, new_lora_config
 from minilora.training.config import TrainConfig
 from minilora.training.evaluation import Batch, evaluate_model
@@ -137,7 +136,13 @@ def train(
     model, tokenizer = start.model, start.tokenizer
     libraries = {"transformers": transformers.__version__}
     run = describe_run(
-        config, lora_config, parts.labels, parts.fingerprints, start.sha256, libraries
+        config,
+        lora_config,
+        parts.labels,
+        parts.have_pairs(),
+        parts.fingerprints,
+        start.sha256,
+        libraries,
     )
     if point is not None:
         check_same_inputs(point, run)
@@ -148,7 +153,7 @@ def train(
 
     attach_adapter(start, config.on_adapter, lora_config, getattr(torch, config.dtype))
     model.to(device)  # pyright: ignore[reportArgumentType]
-    batching = prepare_forward(config, model, weights.pad_token_id(tokenizer), device)
+    batching = prepare_training(config, model, weights.pad_token_id(tokenizer), device)
     describe_start(start, config.on_adapter, str(output_dir))
     optimizer, scheduler = build_optimisation(config, model, cadence.max_steps)
     scaler = build_scaler(config.dtype, device)
@@ -189,7 +194,12 @@ def train(
             load_adapter(model, output_dir / f"checkpoint-{state.best_step}", is_trainable=True)
         metrics |= reported_evaluation(config, state)
         metrics |= evaluate("test", "test") if "test" in examples else {}
-        write_final_files(output_dir, model, tokenizer, {**run, "result": metrics})
+        run = {**run, "result": metrics}
+        merged = start.adapter if config.on_adapter == "merge" else None
+        card = model_card(
+            output_dir.resolve().name, start.base.location, merged and merged.location, run
+        )
+        write_final_files(output_dir, model, tokenizer, run, card)
     return TrainResult(state.global_step, metrics, str(output_dir), state.log_history)
 
 
@@ -233,33 +243,6 @@ def report_truncation(parts: Parts, examples: dict[str, data.Examples], max_leng
             say(f"{place}: {encoded.truncated} of {count} texts were cut at {max_length} tokens")
 
 
-def prepare_forward(
-    config: TrainConfig, model: PreTrainedModel, pad_token_id: int, device: torch.device
-) -> Batching:
-    """Make the model run as `dropout`, `gradient_checkpointing` and `torch_compile` ask, and choose
-    its batches.
-
-    The masks are seeded like everything else, and drawn from a stream of their own.
-    """
-    contexts = None
-    if config.dropout == "fast":
-        stream = MaskStream(config.seed)
-        use_fast_dropout(model, stream)
-        contexts = stream.checkpoint_contexts
-    if config.gradient_checkpointing:
-        recompute_activations(model, contexts)
-    if config.torch_compile:
-        model.compile()
-    if config.batching == "packed":
-        half_on_cpu = config.dtype == "bfloat16" and device.type == "cpu"
-        linear = apply_module if config.dtype == "float32" else linear_in_base_precision
-        packed = packed_batching(model, pad_token_id, linear, multiple=64 if half_on_cpu else 1)
-        if packed is not None:
-            return packed
-        say(f"batches are padded: a {model.config.model_type} is not known how to pack")
-    return padded_batching(pad_token_id)
-
-
 def training_updates(
     config: TrainConfig, examples: data.Examples, batching: Batching, device: torch.device
 ) -> Callable[[int, int], Iterator[list[Batch]]]:
@@ -283,20 +266,29 @@ def evaluator(
     """A function of (part of the data, prefix of the keys) to the model's metrics there."""
 
     def evaluate(part: str, prefix: str) -> dict[str, float]:
-        if config.hf_parity:
-            draw_loader_seed()
-        batches = data.batches_in_order(
-            examples[part],
-            config.per_device_eval_batch_size,
-            batching.collate,
-            device,
-            f"evaluating {part}",
-        )
         metrics = tasks.metrics_of(config.task, [row.kind for row in parts.rows[part]])
-        loss = tasks.evaluation_loss(config.task, batching.forward)
-        return evaluate_model(model, batches, loss, metrics, prefix)
+        return score(config, model, examples[part], metrics, batching, device, part, prefix)
 
     return evaluate
+
+
+def score(
+    config: TrainConfig,
+    model: nn.Module,
+    examples: data.Examples,
+    metrics: Callable[[np.ndarray, np.ndarray], dict[str, float]],
+    batching: Batching,
+    device: torch.device,
+    part: str,
+    prefix: str,
+) -> dict[str, float]:
+    """One evaluation, during training or after it: the same batches, hence the same bits."""
+    if config.hf_parity:
+        draw_loader_seed()
+    size, shown = config.per_device_eval_batch_size, f"evaluating {part}"
+    batches = data.batches_in_order(examples, size, batching.collate, device, shown)
+    loss = tasks.evaluation_loss(config.task, batching.forward)
+    return evaluate_model(model, batches, loss, metrics, prefix)
 
 
 def draw_nothing() -> None:
@@ -323,9 +315,17 @@ def reported_evaluation(config: TrainConfig, state: TrainState) -> dict[str, flo
 
 
 def write_final_files(
-    output_dir: Path, model: nn.Module, tokenizer: PreTrainedTokenizerBase, run: dict[str, Any]
+    output_dir: Path,
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    run: dict[str, Any],
+    card: str,
 ) -> None:
-    """The adapter as PEFT writes it, the tokenizer's files, and run.json with the result."""
+    """The adapter as PEFT writes it, its model card (one that is there already is kept), the
+    tokenizer's files, and run.json with the result.
+    """
+    if not (output_dir / CARD_NAME).exists():
+        write_file(output_dir / CARD_NAME, card.encode(errors="replace"))
     save_adapter(model, output_dir)
     with scratch_directory(output_dir) as directory:
         for file in weights.save_tokenizer(tokenizer, directory):

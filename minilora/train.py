@@ -8,6 +8,7 @@ This file is the command: flags in, one JSON line out. What it runs is `fine_tun
 """
 
 import json
+import shlex
 import sys
 from typing import TYPE_CHECKING, Any
 
@@ -64,11 +65,14 @@ def print_summary(result: "TrainResult", stopped: bool) -> None:
         print(f"stopped at step {result.global_step}; nothing is lost")
     else:
         print_scores(result)
-        print(f"adapter: {result.output_dir}")
-        print(
-            f"predict: minilora.load_adapter(model, {result.output_dir!r}), or PEFT's from_pretrained"
-        )
-    print(f"resume:  python -m minilora.train --resume_from_checkpoint {result.output_dir}")
+        place = shlex.quote(result.output_dir)
+        print(f"adapter:  {result.output_dir}, which PEFT loads, too")
+        print(f"evaluate: python -m minilora.evaluate {place} --file FILE")
+        print(f'predict:  python -m minilora.predict {place} --text "..."')
+        print(f"merge:    python -m minilora.merge {place} --output_dir DIRECTORY")
+    print(
+        f"resume:   python -m minilora.train --resume_from_checkpoint {shlex.quote(result.output_dir)}"
+    )
     print(
         json.dumps(
             {**result.metrics, "global_step": result.global_step, "output_dir": result.output_dir}

@@ -1,9 +1,13 @@
 """What the tests share: tiny models and data made on the spot, no download, no network."""
 
+import importlib
 import json
 import os
 import shutil
+import signal
+import sys
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 
 # Before transformers is imported anywhere: a test that reaches for the network fails at once.
@@ -15,6 +19,8 @@ os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp()
 
 import pytest
 from transformers import BertConfig, BertForSequenceClassification, BertTokenizerFast, set_seed
+
+from minilora.command import run_command
 
 WORDS = [
     "the",
@@ -124,3 +130,56 @@ def read_rows(output_dir: Path, timing: bool = False) -> list[dict]:
         return rows
     ends = ("runtime", "samples_per_second", "steps_per_second")
     return [{k: v for k, v in row.items() if not k.endswith(ends)} for row in rows]
+
+
+@pytest.fixture(scope="session")
+def finished_run(tmp_path_factory, tiny_model, sentences) -> Path:
+    """The directory of a finished run: 6 steps, a checkpoint and an evaluation at 3 and 6."""
+    from minilora import LoraConfig, TrainConfig, fine_tune
+
+    output_dir = tmp_path_factory.mktemp("finished") / "out"
+    config = TrainConfig(
+        model_name_or_path=str(tiny_model),
+        train_file=str(sentences[0]),
+        validation_file=str(sentences[1]),
+        output_dir=str(output_dir),
+        max_steps=6,
+        learning_rate=2e-2,
+        logging_steps=1,
+        device="cpu",
+    )
+    fine_tune(config, LoraConfig(r=4, lora_alpha=16, target_modules="all-linear"))
+    return output_dir
+
+
+@dataclass(frozen=True)
+class Finished:
+    """How a command ended."""
+
+    code: int
+    out: str
+    err: str
+
+    def summary(self) -> dict:
+        """The JSON object in the last line of stdout."""
+        return json.loads(self.out.splitlines()[-1])
+
+
+@pytest.fixture
+def command(monkeypatch, capfd):
+    """Runs `python -m minilora.<name> <flags>` in this process, which has imported torch already."""
+
+    def run(name: str, *flags) -> Finished:
+        module = importlib.import_module(f"minilora.{name}")
+        monkeypatch.setattr(sys, "argv", [name, *map(str, flags)])
+        handler = signal.getsignal(signal.SIGTERM)
+        capfd.readouterr()
+        try:
+            with pytest.raises(SystemExit) as ended:
+                run_command(module.main)
+        finally:
+            signal.signal(signal.SIGTERM, handler)
+        out, err = capfd.readouterr()
+        return Finished(ended.value.code, out, err)
+
+    return run

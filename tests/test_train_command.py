@@ -50,7 +50,9 @@ def test_the_last_line_is_json_under_trainers_names(finished):
 
 def test_it_says_where_the_adapter_is_and_how_to_go_on(finished):
     output_dir, result = finished
-    assert f"adapter: {output_dir}" in result.stdout
+    assert f"adapter:  {output_dir}" in result.stdout
+    for command in ("evaluate", "predict", "merge"):
+        assert f"python -m minilora.{command} {output_dir} --" in result.stdout
     assert f"python -m minilora.train --resume_from_checkpoint {output_dir}" in result.stdout
 
 

@@ -66,7 +66,9 @@ def tokenize(
     ids: list[np.ndarray] = []
     types: list[np.ndarray] = []
     lengths: list[int] = []
-    for start in tqdm(range(0, len(rows), TOKENIZE_CHUNK), desc=description, unit="k", leave=False):
+    chunks = range(0, len(rows), TOKENIZE_CHUNK)
+    # A bar only where there is something to wait for (delay: seconds).
+    for start in tqdm(chunks, desc=description, unit="k", leave=False, delay=1):
         chunk = rows[start : start + TOKENIZE_CHUNK]
         pairs = [row.pair for row in chunk] if chunk[0].pair is not None else None
         encoded = tokenizer(

@@ -25,6 +25,10 @@ class Parts:
     labels: list[str] | None
     """Class names in id order; None for regression."""
 
+    def have_pairs(self) -> bool:
+        """Whether each example is a pair of texts; all parts agree."""
+        return next(iter(self.rows.values()))[0].pair is not None
+
 
 def read_parts(
     task: str,

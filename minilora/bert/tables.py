@@ -6,7 +6,9 @@
     jsonl        one object per line
 
 csv and tsv may lack a header. The first line is one if it contains the columns asked for by name,
-or, when none is asked for, if its label field (the last) is no label seen below it.
+or, when none is asked for, if its label field (the last) is no label seen below it. Where no labels
+are expected, a usual name of a text column makes it one, too, and nothing else does in a file of a
+single column.
 """
 
 import csv
@@ -71,7 +73,8 @@ def read_rows(
     """All examples of a file, in its order.
 
     Args:
-        labelled: whether a label is required; if not, a label column is used where there is one.
+        labelled: whether each row has a label. If not, none is looked for, and a headerless file has
+            its text first and its second text, if any, next.
 
     Raises:
         MiniloraError: the file or a row cannot be used; names file and line, what was found, what
@@ -88,7 +91,7 @@ def read_rows(
         )
     else:
         fields = _delimited(path, text)
-        names = _header(fields, asked)
+        names = _header(fields, asked, labelled)
         records = [
             (line, _as_record(path, line, names, row)) for line, row in fields[1 if names else 0 :]
         ]
@@ -139,7 +142,9 @@ def _delimited(path: Path, text: str) -> list[tuple[int, list[str]]]:
     return rows
 
 
-def _header(rows: list[tuple[int, list[str]]], asked: list[str]) -> list[str] | None:
+def _header(
+    rows: list[tuple[int, list[str]]], asked: list[str], labelled: bool
+) -> list[str] | None:
     if not rows:
         return None
     first = rows[0][1]
@@ -148,6 +153,10 @@ def _header(rows: list[tuple[int, list[str]]], asked: list[str]) -> list[str] | 
         return first if all(name in first for name in names) else None
     if asked:
         return None  # columns given by number: there is no header
+    named_as_usual = bool({name.lower() for name in first} & set(TEXT_NAMES))
+    if not labelled and (named_as_usual or len(first) == 1):
+        # A single column of texts: only a usual name tells a header from a text.
+        return first if named_as_usual else None
     labels_below = {row[-1] for _, row in rows[1:]}
     if first[-1] in labels_below or (_is_number(first[-1]) and all(map(_is_number, labels_below))):
         return None
@@ -230,7 +239,7 @@ def _find_columns(
     # With the text named and no pair named, there is one text: a "passage" beside a "review" is not
     # asked for.
     found_pair = find(pair, PAIR_NAMES if text is None else (), "text_pair_column", False)
-    found_label = find(label, LABEL_NAMES, "label_column", labelled)
+    found_label = find(label, LABEL_NAMES, "label_column", True) if labelled else None
     return Columns(found_text, found_pair, found_label, KIND_NAME if KIND_NAME in names else None)
 
 
@@ -244,11 +253,11 @@ def _numbered_columns(
                 f"{path} has no header with {column!r} (--{flag}); its first line has {width} fields, numbered from 0"
             )
     if all(column is None for column in given.values()):
-        parts = width - 1 if labelled else width
+        parts = width - 1 if labelled else min(width, 2)
         if not 1 <= parts <= 2:
             raise MiniloraError(
-                f"{path} has no header and {width} fields where {'a text or two and a label' if labelled else 'a text or two'} "
-                "are expected: say which is which with --text_column, --text_pair_column, --label_column (numbers from 0)"
+                f"{path} has no header and {width} fields where a text or two and a label are "
+                "expected: say which is which with --text_column, --text_pair_column, --label_column (numbers from 0)"
             )
         return Columns(0, 1 if parts == 2 else None, width - 1 if labelled else None, None)
     return Columns(

@@ -205,6 +205,19 @@ def load_classifier(
     return model, missing
 
 
+def recorded_labels(location: str, revision: str | None, count: int) -> list[str]:
+    """The names of `count` classes in a model's config, or LABEL_0, ... where it has others.
+
+    Raises:
+        MiniloraError: the config cannot be read.
+    """
+    with _quiet(), _as_minilora_error(location):
+        names = dict(AutoConfig.from_pretrained(location, revision=revision).id2label or {})
+    if sorted(names) != list(range(count)):
+        return [f"LABEL_{index}" for index in range(count)]
+    return [str(name) for _, name in sorted(names.items())]
+
+
 def load_tokenizer(location: str, revision: str | None) -> PreTrainedTokenizerBase:
     """The tokenizer saved beside the model.
 

@@ -96,7 +96,7 @@ def merge_and_unload(
     active = adapters.active if adapter_names is None else tuple(adapter_names)
     for name, module in list(adapter_layers(model)):
         if isinstance(module, ModulesToSave):
-            kept = _head_of(module, active)
+            kept = module.module_for(active)
             for copy, original in zip(
                 kept.parameters(), module.original_module.parameters(), strict=True
             ):
@@ -108,7 +108,7 @@ def merge_and_unload(
         replace_module(model, name, kept)
     adapters.originals = []  # the trained biases are part of the result
     restore_plain_model(model)
-    _record_untied(model)
+    record_untied(model)
     return model
 
 
@@ -148,7 +148,8 @@ def check_not_merged(model: nn.Module, action: str) -> None:
         )
 
 
-def _record_untied(model: nn.Module) -> None:
+def record_untied(model: nn.Module) -> None:
+    """Write into the model's config that merging has parted its tied embeddings, if it has."""
     # A masked language model's decoder shares the embeddings' weight. Adapting one of them parts
     # them, and unless the config says so, transformers ties them again when it saves or loads
     # (PEFT's merged model is then silently wrong).
@@ -189,8 +190,3 @@ def _merged(
                 "nothing was changed (safe_merge=False merges anyway)"
             )
     return weight.clone(), None if bias is None else bias.clone()
-
-
-def _head_of(module: ModulesToSave, active: tuple[str, ...]) -> nn.Module:
-    copies = [name for name in active if name in module.modules_to_save]
-    return module.modules_to_save[copies[-1]] if copies else module.original_module

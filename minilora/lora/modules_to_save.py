@@ -20,7 +20,11 @@ class ModulesToSave(nn.Module):
 
     def active_module(self) -> nn.Module:
         """The module whose forward is in force."""
-        copies = [name for name in self.active_adapters if name in self.modules_to_save]
+        return self.module_for(self.active_adapters)
+
+    def module_for(self, names: tuple[str, ...]) -> nn.Module:
+        """The copy of the last of the adapters `names` that has one; with none, the original."""
+        copies = [name for name in names if name in self.modules_to_save]
         return self.modules_to_save[copies[-1]] if copies else self.original_module
 
     def forward(self, *args, **kwargs):

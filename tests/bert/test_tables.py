@@ -146,3 +146,27 @@ def test_a_column_that_is_not_there_is_refused_with_those_that_are(tmp_path):
     path = write(tmp_path, "a.tsv", "a\t1\nb\t0\n")
     with pytest.raises(MiniloraError, match="no header with 'body'"):
         read_rows(path, text_column="body")
+
+
+@pytest.mark.parametrize(
+    ("content", "texts"),
+    [
+        ("text\nso good\nbad\n", ["so good", "bad"]),
+        ("so good\nbad\n", ["so good", "bad"]),
+        ("so good\t1\nbad\t0\nfine\t1\n", ["so good", "bad", "fine"]),
+        ("id\tsentence\n1\tso good\n2\tbad\n", ["so good", "bad"]),
+    ],
+)
+def test_a_file_without_labels_has_a_header_where_a_text_column_is_named(content, texts, tmp_path):
+    rows = read_rows(write(tmp_path, "a.tsv", content), labelled=False)
+    assert [row.text for row in rows] == texts and not any(row.label for row in rows)
+
+
+def test_a_file_without_labels_and_without_a_text_column_is_refused(tmp_path):
+    with pytest.raises(MiniloraError, match="none of the usual columns .*columns are id, number"):
+        read_rows(write(tmp_path, "a.tsv", "id\tnumber\n1\t2\n"), labelled=False)
+
+
+def test_labels_that_are_not_asked_for_may_be_missing(tmp_path):
+    rows = read_rows(write(tmp_path, "a.csv", "text,label\ngood,\nbad,1\n"), labelled=False)
+    assert [row.text for row in rows] == ["good", "bad"]

@@ -1,0 +1,70 @@
+"""Score what `train` wrote on a labelled file, under the metrics of training.
+
+    python -m minilora.evaluate OUT --file F [--confusion_matrix]
+
+On training's own validation file the numbers are bitwise those that training printed.
+"""
+
+import argparse
+import json
+import sys
+
+from minilora.command import (
+    Parser,
+    add_column_arguments,
+    add_run_arguments,
+    run_command,
+    without_collection,
+)
+
+
+def main() -> int:
+    """Parse, score, print. Returns the exit code."""
+    asked = parse_arguments(sys.argv[1:])
+    with without_collection():  # the slow imports: torch and transformers
+        from minilora.trained.run import open_run
+        from minilora.trained.scoring import evaluate_file
+
+    run = open_run(asked.path, asked.model_name_or_path, asked.device)
+    scores = evaluate_file(
+        run, asked.file, asked.text_column, asked.text_pair_column, asked.label_column
+    )
+    summary = {**scores.metrics, "file": asked.file, "adapter": str(run.record.adapter)}
+    if asked.confusion_matrix and scores.confusion is not None:
+        print_confusion(run.record.labels or [], scores.confusion.tolist())
+        summary["confusion_matrix"] = scores.confusion.tolist()
+        summary["labels"] = run.record.labels
+    print(json.dumps(summary))
+    return 0
+
+
+def parse_arguments(arguments: list[str]) -> argparse.Namespace:
+    """The flags of this command."""
+    parser = Parser(
+        prog="python -m minilora.evaluate",
+        usage="%(prog)s OUT --file F [flags]",
+        description="Score what train wrote on a labelled file.",
+        allow_abbrev=False,
+    )
+    add_run_arguments(parser)
+    parser.add_argument("--file", required=True, help="labelled: csv, tsv, json or jsonl")
+    add_column_arguments(parser, "text_column", "text_pair_column", "label_column")
+    parser.add_argument(
+        "--confusion_matrix",
+        action="store_true",
+        help="print how often which class was taken for which",
+    )
+    return parser.parse_args(arguments)
+
+
+def print_confusion(labels: list[str], counts: list[list[int]]) -> None:
+    """The confusion matrix as a table: a row for each true class, a column for each predicted one."""
+    rows = [["true \\ predicted", *labels]]
+    rows += [[label, *map(str, row)] for label, row in zip(labels, counts, strict=True)]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        print("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)))
+
+
+if __name__ == "__main__":
+    run_command(main)

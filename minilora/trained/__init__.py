@@ -1,0 +1,1 @@
+"""After training: what `train` wrote, opened, scored, used, merged, looked at."""

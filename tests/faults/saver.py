@@ -77,7 +77,7 @@ def run(output_dir: Path) -> int:
         sweep_leftovers(output_dir)
         seed_all(CONFIG.seed)
         model = Toy()
-        run = describe_run(CONFIG, ADAPTER, None, {}, "toy", {})
+        run = describe_run(CONFIG, ADAPTER, None, False, {}, "toy", {})
         if point is not None:
             check_same_inputs(point, run)
         cadence = plan_cadence(CONFIG, EXAMPLES, validates=False)

@@ -531,7 +531,8 @@ def test_the_loss_scale_is_part_of_a_checkpoint(tmp_path):
 
     model, optimizer, scheduler, scaler = parts(1024.0)
     scaler.scale(torch.ones(()))  # a scaler knows its scale from its first use on
-    state = json.dumps({"log_history": []}).encode()
+    progress = {"global_step": 0, "epoch": 0.0, "max_steps": 1, "log_history": []}
+    state = json.dumps(progress).encode()
     path = save_checkpoint(tmp_path, model, optimizer, scheduler, TrainState(), state, {}, scaler)
     assert (path / "scaler.pt").is_file()
     *others, restored = parts(2.0)

@@ -5,14 +5,14 @@ from transformers import PreTrainedModel
 
 from minilora.bert.batching import Batching, packed_batching, padded_batching
 from minilora.bert.dropout import MaskStream, use_fast_dropout
-from minilora.bert.packed_bert import apply_module
 from minilora.bert.recomputation import recompute_activations
 from minilora.lora.base_precision import linear_in_base_precision
 from minilora.training.config import TrainConfig
 from minilora.training.progress import say
 
-# oneDNN's bfloat16 products of a row filled up to this: see `packing.collate_packed`.
-BFLOAT16_MULTIPLE = 64
+# Rows are filled up to a multiple of this: see `packing.collate_packed`. Without it, 60 different
+# lengths took the process from 0.7 to 1.5 GB (`benchmarks/README.md`).
+BFLOAT16_MULTIPLE = 32
 
 
 def prepare_training(
@@ -42,8 +42,7 @@ def choose_batching(
     if config.batching == "packed":
         half_on_cpu = config.dtype == "bfloat16" and device.type == "cpu"
         multiple = BFLOAT16_MULTIPLE if half_on_cpu else 1
-        linear = apply_module if config.dtype == "float32" else linear_in_base_precision
-        packed = packed_batching(model, pad_token_id, linear, multiple)
+        packed = packed_batching(model, pad_token_id, linear_in_base_precision, multiple)
         if packed is not None:
             return packed
         say(f"batches are padded: a {model.config.model_type} is not known how to pack")

@@ -97,8 +97,3 @@ def dense_drop_add_norm(
 ) -> Tensor:
     """What ends both halves of a layer: LayerNorm(residual + dropout(W x + b))."""
     return module.LayerNorm(module.dropout(linear(module.dense, x)) + residual)
-
-
-def apply_module(module: nn.Module, x: Tensor) -> Tensor:
-    """The plain `Linear`: the module's own forward."""
-    return module(x)

@@ -35,8 +35,8 @@ class Bucket:
     """b"""
     length: int
     """T"""
-    rows: slice
-    """Their n tokens in the row."""
+    tokens: int
+    """n"""
     index: Tensor | None
     """(n,) int64: each token's place among the b * T padded ones; None where nothing is padded."""
     padding: Tensor | None
@@ -57,12 +57,7 @@ class Layout:
 
     def first_tokens(self) -> list[Bucket]:
         """The buckets of a row that holds nothing but each sequence's first token."""
-        counts = [bucket.count for bucket in self.buckets]
-        ends = np.cumsum(counts).tolist()
-        return [
-            Bucket(count, 1, slice(end - count, end), None, None)
-            for count, end in zip(counts, ends, strict=True)
-        ]
+        return [Bucket(bucket.count, 1, bucket.count, None, None) for bucket in self.buckets]
 
 
 def collate_packed(
@@ -75,8 +70,8 @@ def collate_packed(
     batch's order.
 
     Args:
-        multiple: N is filled up to a multiple of this. oneDNN's bfloat16 products prepare each new
-            shape anew; a few shapes that recur are faster than many.
+        multiple: N is filled up to a multiple of this. oneDNN prepares its bfloat16 products for each
+            new shape and keeps what it prepared: fewer shapes need less memory.
     """
     lengths = examples.offsets[indices + 1] - examples.offsets[indices]
     order = np.argsort(lengths, kind="stable")
@@ -106,24 +101,22 @@ def layout_of(lengths: Tensor, tokens: int) -> Layout:
     count = 1 if on_host[0] == on_host[-1] else min(BUCKETS, len(on_host))
     edges = np.linspace(0, len(on_host), count + 1).round().astype(int)
     buckets = [
-        _bucket(on_host[low:high], int(starts[low]), lengths.device)
-        for low, high in itertools.pairwise(edges)
+        _bucket(on_host[low:high], lengths.device) for low, high in itertools.pairwise(edges)
     ]
     return Layout(buckets, lengths, torch.from_numpy(starts).to(lengths.device), tokens)
 
 
-def _bucket(lengths: np.ndarray, start: int, device: torch.device) -> Bucket:
-    longest = int(lengths[-1])
-    rows = slice(start, start + int(lengths.sum()))
+def _bucket(lengths: np.ndarray, device: torch.device) -> Bucket:
+    count, longest, tokens = len(lengths), int(lengths[-1]), int(lengths.sum())
     if lengths[0] == longest:
-        return Bucket(len(lengths), longest, rows, None, None)
+        return Bucket(count, longest, tokens, None, None)
     index = token_positions(np.arange(len(lengths)) * longest, lengths)
     real = np.arange(longest) < lengths[:, None]  # (b, T)
     padding = np.where(real, 0.0, -np.inf).astype(np.float32)[:, None]  # (b, T) -> (b, 1, T)
     return Bucket(
-        len(lengths),
+        count,
         longest,
-        rows,
+        tokens,
         torch.from_numpy(index).to(device),
         torch.from_numpy(padding).to(device),
     )
@@ -151,10 +144,11 @@ def attention(
     if _has_kernel(query, dropout):
         return _by_kernel(query, key, value, layout, heads, first_only)
     queries = layout.first_tokens() if first_only else layout.buckets
+    parts = (_split(query, queries), _split(key, layout.buckets), _split(value, layout.buckets))
     found = []
-    for of_query, of_key in zip(queries, layout.buckets, strict=True):
-        q = _to_heads(query, of_query, heads)  # (N, D) -> (b * H, T, d)
-        k, v = _to_heads(key, of_key, heads), _to_heads(value, of_key, heads)
+    for of_query, of_key, *rows in zip(queries, layout.buckets, *parts, strict=True):
+        q = _to_heads(rows[0], of_query, heads)  # (n, D) -> (b * H, T, d)
+        k, v = _to_heads(rows[1], of_key, heads), _to_heads(rows[2], of_key, heads)
         scale = q.shape[-1] ** -0.5
         if of_key.padding is None:
             scores = torch.bmm(q, k.transpose(1, 2)).mul_(scale)  # (b * H, T, T)
@@ -167,11 +161,17 @@ def attention(
     return F.pad(result, (0, 0, 0, len(query) - len(result)))  # the filler attends to nothing
 
 
-def _to_heads(x: Tensor, bucket: Bucket, heads: int) -> Tensor:
-    # (N, D) -> (n, D) -> (b * T, D) -> (b * H, T, d), float32
-    rows = x[bucket.rows]
+def _split(row: Tensor, buckets: list[Bucket]) -> list[Tensor]:
+    # Not a slice for each bucket: their backward passes would fill and add a whole row of zeros each.
+    sizes = [bucket.tokens for bucket in buckets]
+    filler = len(row) - sum(sizes)
+    return list(row.split([*sizes, filler] if filler else sizes))[: len(buckets)]
+
+
+def _to_heads(rows: Tensor, bucket: Bucket, heads: int) -> Tensor:
+    # (n, D) -> (b * T, D) -> (b * H, T, d), float32
     if bucket.index is not None:
-        padded = x.new_zeros(bucket.count * bucket.length, x.shape[1])
+        padded = rows.new_zeros(bucket.count * bucket.length, rows.shape[1])
         rows = padded.index_copy_(0, bucket.index, rows)
     split = rows.view(bucket.count, bucket.length, heads, -1).transpose(1, 2)
     return split.to(torch.float32).reshape(bucket.count * heads, bucket.length, -1)

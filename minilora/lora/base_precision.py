@@ -1,5 +1,5 @@
-"""Training over frozen half-precision weights: the products in the weights' precision, what trains in
-float32."""
+"""The update in the base layer's own precision, and what trains in float32: LoRA over frozen weights of
+any dtype, without PEFT's casts and with fewer passes over the output."""
 
 import torch
 import torch.nn.functional as F
@@ -11,12 +11,13 @@ from minilora.lora.targets import TASK_HEADS, is_named
 
 
 def linear_in_base_precision(module: nn.Module, x: Tensor) -> Tensor:
-    """`module(x)`, where a LoRA layer rounds its float32 A and B to x's dtype for the product.
+    """`module(x)`, where a LoRA layer computes its update in x's dtype: W x + b + B (scaling A x).
 
-    `LoRALinear.forward` does as PEFT does: it raises all of x to float32, and the result, and rounds
-    that. Here only A and B are converted, thousands of times fewer numbers; gradients reach the
-    float32 A and B, and the optimizer never sees a rounded one. DoRA, and anything that is no LoRA
-    layer, is called as it is.
+    `LoRALinear.forward` does as PEFT does: it scales and adds (N, out_features) numbers in passes of
+    their own, and over a bfloat16 base raises all of x to float32, and the result, and rounds that.
+    Here the r numbers of each row are scaled, the sum is part of the product, and only A and B are
+    converted; gradients reach the float32 A and B, and the optimizer never sees a rounded one. DoRA,
+    and anything that is no LoRA layer, is called as it is.
 
     Shapes: x (N, in_features), result (N, out_features).
     """

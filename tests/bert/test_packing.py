@@ -19,7 +19,6 @@ import minilora
 from minilora.bert.batching import packed_batching, padded_batching
 from minilora.bert.data import Examples
 from minilora.bert.dropout import MaskStream, use_fast_dropout
-from minilora.bert.packed_bert import apply_module
 from minilora.bert.packing import attention, collate_packed, layout_of
 from minilora.bert.recomputation import recompute_activations
 from minilora.lora.base_precision import linear_in_base_precision, train_modules_in_float32
@@ -73,11 +72,11 @@ def loss_and_gradients(model, batching, examples, indices):
     return logits.detach(), loss.detach(), [p.grad for _, p in minilora.trainable_parameters(model)]
 
 
-def assert_agree(model, examples, multiple=1, rtol=1e-5, atol=1e-6, linear=apply_module):
+def assert_agree(model, examples, multiple=1, rtol=1e-5, atol=1e-6):
     indices = np.random.default_rng(1).permutation(len(examples))
     # Padded first: packing a relative reroutes its attention.
     expected = loss_and_gradients(model, padded_batching(PAD), examples, indices)
-    packed = packed_batching(model, PAD, linear, multiple)
+    packed = packed_batching(model, PAD, linear_in_base_precision, multiple)
     assert packed is not None
     found = loss_and_gradients(model, packed, examples, indices)
     for ours, theirs in zip(found[:2], expected[:2], strict=True):
@@ -120,7 +119,7 @@ def test_filler_at_the_end_of_the_row_changes_nothing():
 def test_a_whole_block_trained_in_full_is_not_walked():
     """Its parts have other names then; such a model is padded."""
     model = adapted(bert(), modules_to_save=["intermediate"])
-    assert packed_batching(model, PAD, apply_module, 1) is None
+    assert packed_batching(model, PAD, linear_in_base_precision, 1) is None
 
 
 RELATIVES = {
@@ -149,7 +148,7 @@ def test_packed_relatives_agree_with_padded_ones(config_class, extra, recompute)
 def test_a_family_that_is_not_known_is_not_packed():
     config = DistilBertConfig(dim=32, n_layers=1, n_heads=4, hidden_dim=64, vocab_size=30)
     model = adapted(AutoModelForSequenceClassification.from_config(config))
-    assert packed_batching(model, PAD, apply_module, 1) is None
+    assert packed_batching(model, PAD, linear_in_base_precision, 1) is None
 
 
 def test_attention_is_torchs_own_within_each_sequence():
@@ -173,7 +172,7 @@ def test_a_sequence_does_not_see_its_neighbours():
     own, others.
     """
     model = adapted(bert(initializer_range=0.2)).eval()
-    batching = packed_batching(model, PAD, apply_module, 1)
+    batching = packed_batching(model, PAD, linear_in_base_precision, 1)
 
     def logits(examples):
         return batching.forward(model, batching.collate(examples, np.arange(len(examples))))
@@ -201,7 +200,7 @@ def test_recomputed_activations_give_bitwise_the_same_gradients(fast):
         if recompute:
             recompute_activations(model, stream.checkpoint_contexts if fast else None)
         model.train()
-        batching = packed_batching(model, PAD, apply_module, 1)
+        batching = packed_batching(model, PAD, linear_in_base_precision, 1)
         examples, indices = examples_of(LENGTHS["ragged"]), np.arange(11)
         first = loss_and_gradients(model, batching, examples, indices)
         second = loss_and_gradients(model, batching, examples, indices)
@@ -229,7 +228,7 @@ def test_bfloat16_agrees_with_float32_to_its_precision(targets):
     half.train()
     examples, indices = examples_of(LENGTHS["ragged"]), np.arange(11)
     exact = loss_and_gradients(
-        model, packed_batching(model, PAD, apply_module, 1), examples, indices
+        model, packed_batching(model, PAD, linear_in_base_precision, 1), examples, indices
     )
     found = loss_and_gradients(
         half, packed_batching(half, PAD, linear_in_base_precision, 64), examples, indices

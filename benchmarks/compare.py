@@ -141,6 +141,7 @@ def inference_row(asked: argparse.Namespace, work: Path) -> dict:
     }  # fmt: skip
     contestants = {
         "minilora": ("minilora_inference", common),
+        "minilora, adapter not merged": ("minilora_inference", {**common, "merged": False}),
         "PEFT, padded": ("peft_inference", common),
         "PEFT, padded and sorted": ("peft_inference", {**common, "grouped": True}),
     }

@@ -159,16 +159,18 @@ def floor(model, train, steps, batch, accumulation, dtype, max_length, targets):
     return {"seconds_per_step": (ended_at[-1] - ended_at[WARM_UP - 1]) / (steps - WARM_UP)}
 
 
-def minilora_inference(model, adapter, texts, batch, dtype):
+def minilora_inference(model, adapter, texts, batch, dtype, merged=True):
     """Merged, sorted by length, packed: what `python -m minilora.predict` does."""
-    from minilora import open_run, predict_texts
+    from minilora import merge_adapter, open_run, predict_texts
 
     lines = Path(texts).read_text(encoding="utf-8").splitlines()
-    run = open_run(adapter, merge=True)
-    list(predict_texts(run, lines[:batch]))
+    run = open_run(adapter)
+    if merged:
+        merge_adapter(run.model)
+    list(predict_texts(run, lines[:batch], batch))
     start = time.perf_counter()
-    labels = [row["label"] for row in predict_texts(run, lines)]
-    return {"per_second": len(lines) / (time.perf_counter() - start), "labels": labels}
+    count = sum(1 for _ in predict_texts(run, lines, batch))
+    return {"per_second": count / (time.perf_counter() - start)}
 
 
 def peft_inference(model, adapter, texts, batch, dtype, grouped=False):

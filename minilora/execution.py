@@ -6,6 +6,7 @@ from transformers import PreTrainedModel
 from minilora.bert.batching import Batching, packed_batching, padded_batching
 from minilora.bert.dropout import MaskStream, use_fast_dropout
 from minilora.bert.recomputation import recompute_activations
+from minilora.errors import MiniloraError
 from minilora.lora.base_precision import linear_in_base_precision
 from minilora.training.config import TrainConfig
 from minilora.training.progress import say
@@ -13,6 +14,21 @@ from minilora.training.progress import say
 # Rows are filled up to a multiple of this: see `packing.collate_packed`. Without it, 60 different
 # lengths took the process from 0.7 to 1.5 GB (`benchmarks/README.md`).
 BFLOAT16_MULTIPLE = 32
+
+
+def chosen_device(name: str | None) -> torch.device:
+    """The device called `name`; by default a GPU where there is one.
+
+    Raises:
+        MiniloraError: torch knows no such device, or there is none here.
+    """
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError:
+        raise MiniloraError(f"device {name!r} is unknown; give cpu, cuda, cuda:1, ...") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise MiniloraError(f"device is {name} and there is none here: give --device cpu")
+    return device
 
 
 def prepare_training(

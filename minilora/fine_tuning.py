@@ -16,18 +16,23 @@ import numpy as np
 import torch
 import transformers
 from torch import nn
-from transformers import PreTrainedTokenizerBase
 
 from minilora.bert import data, tasks, weights
 from minilora.bert.batching import Batching
 from minilora.bert.parts import Parts, read_parts, tokenize_parts
 from minilora.durable import exclusive, scratch_directory, sweep_leftovers, write_file
 from minilora.errors import MiniloraError
-from minilora.execution import prepare_training
+from minilora.execution import chosen_device, prepare_training
 from minilora.lora.adapter_files import CARD_NAME, load_adapter, save_adapter
 from minilora.lora.config import LoraConfig
 from minilora.model_card import model_card
-from minilora.starting_model import attach_adapter, describe_start, load_model, new_lora_config
+from minilora.starting_model import (
+    StartingModel,
+    attach_adapter,
+    describe_start,
+    load_model,
+    new_lora_config,
+)
 from minilora.training.config import TrainConfig
 from minilora.training.evaluation import Batch, evaluate_model
 from minilora.training.loop import (
@@ -127,7 +132,7 @@ def train(
     should_stop: Callable[[], bool],
 ) -> TrainResult:
     """The run itself, holding `output_dir`'s lock."""
-    device = torch.device(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = chosen_device(config.device)
     config = resolve_modes(config, device)
     parts = read_data(config)
 
@@ -194,12 +199,7 @@ def train(
             load_adapter(model, output_dir / f"checkpoint-{state.best_step}", is_trainable=True)
         metrics |= reported_evaluation(config, state)
         metrics |= evaluate("test", "test") if "test" in examples else {}
-        run = {**run, "result": metrics}
-        merged = start.adapter if config.on_adapter == "merge" else None
-        card = model_card(
-            output_dir.resolve().name, start.base.location, merged and merged.location, run
-        )
-        write_final_files(output_dir, model, tokenizer, run, card)
+        write_final_files(config, start, output_dir, {**run, "result": metrics})
     return TrainResult(state.global_step, metrics, str(output_dir), state.log_history)
 
 
@@ -315,20 +315,19 @@ def reported_evaluation(config: TrainConfig, state: TrainState) -> dict[str, flo
 
 
 def write_final_files(
-    output_dir: Path,
-    model: nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
-    run: dict[str, Any],
-    card: str,
+    config: TrainConfig, start: StartingModel, output_dir: Path, run: dict[str, Any]
 ) -> None:
     """The adapter as PEFT writes it, its model card (one that is there already is kept), the
     tokenizer's files, and run.json with the result.
     """
     if not (output_dir / CARD_NAME).exists():
+        merged = start.adapter if config.on_adapter == "merge" else None
+        name, base = output_dir.resolve().name, start.base.location
+        card = model_card(name, base, merged and merged.location, run)
         write_file(output_dir / CARD_NAME, card.encode(errors="replace"))
-    save_adapter(model, output_dir)
+    save_adapter(start.model, output_dir)
     with scratch_directory(output_dir) as directory:
-        for file in weights.save_tokenizer(tokenizer, directory):
+        for file in weights.save_tokenizer(start.tokenizer, directory):
             if Path(file).is_file():
                 write_file(output_dir / Path(file).name, Path(file).read_bytes())
     write_run(output_dir, run)

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from minilora.bert import weights
 from minilora.bert.batching import Batching
 from minilora.errors import MiniloraError
-from minilora.execution import choose_batching
+from minilora.execution import choose_batching, chosen_device
 from minilora.fine_tuning import input_length
 from minilora.lora.adapter_files import (
     CONFIG_NAME,
@@ -85,7 +85,7 @@ def open_run(
         MiniloraError: nothing usable there, or the base model is another one than in training.
     """
     record = read_record(Path(path), model_name_or_path)
-    placed = _device(device or record.config.device)
+    placed = chosen_device(device or record.config.device)
     config = resolve_modes(_runnable(record.config, placed), placed)
     model, tokenizer = load_base(record)
     attach_trained(model, record.adapter, getattr(torch, config.dtype))
@@ -199,13 +199,3 @@ def _head_size(adapter: Path) -> int:
     raise MiniloraError(
         f"{adapter} has no head ({' or '.join(HEADS)}) that classifies texts: it was trained for another task"
     )
-
-
-def _device(name: str | None) -> torch.device:
-    try:
-        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-    except RuntimeError:
-        raise MiniloraError(f"device {name!r} is unknown; give cpu, cuda, cuda:1, ...") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise MiniloraError(f"device is {name} and there is none here: give --device cpu")
-    return device

@@ -122,6 +122,8 @@ def training_rows(asked: argparse.Namespace, work: Path, steps: dict[str, int]) 
         }
     table = {}
     for title, contestants in rows.items():
+        if asked.only not in title:
+            continue
         found = in_turn(contestants, asked.repeats)
         table[title] = show(title, found, "seconds_per_step", "ms/step", 1000)
         if title.startswith("BERT-base"):
@@ -132,6 +134,9 @@ def training_rows(asked: argparse.Namespace, work: Path, steps: dict[str, int]) 
 
 def inference_row(asked: argparse.Namespace, work: Path) -> dict:
     """Sentences per second with an adapter that minilora trained."""
+    title = "inference on the validation sentences, float32"
+    if asked.only not in title:
+        return {}
     adapter, texts = work / "adapter", work / "texts.txt"
     command(asked, adapter, "--max_steps", "20", "--save_strategy", "no")
     lines = Path(asked.validation).read_text(encoding="utf-8").splitlines()
@@ -146,12 +151,14 @@ def inference_row(asked: argparse.Namespace, work: Path) -> dict:
         "PEFT, padded and sorted": ("peft_inference", {**common, "grouped": True}),
     }
     found = in_turn(contestants, asked.repeats)
-    title = "inference on SST-2's validation sentences, float32"
     return {title: show(title, found, "per_second", "sentences/s", 1)}
 
 
 def start_row(asked: argparse.Namespace, work: Path) -> dict:
     """Seconds from the command to the end of the first optimizer step, caches warm."""
+    title = "from the command to the end of the first step"
+    if asked.only not in title:
+        return {}
     settings = {
         "model": asked.model, "train": asked.train, "batch": 32, "accumulation": 1, "dtype": "float32",
         "max_length": 512, "targets": QUERY_VALUE, "steps": 3,
@@ -169,7 +176,6 @@ def start_row(asked: argparse.Namespace, work: Path) -> dict:
         start = time.time()
         seconds = measured("trainer", settings)["first_step_at"] - start
         found["Trainer + PEFT"].append({"seconds": seconds})
-    title = "from the command to the end of the first step"
     return {title: show(title, found, "seconds", "s", 1)}
 
 
@@ -218,6 +224,7 @@ def main() -> None:
     parser.add_argument("--model", help="a directory; by default the packaged MiniLM")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--only", default="", help="rows whose title holds this text")
     asked = parser.parse_args()
     if asked.quick:
         asked.repeats = 1

@@ -117,8 +117,10 @@ def run_command(main: Callable[[], int]) -> typing.NoReturn:
     """Call `main` and end the process with its exit code; a user's error becomes one line and code
     2.
 
-    SIGTERM ends `main` as SIGINT does, by an exception: what cleans up after itself still does.
+    SIGTERM ends `main` as SIGINT does, by an exception: what cleans up after itself still does. (A
+    script's background job starts with SIGINT ignored, and python would leave it at that.)
     """
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, _exit_on_signal)
     try:
         code = main()

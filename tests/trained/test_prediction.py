@@ -19,7 +19,7 @@ import minilora.trained.prediction
 from minilora import MiniloraError, TrainConfig, fine_tune, merge_adapter, open_run, predict_texts
 from tests.conftest import WORDS
 
-SST2 = Path(os.environ.get("MINILORA_DATA", Path(__file__).parents[2] / "shared" / "data")) / "sst2"
+SST2 = Path(os.environ.get("MINILORA_DATA", Path(__file__).parents[3] / "shared" / "data")) / "sst2"
 
 
 def texts_of(count, seed=3):

@@ -31,6 +31,7 @@ from transformers import (
 )
 
 from minilora import LoraConfig, TrainConfig, add_adapter
+from minilora.bert.batching import padded_batching
 from minilora.bert.data import Examples, training_updates
 from minilora.bert.tasks import training_loss
 from minilora.lora.config import config_to_dict
@@ -142,13 +143,17 @@ class Ours:
             labels=np.arange(EXAMPLES) % 2,
             truncated=0,
         )
-        self.updates = training_updates(examples, 42, BATCH, 1, 0, torch.device("cpu"))
+        self.batching = padded_batching(pad_token_id=0)
+        collate, cpu = self.batching.collate, torch.device("cpu")
+        self.updates = training_updates(examples, 42, BATCH, 1, collate, cpu)
 
     def prepare(self) -> None:
         batches = next(self.updates(0, 0))
-        loss = training_loss("sequence_classification", 0.0)
-        shares = example_shares(batches)
-        training_step(self.model, *self.optimisation, batches, shares, 1.0, loss, TrainState())
+        loss = training_loss("sequence_classification", 0.0, self.batching.forward)
+        scaler, shares = torch.amp.GradScaler("cpu", enabled=False), example_shares(batches)
+        training_step(
+            self.model, *self.optimisation, scaler, batches, shares, 1.0, loss, TrainState()
+        )
 
     def save(self, step: int) -> Path:
         state = TrainState(global_step=step, step_in_epoch=step)

@@ -37,7 +37,7 @@ def can_walk(model: PreTrainedModel) -> bool:
 def packed_logits(model: nn.Module, batch: dict[str, Tensor], linear: Linear) -> Tensor:
     """Logits (B, C) of a packed batch (`packing.collate_packed`), in the batch's order."""
     assert isinstance(model, BertForSequenceClassification)
-    layout = layout_of(batch["lengths"], len(batch["input_ids"]))
+    layout = layout_of(batch["lengths"])
     hidden = first_hidden_states(model.bert, batch, layout, linear)  # (B, D)
     assert model.bert.pooler is not None
     pooled = model.bert.pooler(hidden[:, None])  # it takes the first of (B, 1, D)

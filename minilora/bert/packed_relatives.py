@@ -29,7 +29,7 @@ def route_attention(model: PreTrainedModel) -> None:
 def packed_relative_logits(model: nn.Module, batch: dict[str, Tensor], pad_token_id: int) -> Tensor:
     """Logits (B, C) of a packed batch (`packing.collate_packed`), in the batch's order."""
     assert isinstance(model, PreTrainedModel)
-    layout = layout_of(batch["lengths"], len(batch["input_ids"]))
+    layout = layout_of(batch["lengths"])
     inputs = {name: batch[name][None] for name in ("input_ids", "token_type_ids") if name in batch}
     offset = RELATIVES[model.config.model_type]
     start = 0 if offset is None else pad_token_id + offset

@@ -54,8 +54,6 @@ class Layout:
     """(B,) int64, ascending."""
     first: Tensor
     """(B,) int64: the row index of each sequence's first token."""
-    tokens: int
-    """N, filler at the row's end included."""
 
     def first_tokens(self) -> list[Bucket]:
         """The buckets of a row that holds nothing but each sequence's first token."""
@@ -96,8 +94,8 @@ def collate_packed(
     return batch
 
 
-def layout_of(lengths: Tensor, tokens: int) -> Layout:
-    """The layout of a row of `tokens` tokens whose sequences have these lengths (B,), ascending."""
+def layout_of(lengths: Tensor) -> Layout:
+    """The layout of a row whose sequences have these lengths (B,), ascending."""
     on_host = lengths.cpu().numpy()
     starts = np.cumsum(on_host) - on_host
     padding = 1 - on_host.sum() / (on_host[-1] * len(on_host))
@@ -106,7 +104,7 @@ def layout_of(lengths: Tensor, tokens: int) -> Layout:
     buckets = [
         _bucket(on_host[low:high], lengths.device) for low, high in itertools.pairwise(edges)
     ]
-    return Layout(buckets, lengths, torch.from_numpy(starts).to(lengths.device), tokens)
+    return Layout(buckets, lengths, torch.from_numpy(starts).to(lengths.device))
 
 
 def _bucket(lengths: np.ndarray, device: torch.device) -> Bucket:

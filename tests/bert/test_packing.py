@@ -156,7 +156,7 @@ def test_attention_is_torchs_own_within_each_sequence():
     lengths, heads, hidden = torch.tensor([2, 3, 3, 5, 8, 13]), 4, 32
     set_seed(0)
     q, k, v = torch.randn(3, 34, hidden)
-    layout = layout_of(lengths, 34)
+    layout = layout_of(lengths)
     found = attention(q, k, v, layout, heads, nn.Dropout(0.5).eval())
     first = attention(q[layout.first], k, v, layout, heads, nn.Dropout(0.0), first_only=True)
     for number, (start, length) in enumerate(zip(layout.first, lengths, strict=True)):

@@ -13,7 +13,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from minilora.bert.weights import locate
+from minilora.bert.load import locate
 from minilora.training.config import LORA_DEFAULTS, TrainConfig
 
 DEFAULTS = TrainConfig()

@@ -8,7 +8,6 @@ from asking for a resume to its first step, 10 and 10,000 steps into an epoch. T
 """
 
 import argparse
-import dataclasses
 import gc
 import json
 import statistics
@@ -30,15 +29,23 @@ from transformers import (
     set_seed,
 )
 
-from minilora import LoraConfig, TrainConfig, add_adapter
-from minilora.bert.batching import padded_batching
-from minilora.bert.data import Examples, training_updates
-from minilora.bert.tasks import training_loss
-from minilora.lora.config import config_to_dict
-from minilora.training.checkpoint import load_checkpoint, save_checkpoint
-from minilora.training.loop import TrainState, example_shares, training_step
-from minilora.training.plan import build_optimisation, plan_cadence
-from minilora.training.trainer_files import trainer_state
+from minilora import (
+    LoraConfig,
+    RunRecord,
+    TrainConfig,
+    Training,
+    TrainState,
+    add_adapter,
+    load_checkpoint,
+    save_checkpoint,
+)
+from minilora.bert.dataset import Examples, epoch_batches
+from minilora.bert.forward import Padded
+from minilora.bert.tasks import build_task
+from minilora.starting_model import resolve_modes
+from minilora.training.loop import plan_timetable, training_step
+from minilora.training.optim import build_optimizer, build_scheduler
+from minilora.training.record import environment
 
 SHAPES = {
     "MiniLM-L6": {
@@ -129,45 +136,44 @@ class Ours:
 
     def __init__(self, shape: str, directory: Path) -> None:
         self.directory = directory
-        self.config = TrainConfig(max_steps=STEPS, per_device_train_batch_size=BATCH)
+        config = TrainConfig(max_steps=STEPS, per_device_train_batch_size=BATCH)
+        self.config = resolve_modes(config, torch.device("cpu"))
         lora = LoraConfig(task_type="SEQ_CLS", r=8, target_modules=["query", "value"])
-        self.run = {"arguments": dataclasses.asdict(self.config), "lora": config_to_dict(lora)}
-        self.cadence = plan_cadence(self.config, EXAMPLES, validates=False)
-        self.model = base(shape)
-        add_adapter(self.model, lora)
-        self.optimisation = build_optimisation(self.config, self.model, STEPS)
+        self.record = RunRecord(self.config, lora, ["0", "1"], False, {}, "-", environment())
+        model = base(shape)
+        add_adapter(model, lora)
+        optimizer = build_optimizer(model, self.config)
+        self.training = Training(
+            model,
+            optimizer,
+            build_scheduler(optimizer, self.config, STEPS),
+            Padded(model, pad_token_id=0),
+            timetable=plan_timetable(self.config, EXAMPLES, validates=False),
+        )
         examples = Examples(
             input_ids=np.ones(EXAMPLES * TOKENS, dtype=np.int32),
             token_type_ids=None,
             offsets=np.arange(EXAMPLES + 1) * TOKENS,
             labels=np.arange(EXAMPLES) % 2,
+            row=np.arange(EXAMPLES),
             truncated=0,
         )
-        self.batching = padded_batching(pad_token_id=0)
-        collate, cpu = self.batching.collate, torch.device("cpu")
-        self.updates = training_updates(examples, 42, BATCH, 1, collate, cpu)
+        collate, cpu = self.training.forward.collate, torch.device("cpu")
+        self.batches = epoch_batches(examples, 42, BATCH, 1, collate, cpu)
 
     def prepare(self) -> None:
-        batches = next(self.updates(0, 0))
-        loss = training_loss("sequence_classification", 0.0, self.batching.forward)
-        scaler, shares = torch.amp.GradScaler("cpu", enabled=False), example_shares(batches)
-        training_step(
-            self.model, *self.optimisation, scaler, batches, shares, 1.0, loss, TrainState()
-        )
+        task = build_task("sequence_classification", ["0", "1"])
+        training_step(self.training, task, self.config, next(self.batches(0, 0)))
 
     def save(self, step: int) -> Path:
-        state = TrainState(global_step=step, step_in_epoch=step)
-        written = trainer_state(state, self.cadence, 1, BATCH, None)
-        return save_checkpoint(
-            self.directory, self.model, *self.optimisation, state, written, self.run
-        )
+        self.training.state = TrainState(global_step=step, step_in_epoch=step)
+        return save_checkpoint(self.directory, self.training, self.record)
 
     def resume(self, step: int) -> float:
         """Seconds from asking to the first step."""
         start = time.perf_counter()
-        path = self.directory / f"checkpoint-{step}"
-        state = load_checkpoint(path, self.model, *self.optimisation)
-        next(self.updates(state.epoch, state.step_in_epoch))
+        state = load_checkpoint(self.directory / f"checkpoint-{step}", self.training)
+        next(self.batches(state.epoch, state.step_in_epoch))
         return time.perf_counter() - start
 
 

@@ -229,7 +229,7 @@ def main() -> None:
     if asked.quick:
         asked.repeats = 1
     if asked.model is None:
-        from minilora.bert.weights import packaged_model
+        from minilora.bert.load import packaged_model
 
         asked.model = str(packaged_model())
     asked.train, asked.validation = (

@@ -9,46 +9,39 @@ import argparse
 import json
 import sys
 
-from minilora.command import (
-    Parser,
-    add_column_arguments,
-    add_run_arguments,
-    run_command,
-    without_collection,
-)
+from minilora import command
 
 
 def main() -> int:
     """Parse, score, print. Returns the exit code."""
     asked = parse_arguments(sys.argv[1:])
-    with without_collection():  # the slow imports: torch and transformers
-        from minilora.trained.run import open_run
-        from minilora.trained.scoring import evaluate_file
+    with command.without_collection():  # the slow imports: torch and transformers
+        from minilora.trained.open_run import open_run
+        from minilora.trained.score import evaluate_file
 
     run = open_run(asked.path, asked.model_name_or_path, asked.device)
-    scores = evaluate_file(
-        run, asked.file, asked.text_column, asked.text_pair_column, asked.label_column
-    )
-    summary = {**scores.metrics, "file": asked.file, "adapter": str(run.record.adapter)}
+    columns = (asked.text_column, asked.text_pair_column, asked.label_column)
+    scores = evaluate_file(run, asked.file, *columns)
+    summary = {**scores.metrics, "file": asked.file, "adapter": str(run.adapter)}
     if asked.confusion_matrix and scores.confusion is not None:
-        print_confusion(run.record.labels or [], scores.confusion.tolist())
-        summary["confusion_matrix"] = scores.confusion.tolist()
-        summary["labels"] = run.record.labels
+        labels, counts = run.task.labels or [], scores.confusion.tolist()
+        print_confusion(labels, counts)
+        summary |= {"confusion_matrix": counts, "labels": labels}
     print(json.dumps(summary))
     return 0
 
 
 def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     """The flags of this command."""
-    parser = Parser(
+    parser = command.Parser(
         prog="python -m minilora.evaluate",
         usage="%(prog)s OUT --file F [flags]",
         description="Score what train wrote on a labelled file.",
         allow_abbrev=False,
     )
-    add_run_arguments(parser)
+    command.add_run_arguments(parser)
     parser.add_argument("--file", required=True, help="labelled: csv, tsv, json or jsonl")
-    add_column_arguments(parser, "text_column", "text_pair_column", "label_column")
+    command.add_column_arguments(parser, "text_column", "text_pair_column", "label_column")
     parser.add_argument(
         "--confusion_matrix",
         action="store_true",
@@ -58,7 +51,7 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
 
 
 def print_confusion(labels: list[str], counts: list[list[int]]) -> None:
-    """The confusion matrix as a table: a row for each true class, a column for each predicted one."""
+    """A table: a row for each true class, a column for each predicted one."""
     rows = [["true \\ predicted", *labels]]
     rows += [[label, *map(str, row)] for label, row in zip(labels, counts, strict=True)]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
@@ -67,4 +60,4 @@ def print_confusion(labels: list[str], counts: list[list[int]]) -> None:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    command.run_command(main)

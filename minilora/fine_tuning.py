@@ -1,7 +1,9 @@
-"""One fine-tuning run from arguments to adapter: the place where the three folders meet.
+"""One fine-tuning run, from arguments to adapter.
 
-`train` reads in time order: data, seed, model, adapter, optimizer, resume, fit, save. From there it is
-one hop to `loop.fit` and a second to `loop.training_step`, where `optimizer.step()` is.
+`train` reads in time order: data, model, adapter, optimizer, fit, save. From there it is one hop to
+`run.fit_in_directory`, a second to `loop.fit` and a third to `loop.training_step`, where
+`optimizer.step()` is. Not here: flags and exit codes (train, command), how the model is found and
+how it runs (starting_model).
 """
 
 import dataclasses
@@ -12,56 +14,33 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import transformers
-from torch import nn
 
-from minilora.bert import data, tasks, weights
-from minilora.bert.batching import Batching
-from minilora.bert.parts import Parts, read_parts, tokenize_parts
-from minilora.durable import exclusive, scratch_directory, sweep_leftovers, write_file
+from minilora import starting_model
+from minilora.bert import load
+from minilora.bert.dataset import Examples, batches_in_order, epoch_batches
+from minilora.bert.forward import Packed, Padded
+from minilora.bert.rows import Columns
+from minilora.bert.splits import Splits, read_splits, tokenize_splits
+from minilora.bert.tasks import Task, build_task
 from minilora.errors import MiniloraError
-from minilora.execution import chosen_device, prepare_training
-from minilora.lora.adapter_files import CARD_NAME, load_adapter, save_adapter
+from minilora.files import exclusive, scratch_directory, sweep_leftovers, write_file
 from minilora.lora.config import LoraConfig
+from minilora.lora.peft_files import CARD_NAME, load_adapter, save_adapter
 from minilora.model_card import model_card
-from minilora.starting_model import (
-    StartingModel,
-    attach_adapter,
-    describe_start,
-    load_model,
-    new_lora_config,
-)
+from minilora.options import changed
+from minilora.starting_model import StartingModel
+from minilora.training import resume
 from minilora.training.config import TrainConfig
 from minilora.training.evaluation import Batch, evaluate_model
-from minilora.training.loop import (
-    TrainState,
-    example_shares,
-    fit,
-    is_finished,
-    mean_loss,
-    trainer_shares,
-)
-from minilora.training.plan import (
-    Saver,
-    build_optimisation,
-    build_scaler,
-    plan_cadence,
-    resolve_modes,
-)
-from minilora.training.progress import TrainingBar, say
-from minilora.training.resume import begin, check_same_inputs, describe_run, resumed_arguments
+from minilora.training.loop import Training, TrainState, is_finished, plan_timetable
+from minilora.training.optim import build_optimizer, build_scheduler
+from minilora.training.progress import say
+from minilora.training.record import RunRecord, environment
 from minilora.training.rng import draw_loader_seed, seed_all
-from minilora.training.run import (
-    METRICS_NAME,
-    MetricsFile,
-    ResumePoint,
-    explained,
-    find_resume_point,
-    new_output_dir,
-    write_run,
-)
+from minilora.training.run import Run, fit_in_directory
+from minilora.training.run_directory import advice_on_disk_errors, new_output_dir, write_run
 
 
 @dataclass(frozen=True)
@@ -69,28 +48,58 @@ class TrainResult:
     """What a run came to."""
 
     global_step: int
+    # train_runtime (seconds of the loop in this process), train_samples_per_second, train_loss, the
+    # last (or best) evaluation's eval_..., and test_... with a test file
     metrics: dict[str, float]
-    """train_runtime (seconds of the loop in this process), train_samples_per_second, train_loss,
-    and the last (or best) evaluation's eval_..., and test_... with a test file."""
     output_dir: str
     log_history: list[dict[str, Any]]
 
 
+@dataclass(frozen=True)
+class Pieces:
+    """What a run is made of: the data, the task, the model, and how it runs."""
+
+    config: TrainConfig
+    splits: Splits
+    examples: dict[str, Examples]
+    task: Task
+    start: StartingModel
+    forward: Packed | Padded
+
+    def batches(self) -> Callable[[int, int], Iterator[list[Batch]]]:
+        """The batches of each optimizer step, as the loop asks for them."""
+        config = self.config
+        seed = config.seed if config.data_seed is None else config.data_seed
+        sizes = (config.per_device_train_batch_size, config.gradient_accumulation_steps)
+        collate, device = self.forward.collate, self.start.model.device
+        return epoch_batches(self.examples["train"], seed, *sizes, collate, device)
+
+    def evaluate(self, split: str, prefix: str) -> dict[str, float]:
+        """The model's metrics on a split, under `<prefix>_...` keys."""
+        if self.config.hf_parity:
+            draw_loader_seed()
+        size, device = self.config.per_device_eval_batch_size, self.start.model.device
+        collate, shown = self.forward.collate, f"evaluating {split}"
+        batches = batches_in_order(self.examples[split], size, collate, device, shown)
+        scorer = self.task.scorer(self.splits.rows[split])
+        return evaluate_model(self.forward, self.task, batches, scorer, prefix)
+
+
 def fine_tune(train_config: TrainConfig, lora_config: LoraConfig | None = None) -> TrainResult:
     """Run, or resume, one fine-tuning; what `python -m minilora.train` runs. Signals are left
-    alone.
+    alone. An `OSError` says what to do about the disk; nothing that existed before is lost.
 
     With `resume_from_checkpoint`, arguments at their defaults mean "as recorded".
 
-    Raises:
-        MiniloraError: bad arguments or data, named; nothing that existed before is lost.
-        OSError: the disk refuses; says what to do, and nothing that existed before is lost.
+    Args:
+        lora_config: exactly the adapter to train, its task type aside; by default the command's,
+            which is PEFT's with lora_alpha 16 and lora_dropout 0.1.
     """
     lora_arguments = {}
     if lora_config is not None:
         resumes = train_config.resume_from_checkpoint is not None
-        lora_arguments = _changed(lora_config) if resumes else dataclasses.asdict(lora_config)
-    return run_fine_tuning(_changed(train_config), lora_arguments, should_stop=lambda: False)
+        lora_arguments = changed(lora_config) if resumes else dataclasses.asdict(lora_config)
+    return run_fine_tuning(changed(train_config), lora_arguments, should_stop=lambda: False)
 
 
 def run_fine_tuning(
@@ -100,206 +109,126 @@ def run_fine_tuning(
     default, or on a resume its recorded value).
 
     Args:
-        should_stop: asked after each step; when true, a checkpoint is saved and the run ends.
+        should_stop: asked before each step; when true, a checkpoint is saved and the run ends.
     """
     path = train_arguments.get("resume_from_checkpoint")
-    if path is None:
-        config = TrainConfig(**train_arguments)
-        lora_config = new_lora_config(config, lora_arguments)
-        point = None
-        output_dir = Path(config.output_dir or _dated_directory())
-        with explained(output_dir):
-            new_output_dir(output_dir)
-    else:
-        with explained(Path(path)):
-            point = find_resume_point(Path(path))
-        config, lora_config = resumed_arguments(point, train_arguments, lora_arguments)
-        output_dir = point.output_dir
-        if point.checkpoint is None and point.run and "result" in point.run:
-            raise MiniloraError(
-                f"{output_dir} is finished and kept no checkpoint (save_strategy no): nothing to resume"
-            )
-    with explained(output_dir), exclusive(output_dir):
-        sweep_leftovers(output_dir)
-        return train(config, lora_config, output_dir, point, should_stop)
+    if path is not None:
+        output_dir = resume.resumed_directory(Path(path))
+        with advice_on_disk_errors(output_dir), exclusive(output_dir):
+            sweep_leftovers(output_dir)
+            plan = resume.plan_resume(Path(path), train_arguments, lora_arguments)
+            if plan.refusals:
+                raise MiniloraError("; ".join(plan.refusals))
+            assert plan.config is not None and plan.lora is not None
+            return train(plan.config, plan.lora, output_dir, plan, should_stop)
+    config = TrainConfig(**train_arguments)
+    lora = starting_model.new_lora_config(config, lora_arguments)
+    # With milliseconds, so that the bare command can be repeated, even by a script.
+    dated = datetime.datetime.now().strftime("%Y%m%d-%H%M%S-%f")[:-3]
+    output_dir = Path(config.output_dir or Path("runs") / dated)
+    with advice_on_disk_errors(output_dir):
+        new_output_dir(output_dir)
+        with exclusive(output_dir):
+            sweep_leftovers(output_dir)
+            return train(config, lora, output_dir, None, should_stop)
 
 
 def train(
     config: TrainConfig,
-    lora_config: LoraConfig,
+    lora: LoraConfig,
     output_dir: Path,
-    point: ResumePoint | None,
+    plan: resume.ResumePlan | None,
     should_stop: Callable[[], bool],
 ) -> TrainResult:
     """The run itself, holding `output_dir`'s lock."""
-    device = chosen_device(config.device)
-    config = resolve_modes(config, device)
-    parts = read_data(config)
+    device = starting_model.chosen_device(config.device)
+    config = starting_model.resolve_modes(config, device)
+    splits = read_data(config)
+    task = build_task(config.task, splits.labels, config.label_smoothing_factor)
 
     seed_all(config.seed)
-    start = load_model(config, parts.labels)
-    model, tokenizer = start.model, start.tokenizer
-    libraries = {"transformers": transformers.__version__}
-    run = describe_run(
-        config,
-        lora_config,
-        parts.labels,
-        parts.have_pairs(),
-        parts.fingerprints,
-        start.sha256,
-        libraries,
-    )
-    if point is not None:
-        check_same_inputs(point, run)
-    max_length = input_length(config.max_length, weights.longest_input(model, tokenizer))
-    examples = tokenize_parts(parts, tokenizer, max_length)
-    report_truncation(parts, examples, max_length)
-    cadence = plan_cadence(config, len(examples["train"]), validates="validation" in examples)
+    start = starting_model.load_starting_model(config, task)
+    record = record_run(config, lora, splits, start)
+    if plan is not None:
+        resume.check_same_inputs(plan, record)
+    examples = tokenize_all(config, splits, task, start)
 
-    attach_adapter(start, config.on_adapter, lora_config, getattr(torch, config.dtype))
-    model.to(device)  # pyright: ignore[reportArgumentType]
-    batching = prepare_training(config, model, weights.pad_token_id(tokenizer), device)
-    describe_start(start, config.on_adapter, str(output_dir))
-    optimizer, scheduler = build_optimisation(config, model, cadence.max_steps)
-    scaler = build_scaler(config.dtype, device)
-    seed_all(config.seed)  # again, as Trainer does: how much was drawn so far depends on the model
+    starting_model.attach_adapter(start, config, lora)
+    forward = starting_model.ready(config, start.model, load.pad_token_id(start.tokenizer), device)
+    starting_model.prepare_training(config, forward)
+    starting_model.describe_start(start, config, output_dir)
 
-    state = begin(config, cadence, output_dir, run, point, model, optimizer, scheduler, scaler)
-    metrics_file = MetricsFile(output_dir / METRICS_NAME, state.log_history)
-    evaluate = evaluator(config, model, parts, examples, batching, device)
-    if evaluates_at_start(config, parts) and not state.log_history:
-        state.log_history.append({"step": 0, "epoch": 0.0, **evaluate("validation", "eval")})
-        metrics_file.append(state.log_history[-1])
+    pieces = Pieces(config, splits, examples, task, start, forward)
+    evaluate = partial(pieces.evaluate, "validation", "eval") if "validation" in examples else None
+    run = Run(record, build_training(pieces), task, pieces.batches(), evaluate)
+    metrics = fit_in_directory(run, output_dir, plan, should_stop)
 
-    save = Saver(config, cadence, output_dir, run, model, optimizer, scheduler, scaler)
-    with TrainingBar(cadence.max_steps, state.global_step) as bar:
-        fit(
-            model,
-            optimizer,
-            scheduler,
-            scaler,
-            state,
-            cadence,
-            config.max_grad_norm,
-            updates=training_updates(config, examples["train"], batching, device),
-            loss=tasks.training_loss(config.task, config.label_smoothing_factor, batching.forward),
-            evaluate=partial(evaluate, "validation", "eval") if "validation" in examples else None,
-            record=metrics_file.append,
-            save=save,
-            should_stop=should_stop,
-            progress=bar.advance,
-            shares=trainer_shares if config.hf_parity else example_shares,
-            begin_epoch=draw_loader_seed if config.hf_parity else draw_nothing,
-        )
-    metrics_file.finish()
-    save.finish()
-    metrics = {**bar.speed(), "train_loss": mean_loss(state)}
-    if is_finished(state, cadence):
+    state = run.training.state
+    if is_finished(state, run.training.timetable):
         if config.load_best_model_at_end and state.best_step is not None:
-            load_adapter(model, output_dir / f"checkpoint-{state.best_step}", is_trainable=True)
+            best = output_dir / f"checkpoint-{state.best_step}"
+            load_adapter(start.model, best, is_trainable=True)
         metrics |= reported_evaluation(config, state)
-        metrics |= evaluate("test", "test") if "test" in examples else {}
-        write_final_files(config, start, output_dir, {**run, "result": metrics})
+        metrics |= pieces.evaluate("test", "test") if "test" in examples else {}
+        write_final_files(start, output_dir, dataclasses.replace(record, result=metrics))
     return TrainResult(state.global_step, metrics, str(output_dir), state.log_history)
 
 
-def read_data(config: TrainConfig) -> Parts:
-    """Read every file of the run.
-
-    Raises:
-        MiniloraError: names the file, the line and what is wrong, or there is nothing to evaluate on.
-    """
-    files = {
-        "train": config.train_file,
-        "validation": config.validation_file,
-        "test": config.test_file,
-    }
-    columns = (config.text_column, config.text_pair_column, config.label_column)
-    parts = read_parts(config.task, files, columns, config.validation_split, config.seed)
+def read_data(config: TrainConfig) -> Splits:
+    """Read every file of the run."""
+    named = (config.train_file, config.validation_file, config.test_file)
+    files = dict(zip(("train", "validation", "test"), named, strict=True))
+    columns = Columns(config.text_column, config.text_pair_column, config.label_column)
+    splits = read_splits(config.task, files, columns, config.validation_split, config.seed)
     asked = config.best_metric() or config.eval_strategy not in (None, "no")
-    if asked and "validation" not in parts.rows:
+    if asked and "validation" not in splits.rows:
         raise MiniloraError(
             "evaluation is asked for without data: give --validation_file or --validation_split"
         )
-    return parts
+    return splits
 
 
-def input_length(asked: int | None, longest: int) -> int:
-    """Tokens kept of each example.
-
-    Raises:
-        MiniloraError: more are asked for than the model has positions.
-    """
-    if asked is not None and asked > longest:
-        raise MiniloraError(f"max_length is {asked}; this model takes {longest} tokens at most")
-    return asked or longest
-
-
-def report_truncation(parts: Parts, examples: dict[str, data.Examples], max_length: int) -> None:
-    """Say how many texts were cut: a setting that loses data is never silent."""
-    for part, encoded in examples.items():
-        if encoded.truncated:
-            place, count = parts.files[part], len(encoded)
-            say(f"{place}: {encoded.truncated} of {count} texts were cut at {max_length} tokens")
-
-
-def training_updates(
-    config: TrainConfig, examples: data.Examples, batching: Batching, device: torch.device
-) -> Callable[[int, int], Iterator[list[Batch]]]:
-    """The batches of each optimizer step, as `fit` asks for them."""
-    seed = config.seed if config.data_seed is None else config.data_seed
-    batch_size, accumulation = (
-        config.per_device_train_batch_size,
-        config.gradient_accumulation_steps,
+def record_run(
+    config: TrainConfig, lora: LoraConfig, splits: Splits, start: StartingModel
+) -> RunRecord:
+    """What is written down of the run before its first step."""
+    return RunRecord(
+        arguments=config,
+        lora=lora,
+        labels=splits.labels,
+        pairs=splits.has_pairs(),
+        data_sha256=splits.fingerprints,
+        model_sha256=start.sha256,
+        environment={**environment(), "transformers": transformers.__version__},
     )
-    return data.training_updates(examples, seed, batch_size, accumulation, batching.collate, device)
 
 
-def evaluator(
-    config: TrainConfig,
-    model: nn.Module,
-    parts: Parts,
-    examples: dict[str, data.Examples],
-    batching: Batching,
-    device: torch.device,
-) -> Callable[[str, str], dict[str, float]]:
-    """A function of (part of the data, prefix of the keys) to the model's metrics there."""
-
-    def evaluate(part: str, prefix: str) -> dict[str, float]:
-        metrics = tasks.metrics_of(config.task, [row.kind for row in parts.rows[part]])
-        return score(config, model, examples[part], metrics, batching, device, part, prefix)
-
-    return evaluate
-
-
-def score(
-    config: TrainConfig,
-    model: nn.Module,
-    examples: data.Examples,
-    metrics: Callable[[np.ndarray, np.ndarray], dict[str, float]],
-    batching: Batching,
-    device: torch.device,
-    part: str,
-    prefix: str,
-) -> dict[str, float]:
-    """One evaluation, during training or after it: the same batches, hence the same bits."""
-    if config.hf_parity:
-        draw_loader_seed()
-    size, shown = config.per_device_eval_batch_size, f"evaluating {part}"
-    batches = data.batches_in_order(examples, size, batching.collate, device, shown)
-    loss = tasks.evaluation_loss(config.task, batching.forward)
-    return evaluate_model(model, batches, loss, metrics, prefix)
-
-
-def draw_nothing() -> None:
-    """What beginning an epoch takes from the random generators, unless Trainer is imitated."""
-
-
-def evaluates_at_start(config: TrainConfig, parts: Parts) -> bool:
-    """Whether the untrained model is evaluated: on request, and on the packaged data, to show what
-    training adds.
+def tokenize_all(
+    config: TrainConfig, splits: Splits, task: Task, start: StartingModel
+) -> dict[str, Examples]:
+    """Every split as token arrays. How many texts were cut is said: a setting that loses data is
+    never silent.
     """
-    return "validation" in parts.rows and (config.eval_on_start or config.train_file is None)
+    max_length = starting_model.input_length(
+        config.max_length, load.longest_input(start.model, start.tokenizer)
+    )
+    examples = tokenize_splits(splits, task, start.tokenizer, max_length)
+    for split, encoded in examples.items():
+        if encoded.truncated:
+            cut = f"{encoded.truncated} of {len(splits.rows[split])} texts were cut"
+            say(f"{splits.files[split]}: {cut} at {max_length} tokens")
+    return examples
+
+
+def build_training(pieces: Pieces) -> Training:
+    """The optimizer, its schedule and the timetable over what is trainable."""
+    config, model, examples = pieces.config, pieces.start.model, pieces.examples
+    timetable = plan_timetable(config, len(examples["train"]), "validation" in examples)
+    optimizer = build_optimizer(model, config)
+    scheduler = build_scheduler(optimizer, config, timetable.max_steps)
+    # Only float16 needs scaling: its smallest gradients would be zero.
+    scaler = torch.amp.GradScaler(model.device.type, enabled=config.dtype == "float16")
+    return Training(model, optimizer, scheduler, pieces.forward, scaler, timetable)
 
 
 def reported_evaluation(config: TrainConfig, state: TrainState) -> dict[str, float]:
@@ -309,40 +238,22 @@ def reported_evaluation(config: TrainConfig, state: TrainState) -> dict[str, flo
     evaluations = [row for row in state.log_history if "eval_loss" in row]
     if config.load_best_model_at_end:
         evaluations = [row for row in evaluations if row["step"] == state.best_step]
-    return {
-        name: value for name, value in (evaluations or [{}])[-1].items() if name.startswith("eval_")
-    }
+    last = evaluations[-1] if evaluations else {}
+    return {name: value for name, value in last.items() if name.startswith("eval_")}
 
 
-def write_final_files(
-    config: TrainConfig, start: StartingModel, output_dir: Path, run: dict[str, Any]
-) -> None:
+def write_final_files(start: StartingModel, output_dir: Path, record: RunRecord) -> None:
     """The adapter as PEFT writes it, its model card (one that is there already is kept), the
     tokenizer's files, and run.json with the result.
     """
     if not (output_dir / CARD_NAME).exists():
-        merged = start.adapter if config.on_adapter == "merge" else None
-        name, base = output_dir.resolve().name, start.base.location
-        card = model_card(name, base, merged and merged.location, run)
+        is_merged = start.adapter is not None and record.arguments.on_adapter == "merge"
+        merged = start.adapter.location if start.adapter is not None and is_merged else None
+        card = model_card(output_dir.resolve().name, start.base.location, merged, record)
         write_file(output_dir / CARD_NAME, card.encode(errors="replace"))
     save_adapter(start.model, output_dir)
-    with scratch_directory(output_dir) as directory:
-        for file in weights.save_tokenizer(start.tokenizer, directory):
+    with scratch_directory(output_dir / "tokenizer") as directory:
+        for file in load.save_tokenizer(start.tokenizer, directory):
             if Path(file).is_file():
                 write_file(output_dir / Path(file).name, Path(file).read_bytes())
-    write_run(output_dir, run)
-
-
-def _changed(config: TrainConfig | LoraConfig) -> dict[str, Any]:
-    default = type(config)()
-    names = [field.name for field in dataclasses.fields(config)]
-    return {
-        name: getattr(config, name)
-        for name in names
-        if getattr(config, name) != getattr(default, name)
-    }
-
-
-def _dated_directory() -> Path:
-    # With milliseconds, so that the bare command can be repeated, even by a script.
-    return Path("runs") / datetime.datetime.now().strftime("%Y%m%d-%H%M%S-%f")[:-3]
+    write_run(output_dir, record)

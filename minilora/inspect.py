@@ -12,26 +12,29 @@ import json
 import sys
 from typing import Any
 
-from minilora.command import Parser, run_command
+from minilora import command
 
-SHOWN = 20
-"""Differences printed of each sort; --json has all of them."""
-
+SHOWN = 20  # differences printed of each sort; --json has all of them
 TIMINGS = ("runtime", "per_second")
 SUMMARY = ("path", "kind", "verified", "problems", "position", "trainable", "resume")
+CONFIG = (
+    "model_type", "architectures", "hidden_size", "num_hidden_layers", "id2label",
+    "base_model_name_or_path", "r", "lora_alpha", "lora_dropout", "target_modules",
+    "modules_to_save", "use_dora", "use_rslora", "bias",
+)  # fmt: skip
 
 
 def main() -> int:
     """Parse, look, print. Returns the exit code."""
     asked = parse_arguments(sys.argv[1:])
     if asked.diff:
-        from minilora.trained.comparison import compare_directories  # the slow import: torch
+        from minilora.trained.compare import compare_directories  # the slow import: torch
 
         found = compare_directories(*asked.diff)
         report = difference_report(found)
         summary = {name: len(found[name]) for name in ("tensors", "arguments", "log")}
     else:
-        from minilora.trained.inspection import inspect_directory
+        from minilora.trained.directory import inspect_directory
 
         found = inspect_directory(asked.path)
         report = directory_report(found, with_tensors=asked.tensors)
@@ -44,22 +47,17 @@ def main() -> int:
 
 def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     """The flags of this command."""
-    parser = Parser(
+    parser = command.Parser(
         prog="python -m minilora.inspect",
         usage="%(prog)s (PATH | --diff A B) [flags]",
         description="Say what a directory is, whether it verifies, and what a resume would do.",
         allow_abbrev=False,
     )
-    parser.add_argument(
-        "path", metavar="PATH", nargs="?", help="a run, checkpoint, adapter or model"
-    )
-    parser.add_argument(
-        "--diff", nargs=2, metavar=("A", "B"), help="in what two directories differ"
-    )
-    parser.add_argument(
-        "--tensors", action="store_true", help="list every tensor with shape and norm"
-    )
-    parser.add_argument("--json", action="store_true", help="everything, as one JSON object only")
+    add = parser.add_argument
+    add("path", metavar="PATH", nargs="?", help="a run, checkpoint, adapter or model")
+    add("--diff", nargs=2, metavar=("A", "B"), help="in what two directories differ")
+    add("--tensors", action="store_true", help="list every tensor with shape and norm")
+    add("--json", action="store_true", help="everything, as one JSON object only")
     asked = parser.parse_args(arguments)
     if (asked.path is None) == (asked.diff is None):
         parser.error("give one PATH, or two with --diff A B")
@@ -68,28 +66,37 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
 
 def directory_report(found: dict[str, Any], with_tensors: bool) -> list[str]:
     """Lines for a person, from what `inspect_directory` returns."""
+    config = found["config"] or {}
+    shown = {name: config[name] for name in CONFIG if config.get(name) not in (None, False)}
     lines = [f"{found['path']}: {found['what']}"]
-    for name, value in [*(found["position"] or {}).items(), *_shown(found["config"] or {})]:
-        lines.append(f"  {name}: {', '.join(value) if isinstance(value, list) else value}")
+    named = {**(found["position"] or {}), **shown}
     if found["labels"]:
-        lines.append(f"  labels: {', '.join(found['labels'])}")
+        named["labels"] = found["labels"]
+    for name, value in named.items():
+        lines.append(f"  {name}: {', '.join(value) if isinstance(value, list) else value}")
     if found["trainable"]:
         trained = found["trainable"]
         share = f" of {trained['of']:,} ({trained['percent']:.4f}%)" if trained["of"] else ""
         lines.append(f"  trained parameters: {trained['parameters']:,}{share}")
     lines.append(f"  tensors: {len(found['tensors'])}")
-    if with_tensors:
-        for tensor in found["tensors"]:
-            shape = "x".join(map(str, tensor["shape"]))
-            norm = "not finite" if tensor["norm"] is None else f"{tensor['norm']:.6g}"
-            lines.append(f"    {tensor['name']}  {shape}  {tensor['dtype']}  norm {norm}")
+    for tensor in found["tensors"] if with_tensors else []:
+        shape = "x".join(map(str, tensor["shape"]))
+        norm = "not finite" if tensor["norm"] is None else f"{tensor['norm']:.6g}"
+        lines.append(f"    {tensor['name']}  {shape}  {tensor['dtype']}  norm {norm}")
     last = found["log"]["last"] or {}
-    shown = {name: value for name, value in last.items() if not name.endswith(TIMINGS)}
-    lines.append(f"  log: {found['log']['rows']} rows, the last {json.dumps(shown)}")
-    words = {True: "every hash", None: "nothing that has hashes"}
-    lines.append(f"  verified: {words.get(found['verified'], 'no')}")
+    values = {name: value for name, value in last.items() if not name.endswith(TIMINGS)}
+    lines.append(f"  log: {found['log']['rows']} rows, the last {json.dumps(values)}")
+    otherwise = "no" if found["problems"] else "nothing that has hashes"
+    lines.append(f"  verified: {'every hash' if found['verified'] else otherwise}")
     lines += [f"  problem: {problem}" for problem in found["problems"]]
-    return lines + _resume_lines(found["resume"])
+    resume = found["resume"]
+    if resume is None:
+        return lines
+    place, total = resume["checkpoint"] or "no checkpoint", resume["max_steps"] or "its run"
+    would = f"from {place}, step {resume['step']} of {total}"
+    lines.append(f"  resume: {'would be refused' if resume['refuses'] else would}")
+    lines += [f"    because {reason}" for reason in resume["refuses"]]
+    return lines + [f"    {remark}" for remark in resume["remarks"]]
 
 
 def difference_report(found: dict[str, Any]) -> list[str]:
@@ -109,24 +116,5 @@ def difference_report(found: dict[str, Any]) -> list[str]:
     return lines
 
 
-def _shown(config: dict[str, Any]) -> list[tuple[str, Any]]:
-    names = (
-        "model_type", "architectures", "hidden_size", "num_hidden_layers", "id2label",
-        "base_model_name_or_path", "r", "lora_alpha", "lora_dropout", "target_modules",
-        "modules_to_save", "use_dora", "use_rslora", "bias",
-    )  # fmt: skip
-    return [(name, config[name]) for name in names if config.get(name) not in (None, False)]
-
-
-def _resume_lines(resume: dict[str, Any] | None) -> list[str]:
-    if resume is None:
-        return []
-    place = resume["checkpoint"] or "no checkpoint"
-    steps = f"step {resume['step']} of {resume['max_steps'] or 'its run'}"
-    head = "  resume: would be refused" if resume["refuses"] else f"  resume: from {place}, {steps}"
-    reasons = [f"    because {reason}" for reason in resume["refuses"]]
-    return [head, *reasons, *(f"    {remark}" for remark in resume["remarks"])]
-
-
 if __name__ == "__main__":
-    run_command(main)
+    command.run_command(main)

@@ -8,67 +8,46 @@ import argparse
 import json
 import sys
 
-from minilora.command import Parser, add_base_argument, run_command, without_collection
+from minilora import command
+from minilora.training.config import DTYPES
 
 
 def main() -> int:
     """Parse, merge, print. Returns the exit code."""
     asked = parse_arguments(sys.argv[1:])
-    with without_collection():  # the slow imports: torch and transformers
-        from minilora.trained.merged_model import write_merged_model
+    with command.without_collection():  # the slow imports: torch and transformers
+        from minilora.trained.merge import write_merged_model
 
     paths = [asked.path] if asked.path else asked.adapter
-    write_merged_model(
-        paths,
-        asked.output_dir,
-        asked.weights,
-        asked.max_shard_size,
-        asked.dtype,
-        asked.model_name_or_path,
-    )
+    how = (asked.weights, asked.max_shard_size, asked.dtype, asked.model_name_or_path)
+    write_merged_model(paths, asked.output_dir, *how)
     print(f'use it: transformers.pipeline("text-classification", {asked.output_dir!r})')
     print(json.dumps({"output_dir": asked.output_dir, "merged": paths, "dtype": asked.dtype}))
     return 0
 
 
 def parse_arguments(arguments: list[str]) -> argparse.Namespace:
-    """The flags of this command."""
-    parser = Parser(
+    """The flags of this command, one run or several among them."""
+    parser = command.Parser(
         prog="python -m minilora.merge",
         usage="%(prog)s (OUT | --adapter A B --weights X Y) --output_dir MERGED [flags]",
         description="Merge what train wrote into its base model: an ordinary model directory.",
         allow_abbrev=False,
     )
-    parser.add_argument(
-        "path",
-        metavar="OUT",
-        nargs="?",
-        help="what train wrote, a checkpoint in it, or a PEFT adapter",
-    )
-    parser.add_argument("--output_dir", required=True, metavar="MERGED", help="a new directory")
-    parser.add_argument(
-        "--adapter", nargs="+", metavar="OUT", help="several of them, instead of one"
-    )
-    parser.add_argument(
+    add = parser.add_argument
+    add("path", metavar="OUT", nargs="?", help="what train wrote, a checkpoint, or a PEFT adapter")
+    add("--output_dir", required=True, metavar="MERGED", help="a new directory")
+    add("--adapter", nargs="+", metavar="OUT", help="several of them, instead of one")
+    add(
         "--weights",
         nargs="+",
         type=float,
         metavar="X",
         help="of each adapter: updates are scaled by it, heads averaged",
     )
-    parser.add_argument(
-        "--max_shard_size",
-        default="5GB",
-        metavar="SIZE",
-        help="of one file of weights (default: 5GB)",
-    )
-    parser.add_argument(
-        "--dtype",
-        default="float32",
-        choices=("float32", "bfloat16", "float16"),
-        help="of the written weights (default: float32)",
-    )
-    add_base_argument(parser)
+    add("--max_shard_size", default="5GB", metavar="SIZE", help="of one file (default: 5GB)")
+    add("--dtype", default="float32", choices=DTYPES, help="of the weights (default: float32)")
+    command.add_base_argument(parser)
     asked = parser.parse_args(arguments)
     if (asked.path is None) == (asked.adapter is None):
         parser.error("give one run, or several with --adapter A B --weights X Y")
@@ -76,4 +55,4 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    command.run_command(main)

@@ -1,14 +1,17 @@
 """Files read with distrust: whatever is in them, the outcome is a value or a `MiniloraError`.
 
 No reader here runs code, follows more nesting than the parser can, or takes more memory than a
-small multiple of the file's size. What a value means, and whether its structure is the expected one,
-is for the caller to check.
+small multiple of the file's size. Each `parse_...` takes bytes that were read (and hashed) already;
+`path` is named in errors. What a value means, once `check_like` it is, is for the caller to check.
 """
 
+import inspect
 import io
 import json
 import stat
+import types
 import zipfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -17,78 +20,74 @@ import torch
 from torch import Tensor
 
 from minilora.errors import MiniloraError
+from minilora.options import has_type
 
 # JSON takes some thirty times its size once parsed.
 MAX_JSON_BYTES = 4_000_000
+HINT = type | types.UnionType | types.GenericAlias
 
 
 def read_bytes(path: Path, limit: int | None = None) -> bytes:
     """The contents of a regular file of at most `limit` bytes.
 
-    Raises:
-        MiniloraError: missing, unreadable (a bad sector included), too large, or something that is
-            no file: a pipe would make the reader wait for ever.
+    Anything else is refused unread: a pipe would make the reader wait for ever.
     """
     try:
-        found = path.stat()
-        is_file = stat.S_ISREG(found.st_mode)
-        fits = limit is None or found.st_size <= limit
-        data = path.read_bytes() if is_file and fits else b""
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):
+            reason = "is not a file"
+        elif limit is not None and status.st_size > limit:
+            reason = f"is {status.st_size:,} bytes; at most {limit:,} are expected"
+        else:
+            return path.read_bytes()
     except (OSError, ValueError) as error:  # ValueError: a name that the system cannot have
-        reason = error.strerror if isinstance(error, OSError) else error
-        raise MiniloraError(f"{path} cannot be read: {reason}") from None
-    if not is_file:
-        raise MiniloraError(f"{path} is not a file")
-    if not fits:
-        raise MiniloraError(f"{path} is {found.st_size:,} bytes; at most {limit:,} are expected")
-    return data
+        reason = f"cannot be read: {error.strerror if isinstance(error, OSError) else error}"
+    raise MiniloraError(f"{path} {reason}")
 
 
 def read_json(path: Path, limit: int = MAX_JSON_BYTES) -> dict[str, Any]:
-    """The JSON object in a file of at most `limit` bytes.
+    """The JSON object in a file of at most `limit` bytes."""
+    return parse_json(read_bytes(path, limit), path, limit)
 
-    Raises:
-        MiniloraError: unreadable, too large, nested too deeply, not JSON, or not an object.
-    """
-    data = read_bytes(path, limit)
+
+def parse_json(data: bytes, path: Path, limit: int = MAX_JSON_BYTES) -> dict[str, Any]:
+    """The JSON object in `data`, which are at most `limit` bytes."""
+    if len(data) > limit:
+        raise MiniloraError(f"{path} is {len(data):,} bytes; at most {limit:,} are expected")
     try:
         values = json.loads(data)
     except (ValueError, RecursionError) as error:
         raise MiniloraError(f"{path} is damaged: not valid JSON: {error}") from None
     if not isinstance(values, dict):
-        raise MiniloraError(
-            f"{path} is damaged: it holds a JSON {type(values).__name__}, not an object"
-        )
+        raise MiniloraError(f"{path} is damaged: it holds no JSON object but {_described(values)}")
     return values
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file, on the CPU.
+    """The tensors of a safetensors file, on the CPU."""
+    return parse_safetensors(read_bytes(path), path)
 
-    Raises:
-        MiniloraError: unreadable, or its header does not fit the file.
-    """
-    data = read_bytes(path)
+
+def parse_safetensors(data: bytes, path: Path) -> dict[str, Tensor]:
+    """The tensors in the bytes of a safetensors file, on the CPU."""
     try:
         return safetensors.torch.load(data)
     except Exception as error:  # a lying header fails in many ways, none of them ours
         raise MiniloraError(f"{path} is damaged: {first_line(error)}") from None
 
 
-def read_torch(path: Path, allowed: list[Any]) -> Any:
+def read_torch(path: Path, allowed: Iterable[Any] = ()) -> Any:
+    """What `torch.save` wrote, on the CPU; see `parse_torch`."""
+    return parse_torch(read_bytes(path), path, allowed)
+
+
+def parse_torch(data: bytes, path: Path, allowed: Iterable[Any] = ()) -> Any:
     """What `torch.save` wrote, on the CPU, by torch's loader that runs nothing.
 
-    torch checks no checksum, so that a flipped bit would be read as another number; the archive's
-    own are checked first. `torch.save` never compresses: an archive that does could unpack to any
-    size.
-
-    Args:
-        allowed: the functions and classes, beside torch's own, that the file may name.
-
-    Raises:
-        MiniloraError: unreadable, damaged, or it names something that would have to run.
+    torch checks no checksum: a flipped bit would be read as another number, so the archive's own
+    are checked first. It never compresses: an archive that does could unpack to any size.
+    `allowed`: functions and classes, beside torch's own, that the file may name.
     """
-    data = read_bytes(path)
     try:
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
             if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
@@ -96,10 +95,53 @@ def read_torch(path: Path, allowed: list[Any]) -> Any:
             damaged = archive.testzip()
         if damaged is not None:
             raise ValueError(f"the checksum of {damaged} differs")
-        with torch.serialization.safe_globals(allowed):
+        with torch.serialization.safe_globals(list(allowed)):
             return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except Exception as error:  # damaged bytes fail in many ways, none of them ours
         raise MiniloraError(f"{path} cannot be read safely: {first_line(error)}") from None
+
+
+def check_like(expected: Any, found: Any, place: Any, name: str = "") -> None:
+    """Refuse `found`, which was read, unless it has the structure of `expected`, which is live.
+
+    A dict must have its keys at least, a list or tuple its type and length, a tensor its shape, and
+    floating point if it has; a number may be any number. A type or hint (`int`, `float | None`)
+    stands for a value that `has_type` it, None for anything. So do the values inside.
+    """
+    if expected is not None and not _is_like(expected, found):
+        raise MiniloraError(
+            f"{place}: {name or 'it'} is {_described(found)} instead of {_described(expected)}"
+        )
+    items = enumerate(expected) if isinstance(expected, list | tuple) else ()
+    for key, value in expected.items() if isinstance(expected, dict) else items:
+        inner_name = f"{name}.{key}" if name else str(key)
+        if isinstance(found, dict) and key not in found:
+            raise MiniloraError(f"{place}: {inner_name} is missing")
+        check_like(value, found[key], place, inner_name)
+
+
+def _is_like(expected: Any, found: Any) -> bool:
+    if isinstance(expected, Tensor):
+        is_plain = isinstance(found, Tensor) and found.layout is torch.strided and not found.is_meta
+        same_kind = is_plain and found.is_floating_point() == expected.is_floating_point()
+        return same_kind and found.shape == expected.shape
+    if isinstance(expected, dict):
+        return isinstance(found, dict)
+    if isinstance(expected, list | tuple):
+        return type(found) is type(expected) and len(found) == len(expected)
+    if isinstance(expected, HINT):
+        return has_type(found, expected)
+    return has_type(found, float if type(expected) is int else type(expected))
+
+
+def _described(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"a {value.dtype} tensor of shape {tuple(value.shape)}"
+    if isinstance(value, list | tuple | dict):
+        return f"a {type(value).__name__} of {len(value)}"
+    if isinstance(value, HINT):
+        return inspect.formatannotation(value)
+    return f"{type(value).__name__} {value!r}"[:100]
 
 
 def first_line(error: BaseException) -> str:

@@ -1,23 +1,40 @@
-"""The model a run starts from: a base, or an adapter to continue or to merge into its base."""
+"""The model a run starts from, and how it runs: where the method, the model and the loop meet.
+
+A base, or an adapter that is to be continued, or merged into its base first. Training begins here,
+and so does what opens a trained model again.
+"""
 
 import dataclasses
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from minilora.bert import tasks, weights
+from minilora.bert import load
+from minilora.bert.dropout import MaskStream, use_fast_dropout
+from minilora.bert.forward import Packed, Padded, can_pack
+from minilora.bert.load import Located
+from minilora.bert.tasks import Task, task_class
 from minilora.errors import MiniloraError
-from minilora.lora.adapter_files import find_adapter, load_adapter, read_config, read_tensors
-from minilora.lora.base_precision import train_modules_in_float32
-from minilora.lora.config import LoraConfig
-from minilora.lora.inject import add_adapter
+from minilora.lora.adapters import add_adapter, set_fused
+from minilora.lora.config import BOOKKEEPING, LoraConfig, differing_fields
+from minilora.lora.heads import train_heads_in_float32
 from minilora.lora.merge import merge_and_unload
-from minilora.training.config import LORA_DEFAULTS, TrainConfig
+from minilora.lora.peft_files import find_adapter, load_adapter, read_adapter, read_config
+from minilora.lora.targets import resolve_config
+from minilora.training.config import EVAL_STEPS, LORA_DEFAULTS, TrainConfig
 from minilora.training.progress import say
-from minilora.training.resume import changes
+
+# Rows are filled up to a multiple of this: oneDNN prepares its bfloat16 products for each new shape
+# and keeps what it prepared. Without it, 60 different lengths took the process from 0.7 to 1.5 GB
+# (`benchmarks/README.md`).
+BFLOAT16_MULTIPLE = 32
+
+# With the default of TrainingArguments, a short run would have no loss curve.
+PARITY_LOGGING_STEPS, LOGGING_STEPS = 500, 10
 
 
 @dataclass(frozen=True)
@@ -26,85 +43,164 @@ class StartingModel:
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
-    sha256: str
-    """Fingerprint of its encoder, and of the adapter that is to be continued."""
-    base: weights.Located
-    adapter: weights.Located | None
-    """The adapter directory it was given as, if it was one."""
-    new_tensors: list[str]
-    """What the checkpoint lacked and was drawn: usually the head."""
+    sha256: str  # of its encoder, and behind a space of the adapter that is to be continued
+    base: Located
+    adapter: Located | None  # what it was given as, if that is an adapter
+    new_tensors: list[str]  # what the base's files lacked and was drawn: usually the head
 
 
-def new_lora_config(config: TrainConfig, lora_arguments: dict[str, Any]) -> LoraConfig:
-    """The adapter to train: as asked, or, when an adapter directory is continued, as its file says.
-
-    Raises:
-        MiniloraError: an argument contradicts the adapter that is to be continued.
-    """
-    name = config.model_name_or_path
-    found = weights.locate(name, config.model_revision) if name is not None else None
-    if found is None or config.on_adapter == "merge" or not found.is_adapter:
-        given = {**LORA_DEFAULTS, **lora_arguments, "task_type": tasks.PEFT_TASK_TYPE}
-        return LoraConfig(**given)
-    stored = read_config(find_adapter(found.location))
-    refused = changes(stored, lora_arguments, ignored=("task_type",))
-    if refused:
-        raise MiniloraError(
-            f"{name} is to be continued and its adapter has other settings: "
-            f"{', '.join(refused)}; leave them out, or use --on_adapter merge for a new adapter"
-        )
-    return dataclasses.replace(stored, inference_mode=False)
+def chosen_device(name: str | None) -> torch.device:
+    """The device called `name`; by default a GPU where there is one."""
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError:
+        raise MiniloraError(f"device {name!r} is unknown; give cpu, cuda, cuda:1, ...") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise MiniloraError(f"device is {name} and there is none here: give --device cpu")
+    return device
 
 
-def load_model(config: TrainConfig, labels: list[str] | None) -> StartingModel:
-    """Load what `model_name_or_path` names, its base if that is an adapter, merged if so asked."""
-    found = weights.locate(config.model_name_or_path, config.model_revision)
-    base, revision = base_of(found) if found.is_adapter else (found, config.model_revision)
-    model, new_tensors = weights.load_classifier(base.location, revision, labels, config.task)
-    tokenizer = weights.load_tokenizer(base.location, revision)
-    if found.is_adapter and config.on_adapter == "merge":
-        load_adapter(model, found.location)
-        merge_and_unload(model)
-    sha256 = weights.model_fingerprint(model)
-    if found.is_adapter and config.on_adapter == "continue":
-        tensors = read_tensors(find_adapter(found.location))
-        sha256 = f"{sha256} {weights.tensors_fingerprint(tensors)}"
-    return StartingModel(
-        model, tokenizer, sha256, base, found if found.is_adapter else None, new_tensors
+def resolve_modes(config: TrainConfig, device: torch.device) -> TrainConfig:
+    """The arguments with everything decided that was left open, as run.json records them."""
+    if config.dtype == "float16" and device.type == "cpu":
+        raise MiniloraError("dtype float16 needs a GPU: on a CPU use bfloat16 or float32")
+    plain = config.hf_parity or config.torch_compile
+    logging_steps = PARITY_LOGGING_STEPS if config.hf_parity else LOGGING_STEPS
+    return dataclasses.replace(
+        config,
+        batching=config.batching or ("padded" if plain else "packed"),
+        dropout=config.dropout or ("torch" if plain or device.type != "cpu" else "fast"),
+        logging_steps=config.logging_steps or logging_steps,
+        eval_steps=config.eval_steps or EVAL_STEPS,
     )
 
 
-def attach_adapter(
-    start: StartingModel, on_adapter: str, lora_config: LoraConfig, dtype: torch.dtype
-) -> None:
-    """A new adapter, or the one that is to be continued, trainable, over a base of `dtype`.
+def new_lora_config(config: TrainConfig, lora_arguments: dict[str, Any]) -> LoraConfig:
+    """The adapter to train: as asked, or, when an adapter is continued, as its file says."""
+    name = config.model_name_or_path
+    found = load.locate(name, config.model_revision) if name is not None else None
+    if found is None or config.on_adapter == "merge" or not found.is_adapter:
+        task_type = task_class(config.task).peft_task_type
+        return LoraConfig(**{**LORA_DEFAULTS, **lora_arguments, "task_type": task_type})
+    stored = dataclasses.asdict(read_config(find_adapter(found.location)))
+    asked = {key: value for key, value in lora_arguments.items() if key not in BOOKKEEPING}
+    return LoraConfig(**{**stored, **asked, "inference_mode": False})
+
+
+def load_starting_model(config: TrainConfig, task: Task) -> StartingModel:
+    """Load what `model_name_or_path` names, its base if that is an adapter, merged if so asked."""
+    found = load.locate(config.model_name_or_path, config.model_revision)
+    base, revision = found, config.model_revision
+    if found.is_adapter:
+        base, revision = base_of(find_adapter(found.location))
+    model, new_tensors = load.load_model(base.location, revision, task)
+    tokenizer = load.load_tokenizer(base.location, revision)
+    if found.is_adapter and config.on_adapter == "merge":
+        load_adapter(model, found.location)
+        merge_and_unload(model)
+    sha256 = load.model_fingerprint(model)
+    if found.is_adapter and config.on_adapter == "continue":
+        sha256 = f"{sha256} {load.tensors_fingerprint(read_adapter(found.location).tensors)}"
+    adapter = found if found.is_adapter else None
+    return StartingModel(model, tokenizer, sha256, base, adapter, new_tensors)
+
+
+def base_of(adapter_directory: Path) -> tuple[Located, str | None]:
+    """The model that an adapter was trained on, and its revision, as its config names them."""
+    config = read_config(adapter_directory)
+    name = config.base_model_name_or_path
+    if not name:
+        raise MiniloraError(
+            f"{adapter_directory} does not name its base model (base_model_name_or_path)"
+        )
+    try:
+        base = load.locate(name, config.revision)
+    except MiniloraError as error:
+        raise MiniloraError(f"{adapter_directory} names the base model {name!r}: {error}") from None
+    if base.is_adapter:
+        raise MiniloraError(f"{adapter_directory} names as its base {name!r}, which is an adapter")
+    return base, config.revision
+
+
+def attach_adapter(start: StartingModel, config: TrainConfig, lora: LoraConfig) -> None:
+    """A new adapter, or the one that is to be continued, trainable, over a base of `config.dtype`.
 
     What trains is float32 whatever the base is: a step of AdamW is often smaller than what bfloat16
     can add to a weight.
-
-    Raises:
-        MiniloraError: the base model's own biases are to train in half precision.
     """
-    if dtype != torch.float32 and lora_config.bias != "none":
+    dtype = getattr(torch, config.dtype)
+    if dtype != torch.float32 and lora.bias != "none":
         raise MiniloraError(
-            f"bias={lora_config.bias!r} trains the base model's biases, which dtype {dtype} would "
+            f"bias={lora.bias!r} trains the base model's biases, which dtype {config.dtype} would "
             "round away: use dtype float32, or bias none"
         )
-    start.model.to(dtype)  # pyright: ignore[reportArgumentType]
-    if start.adapter is not None and on_adapter == "continue":
+    start.model.to(dtype)
+    if start.adapter is not None and config.on_adapter == "continue":
+        stored = read_config(find_adapter(start.adapter.location))
+        differing = differing_fields(stored, resolve_config(start.model, lora))
+        if differing:
+            listed = (f"{name}: {old} -> {new}" for name, (old, new) in differing.items())
+            raise MiniloraError(
+                f"{start.adapter.location} is to be continued and its adapter has other settings: "
+                f"{', '.join(listed)}; leave them out, or use --on_adapter merge for a new adapter"
+            )
         load_adapter(start.model, start.adapter.location, is_trainable=True)
     else:
-        add_adapter(start.model, lora_config)
+        add_adapter(start.model, lora)
     if dtype != torch.float32:
-        train_modules_in_float32(start.model)
+        train_heads_in_float32(start.model)
 
 
-def describe_start(start: StartingModel, on_adapter: str, output_dir: str) -> None:
+def ready(
+    config: TrainConfig, model: PreTrainedModel, pad_token_id: int, device: torch.device
+) -> Packed | Padded:
+    """The forward of an adapted model, on `device`: how its batches are made and its layers run."""
+    model.to(device)  # pyright: ignore[reportArgumentType]
+    set_fused(model, not config.hf_parity)
+    if config.batching == "packed":
+        if can_pack(model):
+            half_on_cpu = config.dtype == "bfloat16" and device.type == "cpu"
+            return Packed(model, pad_token_id, BFLOAT16_MULTIPLE if half_on_cpu else 1)
+        say(f"batches are padded: a {model.config.model_type} is not known how to pack")
+    return Padded(model, pad_token_id)
+
+
+def prepare_training(config: TrainConfig, forward: Packed | Padded) -> None:
+    """Make the model train as `dropout`, `gradient_checkpointing` and `torch_compile` ask.
+
+    The masks of fast dropout are seeded like everything else, and drawn from a stream of their own.
+    """
+    model = forward.model
+    checkpointing: dict[str, Any] = {"use_reentrant": False}
+    if config.dropout == "fast":
+        stream = MaskStream(config.seed)
+        use_fast_dropout(model, stream)
+        checkpointing["context_fn"] = stream.checkpoint_contexts
+    if config.gradient_checkpointing:
+        if not model.supports_gradient_checkpointing:
+            raise MiniloraError(
+                f"gradient_checkpointing: a {model.config.model_type} has no layers that can do it"
+            )
+        # Its name until transformers 5.23.
+        old_name = model.gradient_checkpointing_enable
+        getattr(model, "activation_checkpointing_enable", old_name)(checkpointing)
+    if config.torch_compile:
+        forward.compile()
+
+
+def input_length(asked: int | None, longest: int) -> int:
+    """Tokens kept of each example, at most what the model has positions for."""
+    if asked is not None and asked > longest:
+        raise MiniloraError(f"max_length is {asked}; this model takes {longest} tokens at most")
+    return asked or longest
+
+
+def describe_start(start: StartingModel, config: TrainConfig, output_dir: Path) -> None:
     """Say what is about to be trained, with PEFT's line on trainable parameters."""
     new = ", ".join(start.new_tensors) or "-"
     say(f"model: {start.base.description}, a {type(start.model).__name__}; new: {new}")
     if start.adapter is not None:
-        done = "continued" if on_adapter == "continue" else "merged into it"
+        done = "continued" if config.on_adapter == "continue" else "merged into it"
         say(f"{start.adapter.description}: {done}")
     say(trainable_line(start.model))
     say(f"output: {output_dir}")
@@ -116,24 +212,3 @@ def trainable_line(model: nn.Module) -> str:
     total = sum(p.numel() for p in model.parameters())
     share = 100 * trainable / total
     return f"trainable params: {trainable:,} || all params: {total:,} || trainable%: {share:.4f}"
-
-
-def base_of(adapter: weights.Located) -> tuple[weights.Located, str | None]:
-    """The model that an adapter directory was trained on, and its revision, as its config names
-    them.
-
-    Raises:
-        MiniloraError: it names none, or there is none where it says.
-    """
-    directory = find_adapter(adapter.location)
-    config = read_config(directory)
-    name = config.base_model_name_or_path
-    if not name:
-        raise MiniloraError(f"{directory} does not name its base model (base_model_name_or_path)")
-    try:
-        base = weights.locate(name, config.revision)
-    except MiniloraError as error:
-        raise MiniloraError(f"{directory} names the base model {name!r}: {error}") from None
-    if base.is_adapter:
-        raise MiniloraError(f"{directory} names as its base model {name!r}, which is an adapter")
-    return base, config.revision

@@ -1,10 +1,10 @@
 """Fine-tune a BERT with LoRA, from a labelled text file to an adapter that PEFT loads.
 
-    python -m minilora.train                                                the packaged sentences and model
+    python -m minilora.train                                    the packaged sentences and model
     python -m minilora.train --train_file F --validation_file F --output_dir OUT
-    python -m minilora.train --resume_from_checkpoint OUT                   nothing else needed
+    python -m minilora.train --resume_from_checkpoint OUT       nothing else needed
 
-This file is the command: flags in, one JSON line out. What it runs is `fine_tuning.fine_tune`.
+This file is the command: flags in, one JSON line out. What it runs is `fine_tuning.train`.
 """
 
 import json
@@ -12,16 +12,9 @@ import shlex
 import sys
 from typing import TYPE_CHECKING, Any
 
-from minilora.command import (
-    INTERRUPTED,
-    Parser,
-    add_fields,
-    parsed_fields,
-    run_command,
-    stop_signals,
-    without_collection,
-)
+from minilora.command import INTERRUPTED, Parser, run_command, stop_signals, without_collection
 from minilora.lora.config import LoraConfig
+from minilora.options import add_flags, given_flags
 from minilora.training.config import LORA_DEFAULTS, TrainConfig
 
 if TYPE_CHECKING:
@@ -50,54 +43,43 @@ def parse_arguments(arguments: list[str]) -> tuple[dict[str, Any], dict[str, Any
     parser = Parser(
         prog="python -m minilora.train",
         usage="%(prog)s [flags]",
-        description="Fine-tune a BERT with LoRA. Without any flag: the packaged sentences and model.",
+        description="Fine-tune a BERT with LoRA. Without a flag: the packaged sentences and model.",
         allow_abbrev=False,
     )
-    add_fields(parser, TrainConfig)
-    add_fields(parser, LoraConfig, group="LoRA", defaults=LORA_DEFAULTS)
+    add_flags(parser, TrainConfig)
+    add_flags(parser, LoraConfig, group="LoRA", defaults=LORA_DEFAULTS)
     namespace = parser.parse_args(arguments)
-    return parsed_fields(TrainConfig, namespace), parsed_fields(LoraConfig, namespace)
+    return given_flags(TrainConfig, namespace), given_flags(LoraConfig, namespace)
 
 
 def print_summary(result: "TrainResult", stopped: bool) -> None:
     """What came out, where it is, what to do next; last, one JSON object."""
+    place = shlex.quote(result.output_dir)
     if stopped:
         print(f"stopped at step {result.global_step}; nothing is lost")
     else:
         print_scores(result)
-        place = shlex.quote(result.output_dir)
         print(f"adapter:  {result.output_dir}, which PEFT loads, too")
         print(f"evaluate: python -m minilora.evaluate {place} --file FILE")
         print(f'predict:  python -m minilora.predict {place} --text "..."')
         print(f"merge:    python -m minilora.merge {place} --output_dir DIRECTORY")
-    print(
-        f"resume:   python -m minilora.train --resume_from_checkpoint {shlex.quote(result.output_dir)}"
-    )
-    print(
-        json.dumps(
-            {**result.metrics, "global_step": result.global_step, "output_dir": result.output_dir}
-        )
-    )
+    print(f"resume:   python -m minilora.train --resume_from_checkpoint {place}")
+    summary = {"global_step": result.global_step, "output_dir": result.output_dir}
+    print(json.dumps({**result.metrics, **summary}))
 
 
 def print_scores(result: "TrainResult") -> None:
     """The untrained head's accuracy, where it was measured, the trained one's, and that of each
     kind of example.
     """
-    accuracies = [
-        row["eval_accuracy"]
-        for row in result.log_history
-        if "eval_accuracy" in row and row["step"] == 0
-    ]
-    if accuracies:
-        print(f"accuracy of the untrained head:  {accuracies[0]:.3f}")
+    untrained = [row for row in result.log_history if "eval_accuracy" in row and row["step"] == 0]
+    if untrained:
+        print(f"accuracy of the untrained head:  {untrained[0]['eval_accuracy']:.3f}")
     for name, value in result.metrics.items():
         if name.startswith("eval_accuracy"):
             kind = name.removeprefix("eval_accuracy").removeprefix("_")
-            print(
-                f"accuracy{f' on {kind}' if kind else ' after training'}:".ljust(33)
-                + f"{value:.3f}"
-            )
+            what = f"accuracy on {kind}:" if kind else "accuracy after training:"
+            print(f"{what:<33}{value:.3f}")
 
 
 if __name__ == "__main__":

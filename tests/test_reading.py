@@ -1,7 +1,7 @@
 """Readers given anything: a value or a `MiniloraError`, and nothing else, however bad the bytes.
 
-Hypothesis makes the bytes up, or damages good ones; `tests/corpus` keeps files that are bad in a way
-worth remembering. The name of a corpus file begins with the reader that it is for.
+Hypothesis makes the bytes up, or damages good ones; `tests/corpus` keeps files bad in a way that is
+worth remembering. The name of such a file begins with the reader that it is for.
 """
 
 import contextlib
@@ -19,15 +19,15 @@ from hypothesis import strategies as st
 from torch import nn
 
 from minilora import LoraConfig, MiniloraError, add_adapter, load_adapter
-from minilora.bert.tables import read_rows
-from minilora.lora.adapter_files import adapter_files, read_config, read_tensors
+from minilora.bert.rows import read_rows
 from minilora.lora.config import NOT_SUPPORTED, config_from_dict
-from minilora.reading import read_json, read_safetensors, read_torch
+from minilora.lora.peft_files import CONFIG_NAME, adapter_files, read_adapter, read_config
+from minilora.reading import check_like, parse_json, read_json, read_safetensors, read_torch
+from minilora.training.checkpoint import read_checkpoint
 from minilora.training.config import TrainConfig, train_config_from_dict
-from minilora.training.manifest import verify
-from minilora.training.rng import rng_state
-from minilora.training.run import RUN_NAME, read_run
-from minilora.training.trainer_files import NUMPY_GLOBALS, read_progress, read_rng
+from minilora.training.rng import check_rng_state, rng_state
+from minilora.training.run_directory import RUN_NAME, read_run
+from minilora.training.trainer_files import MAX_STATE_BYTES, NUMPY_GLOBALS, check_progress
 from tests.faults.saver import Toy
 
 CORPUS = Path(__file__).parent / "corpus"
@@ -94,14 +94,14 @@ def damaged(draw, good: bytes) -> bytes:
 
 READERS = {
     "torch": lambda path: read_torch(path, NUMPY_GLOBALS),
-    "rng": lambda path: read_rng(path.parent),
+    "rng": lambda path: check_rng_state(read_torch(path, NUMPY_GLOBALS), path),
     "safetensors": read_safetensors,
     "json": read_json,
     "config": lambda path: read_config(path.parent),
-    "state": lambda path: read_progress(path.parent),
+    "state": lambda path: check_progress(read_json(path, MAX_STATE_BYTES), path),
     "run": lambda path: read_run(path.parent),
-    "manifest": lambda path: verify(path.parent),
-    "bin": lambda path: read_tensors(path.parent),
+    "manifest": lambda path: read_checkpoint(path.parent),
+    "bin": lambda path: read_adapter(path.parent),
     "rows": read_rows,
 }
 NAMES = {
@@ -117,6 +117,8 @@ NAMES = {
 def place(directory: Path, kind: str, data: bytes, suffix: str = "") -> Path:
     path = directory / (NAMES.get(kind) or f"file{suffix}")
     path.write_bytes(data)
+    if kind == "bin":  # weights are looked at only beside a config
+        (directory / CONFIG_NAME).write_bytes(toy_adapter()[CONFIG_NAME])
     return path
 
 
@@ -285,3 +287,75 @@ def test_a_large_file_is_refused_unread(tmp_path):
     for kind in ("config", "manifest", "state", "run"):
         with pytest.raises(MiniloraError, match="1,000,000,000,000 bytes"):
             READERS[kind](tmp_path / NAMES[kind])
+
+
+LIVE = {
+    "state": {0: {"step": torch.tensor(1.0), "exp_avg": torch.zeros(2, 3)}},
+    "groups": [{"lr": 0.1, "betas": (0.9, 0.999), "amsgrad": False, "foreach": None, "name": "a"}],
+    "count": torch.zeros(4, dtype=torch.int64),
+    "kinds": {"labels": list[str] | None, "size": int},
+}
+
+
+def found(**changes) -> dict:
+    """What a file may hold where `LIVE` is expected, with some of it changed."""
+    values = {
+        "state": {0: {"step": torch.tensor(3.0), "exp_avg": torch.ones(2, 3).half()}},
+        "groups": [{"lr": 1, "betas": (0.5, 1), "amsgrad": True, "foreach": {}, "name": "b"}],
+        "count": torch.zeros(4, dtype=torch.uint8),
+        "kinds": {"labels": ["a"], "size": 3, "unasked": object},
+    }
+    return {**values, **changes}
+
+
+def test_what_has_the_structure_of_what_is_live_is_taken():
+    check_like(LIVE, found(), "file")
+    check_like(LIVE, found(kinds={"labels": None, "size": 0}), "file")
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"state": {}}, "state.0 is missing"),
+        ({"state": []}, "state is a list"),
+        ({"state": {0: {"step": 1.0, "exp_avg": torch.zeros(2, 3)}}}, "state.0.step is float 1.0"),
+        (
+            {"count": torch.zeros(5, dtype=torch.int64)},
+            "count is a torch.int64 tensor of shape (5,",
+        ),
+        ({"count": torch.zeros(4)}, "count is a torch.float32 tensor"),
+        ({"count": torch.zeros(4, dtype=torch.int64, device="meta")}, "count is"),
+        ({"count": torch.zeros(4, dtype=torch.int64).to_sparse()}, "count is"),
+        ({"groups": []}, "groups is a list of 0"),
+        ({"groups": ({},)}, "groups is a tuple of 1"),
+        ({"groups": [{"lr": True}]}, "groups.0.lr is bool True"),
+        ({"groups": [{"lr": float("nan")}]}, "groups.0.lr is float nan"),
+        ({"groups": [{"lr": 2**63}]}, "groups.0.lr is int"),
+        ({"groups": [{"lr": 1, "betas": [1, 2]}]}, "groups.0.betas is a list"),
+        ({"groups": [{"lr": 1, "betas": (1, 2), "amsgrad": 0}]}, "groups.0.amsgrad is int 0"),
+        ({"kinds": {"labels": "a", "size": 3}}, "kinds.labels is str 'a' instead of list[str]"),
+        ({"kinds": {"labels": None, "size": 1.5}}, "kinds.size is float 1.5 instead of int"),
+    ],
+)
+def test_what_has_not_is_refused_by_place_and_name(changes, named):
+    with pytest.raises(MiniloraError) as refused:
+        check_like(LIVE, found(**changes), "file")
+    assert str(refused.value).startswith(f"file: {named}")
+
+
+@ONE_FILE
+@given(value=JSON, part=st.sampled_from(sorted(LIVE)))
+def test_anything_may_be_held_against_what_is_live(value, part):
+    with only_our_own_error():
+        check_like(LIVE, found(**{part: value}), "file")
+    with only_our_own_error():
+        check_like(LIVE, value, "file")
+
+
+def test_json_is_not_parsed_beyond_its_limit(tmp_path):
+    """Whether it comes from a file or from memory: parsed, it takes some thirty times as much."""
+    path = place(tmp_path, "json", b'{"a": 1}')
+    assert read_json(path, limit=8) == parse_json(b'{"a": 1}', path, limit=8) == {"a": 1}
+    for read in (lambda: read_json(path, 7), lambda: parse_json(b'{"a": 1}', path, 7)):
+        with pytest.raises(MiniloraError, match="is 8 bytes; at most 7"):
+            read()

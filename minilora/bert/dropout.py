@@ -2,8 +2,8 @@
 
 torch's own dropout draws each element's mask in a serial loop, about 6 ns apiece: for a 768 x 768
 layer that is as long as the matrix product. Here a 16-bit word decides an element, four words to a
-draw of numpy's SFC64: 0.6 ns. The stream is apart from torch's generator, its draws do not depend on
-the number of threads, and its state is part of a checkpoint.
+draw of numpy's SFC64: 0.6 ns. The stream is apart from torch's generator, its draws do not depend
+on the number of threads, and its state is part of a checkpoint.
 """
 
 import contextlib
@@ -14,9 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-# An element is dropped if its 16-bit word is among the lowest p * 2^16: p is exact to 2^-17.
-WORD_BITS = 16
-WORDS_PER_DRAW = 64 // WORD_BITS
+WORDS_PER_DRAW = 4  # of 16 of the generator's 64 bits
 
 
 class MaskStream:
@@ -27,8 +25,7 @@ class MaskStream:
         self.restart(0)
 
     def restart(self, step: int) -> None:
-        """Begin anew, as a function of the seed and a step: what a run continues with that was begun
-        elsewhere."""
+        """Begin anew, as a function of the seed and a step: for a run that was begun elsewhere."""
         self.generator = np.random.SFC64(np.random.SeedSequence([self.seed, step]))
 
     def keep(self, shape: torch.Size, p: float) -> Tensor:
@@ -36,7 +33,8 @@ class MaskStream:
         count = math.prod(shape)
         draws = self.generator.random_raw(-(-count // WORDS_PER_DRAW))
         words = torch.from_numpy(draws.view(np.int16)[:count]).view(shape)
-        lowest_kept = round(p * 2**WORD_BITS) - 2 ** (WORD_BITS - 1)  # words are signed
+        # Dropped are the lowest p * 2^16 words, so that p is exact to 2^-17; words are signed.
+        lowest_kept = round(p * 2**16) - 2**15
         # A byte per element is a quarter of what torch's own masks of floats hold until backward.
         return torch.ge(words, lowest_kept, out=torch.empty(shape, dtype=torch.uint8))
 
@@ -61,7 +59,7 @@ class MaskStream:
             self.set_state(here)
 
     def checkpoint_contexts(self) -> tuple[contextlib.AbstractContextManager, ...]:
-        """What to draw a layer's masks in, and what to draw them again in when it is recomputed."""
+        """torch's `context_fn`: what to draw masks in, and what to draw the same masks again in."""
         return contextlib.nullcontext(), self.replayed_from(self.get_state())
 
 
@@ -74,32 +72,16 @@ class FastDropout(nn.Module):
         self.mask_stream = mask_stream
 
     def forward(self, x: Tensor) -> Tensor:
-        return dropped(x, self)
-
-    def extra_repr(self) -> str:
-        return f"p={self.p}"
-
-
-def dropped(x: Tensor, dropout: nn.Module) -> Tensor:
-    """x after `dropout`, an `nn.Dropout` or a `FastDropout`, of which only p and the mode count."""
-    assert isinstance(dropout, (FastDropout, nn.Dropout))
-    if not dropout.training or dropout.p == 0:
-        return x
-    if isinstance(dropout, nn.Dropout):
-        return nn.functional.dropout(x, dropout.p)
-    mask = dropout.mask_stream.keep(x.shape, dropout.p).to(x.device)
-    return (x * mask).mul_(1 / (1 - dropout.p))
+        if not self.training or self.p == 0:
+            return x
+        mask = self.mask_stream.keep(x.shape, self.p).to(x.device)
+        return (x * mask).mul_(1 / (1 - self.p))
 
 
 def use_fast_dropout(model: nn.Module, mask_stream: MaskStream) -> None:
-    """Replace every `nn.Dropout` of the model, adapters' included.
-
-    transformers' padded attention drops its probabilities inside torch's kernel: those masks stay
-    torch's.
-    """
+    """Replace every `nn.Dropout`, adapters' included; padded attention's is in torch's kernel."""
     for module in list(model.modules()):
         for name, child in module.named_children():
             if isinstance(child, nn.Dropout):
-                replacement = FastDropout(child.p, mask_stream)
-                replacement.train(child.training)
+                replacement = FastDropout(child.p, mask_stream).train(child.training)
                 module.add_module(name, replacement)

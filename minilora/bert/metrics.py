@@ -1,20 +1,17 @@
-"""Numbers that say how good predictions are. Plain numpy, each function from its textbook
-definition.
+"""Numbers that say how good predictions are, in plain numpy, each from its textbook definition.
 
 Where a definition divides by zero (one class never occurs, or predictions are constant), the value
 is 0.0: no evidence of skill. This is scikit-learn's convention for F1 and Matthews; for the
 correlations, scipy gives NaN, which JSON cannot hold.
 
-Shapes: predictions (N,), labels (N,).
+A confusion matrix (C, C) counts examples: row the true class, column the predicted one.
 """
 
 import numpy as np
 
 
-def classification_metrics(logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-    """accuracy, f1 (macro) and matthews of logits (N, C) against integer labels (N,)."""
-    predictions = logits.argmax(axis=-1)
-    confusion = confusion_matrix(predictions, labels, logits.shape[-1])
+def classification_metrics(confusion: np.ndarray) -> dict[str, float]:
+    """accuracy, f1 (macro) and matthews."""
     return {
         "accuracy": float(np.trace(confusion) / confusion.sum()),
         "f1": macro_f1(confusion),
@@ -22,10 +19,9 @@ def classification_metrics(logits: np.ndarray, labels: np.ndarray) -> dict[str, 
     }
 
 
-def regression_metrics(logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-    """mse, pearson and spearman of logits (N, 1) against real labels (N,)."""
-    predictions = logits.reshape(len(labels)).astype(np.float64)
-    labels = labels.astype(np.float64)
+def regression_metrics(predictions: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+    """mse, pearson and spearman of predictions (N,) and labels (N,)."""
+    predictions, labels = predictions.astype(np.float64), labels.astype(np.float64)
     return {
         "mse": float(np.mean((predictions - labels) ** 2)),
         "pearson": pearson_correlation(predictions, labels),
@@ -33,17 +29,8 @@ def regression_metrics(logits: np.ndarray, labels: np.ndarray) -> dict[str, floa
     }
 
 
-def confusion_matrix(predictions: np.ndarray, labels: np.ndarray, classes: int) -> np.ndarray:
-    """Counts (C, C): row the true class, column the predicted one."""
-    return np.bincount(labels * classes + predictions, minlength=classes * classes).reshape(
-        classes, classes
-    )
-
-
 def macro_f1(confusion: np.ndarray) -> float:
-    """Mean of the classes' F1 = 2 TP / (2 TP + FP + FN), over classes that occur as label or
-    prediction.
-    """
+    """Mean of F1 = 2 TP / (2 TP + FP + FN) over the classes that occur, as label or prediction."""
     true_positives = np.diag(confusion)
     occurrences = confusion.sum(axis=0) + confusion.sum(axis=1)  # 2 TP + FP + FN
     occurring = occurrences > 0
@@ -51,9 +38,7 @@ def macro_f1(confusion: np.ndarray) -> float:
 
 
 def matthews_correlation(confusion: np.ndarray) -> float:
-    """Matthews' coefficient for any number of classes (Gorodkin 2004, R_K): 1 perfect, 0 no better
-    than chance.
-    """
+    """Matthews' coefficient for C classes (Gorodkin 2004, R_K): 1 perfect, 0 as chance."""
     confusion = confusion.astype(np.float64)
     actual, predicted, total = confusion.sum(axis=1), confusion.sum(axis=0), confusion.sum()
     covariance = np.trace(confusion) * total - actual @ predicted

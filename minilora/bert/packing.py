@@ -1,18 +1,17 @@
 """Padding-free batches: the tokens of all sequences end to end in one row, and attention over it.
 
 Half of a padded batch of ordinary sentences is padding, and every layer but attention treats tokens
-one by one: these see the row. Attention takes the sequences in a few buckets of similar length, each
-padded for itself, so that what it wastes is small. Within the row, sequences lie in ascending order
-of length; logits come back in the batch's own order.
+one by one: these see the row. Attention takes the sequences in a few buckets of similar length,
+each padded for itself, so that what it wastes is small. Within the row, sequences lie in ascending
+order of length; `place` puts what comes out back in the batch's own order.
+
+Not here: the layers that see the row (`forward`), the arrays a batch is cut from (`dataset`).
 
 B sequences of a batch, b of a bucket; N tokens of the row, n of a bucket, T of a bucket's longest
 sequence; D hidden, H heads, d = D / H.
 """
 
-import functools
-import importlib.util
 import itertools
-import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,11 +19,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minilora.bert.data import Examples, token_positions
-from minilora.bert.dropout import dropped
+from minilora.bert.dataset import Batch, Examples, token_positions
 
-# More buckets waste less padding and cost more calls; 4 was fastest of 1, 2, 4 and 8 on sentences in
-# random order. Where one bucket would be padding by less than a tenth, as after sorting, it is one.
+# More buckets waste less padding and cost more calls; 4 was fastest of 1, 2, 4 and 8 on sentences
+# in random order. Where one bucket would be padding by less than a tenth, as after sorting, it is
+# one.
 BUCKETS = 4
 NEGLIGIBLE_PADDING = 0.1
 
@@ -62,35 +61,35 @@ class Layout:
 
 def collate_packed(
     examples: Examples, indices: np.ndarray, pad_token_id: int, multiple: int
-) -> dict[str, Tensor]:
+) -> Batch:
     """The examples `indices` (B,) as one row of N tokens.
 
     input_ids, position_ids and, if the model takes them, token_type_ids are (N,); lengths (B,), in
-    the row's order; place (B,): where in that order each example of the batch is; labels (B,), in the
+    the row's order; place (B,): where in that order each example is; labels and row (B,), in the
     batch's order.
 
     Args:
-        multiple: N is filled up to a multiple of this. oneDNN prepares its bfloat16 products for each
-            new shape and keeps what it prepared: fewer shapes need less memory.
+        multiple: N is filled up to a multiple of this. oneDNN prepares its bfloat16 products for
+            each new shape and keeps what it prepared: fewer shapes need less memory.
     """
     lengths = examples.offsets[indices + 1] - examples.offsets[indices]
     order = np.argsort(lengths, kind="stable")
-    lengths, indices_in_row = lengths[order], indices[order]
-    flat = token_positions(examples.offsets[indices_in_row], lengths)
+    lengths = lengths[order]
+    flat = token_positions(examples.offsets[indices[order]], lengths)
     size = -(-len(flat) // multiple) * multiple
 
-    def row(values: np.ndarray, filler: int) -> Tensor:
-        filled = np.full(size, filler, dtype=np.int64)
-        filled[: len(flat)] = values
-        return torch.from_numpy(filled)
+    def filled(values: np.ndarray, filler: int) -> Tensor:
+        rest = np.full(size - len(flat), filler)
+        return torch.from_numpy(np.concatenate([values, rest], dtype=np.int64))
 
-    batch = {"input_ids": row(examples.input_ids[flat], pad_token_id)}
+    batch = {"input_ids": filled(examples.input_ids[flat], pad_token_id)}
     if examples.token_type_ids is not None:
-        batch["token_type_ids"] = row(examples.token_type_ids[flat], 0)
-    batch["position_ids"] = row(token_positions(np.zeros_like(lengths), lengths), 0)
+        batch["token_type_ids"] = filled(examples.token_type_ids[flat], 0)
+    batch["position_ids"] = filled(token_positions(np.zeros_like(lengths), lengths), 0)
     batch["lengths"] = torch.from_numpy(lengths)
     batch["place"] = torch.from_numpy(np.argsort(order))
     batch["labels"] = torch.from_numpy(examples.labels[indices])
+    batch["row"] = torch.from_numpy(examples.row[indices])
     return batch
 
 
@@ -124,27 +123,17 @@ def _bucket(lengths: np.ndarray, device: torch.device) -> Bucket:
 
 
 def attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    layout: Layout,
-    heads: int,
-    dropout: nn.Module,
-    first_only: bool = False,
+    query: Tensor, key: Tensor, value: Tensor, layout: Layout, heads: int, dropout: nn.Module
 ) -> Tensor:
-    """softmax(Q K^T / sqrt(d)) V within each sequence, as transformers' eager attention computes it:
-    (N, D) three times -> (N, D).
+    """softmax(Q K^T / sqrt(d)) V within each sequence, `dropout` on the probabilities, as
+    transformers' eager attention computes it: (N, D) three times -> (N, D).
 
-    Scores and probabilities are float32 whatever the row's dtype: oneDNN's bfloat16 products of such
-    small matrices are slower.
-
-    Args:
-        dropout: on the probabilities.
-        first_only: the query (B, D) is of the first tokens alone, and so is the result.
+    A query (B, D) is of the first tokens alone, and so is the result. Scores and probabilities are
+    float32 whatever the row's dtype: oneDNN's bfloat16 products of such small matrices are slower.
     """
+    queries = layout.first_tokens() if len(query) < len(key) else layout.buckets
     if _has_kernel(query, dropout):
-        return _by_kernel(query, key, value, layout, heads, first_only)
-    queries = layout.first_tokens() if first_only else layout.buckets
+        return _by_kernel(query, key, value, layout, heads)
     parts = (_split(query, queries), _split(key, layout.buckets), _split(value, layout.buckets))
     found = []
     for of_query, of_key, *rows in zip(queries, layout.buckets, *parts, strict=True):
@@ -156,17 +145,16 @@ def attention(
         else:
             padding = of_key.padding.repeat_interleave(heads, dim=0)  # (b, 1, T) -> (b * H, 1, T)
             scores = torch.baddbmm(padding, q, k.transpose(1, 2), alpha=scale)
-        probabilities = dropped(torch.softmax(scores, dim=-1), dropout)
+        probabilities = dropout(torch.softmax(scores, dim=-1))
         found.append(_from_heads(torch.bmm(probabilities, v), of_query, heads))
     result = torch.cat(found).to(query.dtype)
     return F.pad(result, (0, 0, 0, len(query) - len(result)))  # the filler attends to nothing
 
 
 def _split(row: Tensor, buckets: list[Bucket]) -> list[Tensor]:
-    # Not a slice for each bucket: their backward passes would fill and add a whole row of zeros each.
+    # Not a slice for each bucket: their backward passes would each fill and add a row of zeros.
     sizes = [bucket.tokens for bucket in buckets]
-    filler = len(row) - sum(sizes)
-    return list(row.split([*sizes, filler] if filler else sizes))[: len(buckets)]
+    return list(row.split([*sizes, len(row) - sum(sizes)]))[: len(buckets)]
 
 
 def _to_heads(rows: Tensor, bucket: Bucket, heads: int) -> Tensor:
@@ -186,29 +174,20 @@ def _from_heads(x: Tensor, bucket: Bucket, heads: int) -> Tensor:
 
 
 def _has_kernel(query: Tensor, dropout: nn.Module) -> bool:
-    # torch's variable-length kernel (since 2.10) is for CUDA, for half precision, without dropout.
+    # torch's variable-length kernel is for CUDA, for half precision, without dropout.
     drops = dropout.training and dropout.p > 0  # pyright: ignore[reportOperatorIssue]
-    is_half = query.dtype in (torch.float16, torch.bfloat16)
-    return query.is_cuda and is_half and not drops and _kernel_is_installed()
+    return query.is_cuda and query.dtype in (torch.float16, torch.bfloat16) and not drops
 
 
-@functools.cache
-def _kernel_is_installed() -> bool:
-    return importlib.util.find_spec("torch.nn.attention.varlen") is not None
-
-
-def _by_kernel(
-    query: Tensor, key: Tensor, value: Tensor, layout: Layout, heads: int, first_only: bool
-) -> Tensor:
+def _by_kernel(query: Tensor, key: Tensor, value: Tensor, layout: Layout, heads: int) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
     ends = F.pad(layout.lengths.cumsum(0), (1, 0)).to(torch.int32)  # (B + 1,)
-    longest = max(bucket.length for bucket in layout.buckets)
-    query_ends = torch.arange(len(ends), device=ends.device, dtype=torch.int32)
+    query_ends, longest = ends, max(bucket.length for bucket in layout.buckets)
+    query_longest = longest
+    if len(query) < len(key):
+        query_ends, query_longest = torch.arange(len(ends)).to(ends), 1
     q, k, v = (x.view(len(x), heads, -1) for x in (query, key, value))  # (N, D) -> (N, H, d)
-    result = varlen_attn(
-        q, k, v, query_ends if first_only else ends, ends, 1 if first_only else longest, longest,
-        scale=1 / math.sqrt(q.shape[-1]),
-    )  # fmt: skip
+    result = varlen_attn(q, k, v, query_ends, ends, query_longest, longest)
     assert isinstance(result, Tensor)
     return result.reshape(len(query), -1)

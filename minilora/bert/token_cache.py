@@ -1,12 +1,13 @@
 """Tokens kept between runs, so that the same text is tokenised once.
 
-    ~/.cache/minilora/<key>.safetensors        (or under XDG_CACHE_HOME); safe to delete at any time
+    ~/.cache/minilora/<key>.safetensors     (or under XDG_CACHE_HOME); safe to delete at any time
 
-The key is a hash of everything the tokens depend on: the texts, the tokenizer's whole state, and the
-length they are cut at. What is read is checked against its own hash; whatever is wrong with a file, or
-with the directory, the text is tokenised as if there were no cache.
+The key is a hash of everything the arrays depend on: the rows, the task and its labels, the
+tokenizer's whole state, and the length texts are cut at. What is read is checked against its own
+hash; whatever is wrong with a file, or with the directory, the text is tokenised anew.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -16,93 +17,52 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 from transformers import PreTrainedTokenizerBase
+from transformers.tokenization_utils_base import TruncationStrategy
+from transformers.utils import PaddingStrategy
 
-from minilora.bert.data import Examples, tokenize
-from minilora.bert.tables import Row
-from minilora.durable import write_file
+from minilora.bert.rows import Row
+from minilora.bert.tasks import Task
+from minilora.files import write_file
 
 # Part of the key: raised whenever the meaning of the arrays changes.
-FORMAT = 1
+FORMAT = 2
 
 
-def tokenize_once(
-    rows: list[Row],
-    labels: np.ndarray,
-    tokenizer: PreTrainedTokenizerBase,
-    fingerprint: str | None,
-    max_length: int,
-    description: str,
-) -> Examples:
-    """`data.tokenize`, or what it returned for the same text in an earlier run.
-
-    Args:
-        fingerprint: the tokenizer's; None leaves the cache alone.
-    """
-    if fingerprint is None:
-        return tokenize(rows, labels, tokenizer, max_length, description)
-    path = cache_directory() / f"{_key(rows, fingerprint, max_length)}.safetensors"
-    cached = _read(path, labels)
-    if cached is not None:
-        return cached
-    examples = tokenize(rows, labels, tokenizer, max_length, description)
-    _write(path, examples)
-    return examples
-
-
-def cache_directory() -> Path:
-    """Where tokens are kept (the XDG base directory specification's cache)."""
-    home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(home).expanduser() / "minilora"
-
-
-def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """SHA-256 of all that a fast tokenizer's output depends on; None for a slow one, whose state is
-    Python code. Take it before the first text: a call leaves its truncation in the state.
-    """
+def entry_of(
+    rows: list[Row], task: Task, tokenizer: PreTrainedTokenizerBase, max_length: int
+) -> Path | None:
+    """Where the arrays of these rows are kept; None for a slow tokenizer, whose state is code."""
     if not tokenizer.is_fast:
         return None
-    state = tokenizer.backend_tokenizer.to_str()  # pyright: ignore
-    names = f"{type(tokenizer).__name__} {tokenizer.model_input_names}"
-    sides = f"{tokenizer.truncation_side} {tokenizer.padding_side}"
-    return hashlib.sha256(f"{names} {sides} {state}".encode()).hexdigest()
+    # A call leaves truncation and padding in the state: here the same before and after the first.
+    tokenizer.set_truncation_and_padding(  # pyright: ignore[reportAttributeAccessIssue]
+        PaddingStrategy.DO_NOT_PAD, TruncationStrategy.LONGEST_FIRST, max_length, 0, None, None
+    )
+    state = tokenizer.backend_tokenizer.to_str()  # pyright: ignore[reportAttributeAccessIssue]
+    names = [type(tokenizer).__name__, tokenizer.model_input_names, tokenizer.truncation_side]
+    texts = [[row.text, row.pair, row.label] for row in rows]
+    key = json.dumps([FORMAT, task.name, task.labels, max_length, names, state, texts])
+    home = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+    return home / "minilora" / f"{hashlib.sha256(key.encode()).hexdigest()}.safetensors"
 
 
-def _key(rows: list[Row], fingerprint: str, max_length: int) -> str:
-    texts = json.dumps([FORMAT, fingerprint, max_length, [[row.text, row.pair] for row in rows]])
-    return hashlib.sha256(texts.encode()).hexdigest()
-
-
-def _read(path: Path, labels: np.ndarray) -> Examples | None:
+def read_entry(path: Path) -> dict[str, np.ndarray] | None:
+    """The arrays kept at `path`; None where there are none, or damaged ones."""
     try:
         arrays = safetensors.numpy.load_file(path)
     except (OSError, safetensors.SafetensorError):
         return None
-    digest = arrays.pop("sha256", None)
-    if digest is None or digest.tobytes() != _digest(arrays):
-        return None
-    return Examples(
-        input_ids=arrays["input_ids"],
-        token_type_ids=arrays.get("token_type_ids"),
-        offsets=arrays["offsets"],
-        labels=labels,
-        truncated=int(arrays["truncated"][0]),
-    )
+    digest = arrays.pop("sha256", np.zeros(0))
+    return arrays if digest.tobytes() == _digest(arrays) else None
 
 
-def _write(path: Path, examples: Examples) -> None:
-    arrays = {
-        "input_ids": examples.input_ids,
-        "offsets": examples.offsets,
-        "truncated": np.array([examples.truncated]),
-    }
-    if examples.token_type_ids is not None:
-        arrays["token_type_ids"] = examples.token_type_ids
-    arrays["sha256"] = np.frombuffer(_digest(arrays), dtype=np.uint8)
-    try:
+def write_entry(path: Path, arrays: dict[str, np.ndarray]) -> None:
+    """Keep the arrays at `path`, if the disk allows it."""
+    digest = np.frombuffer(_digest(arrays), dtype=np.uint8)
+    # A full disk or a home that cannot be written costs time, not the run.
+    with contextlib.suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_file(path, safetensors.numpy.save(arrays))
-    except OSError:
-        pass  # a full disk or a home that cannot be written costs time, not the run
+        write_file(path, safetensors.numpy.save(arrays | {"sha256": digest}))
 
 
 def _digest(arrays: dict[str, np.ndarray]) -> bytes:

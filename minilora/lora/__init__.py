@@ -1,1 +1,1 @@
-"""The method: LoRA layers, put into any model of linear and embedding layers, and taken out again."""
+"""The method: LoRA put into any model of linear and embedding layers, and taken out again."""

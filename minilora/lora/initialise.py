@@ -1,9 +1,4 @@
-"""The first values of A and B, drawn as PEFT draws them: same seed, same bits, same generator
-afterwards.
-
-Each function takes a layer whose `create_adapter` has just run and gives adapter `name` its values.
-Only pissa and olora also change the base weight, by what the fresh update already adds; the caller
-keeps the original.
+"""A fresh adapter, drawn as PEFT draws it: same seed, same bits, same generator afterwards.
 
 Source: peft 0.21 `tuners/lora/layer.py`, `LoraLayer.update_layer` and the `*_init` methods.
 """
@@ -11,133 +6,108 @@ Source: peft 0.21 `tuners/lora/layer.py`, `LoraLayer.update_layer` and the `*_in
 import math
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from minilora.errors import MiniloraError
-from minilora.lora.embedding import LoRAEmbedding
-from minilora.lora.layer import LoRALinear
-from minilora.lora.variants import weight_norm
-
-
-def initialise_linear(layer: LoRALinear, name: str, init: bool | str) -> None:
-    """Give A and B of adapter `name` their first values.
-
-    Args:
-        init: `LoraConfig.init_lora_weights`.
-
-    Raises:
-        MiniloraError: orthogonal with an odd r.
-    """
-    if init is True:
-        _kaiming(layer, name)
-    elif init == "gaussian":
-        _gaussian(layer, name)
-    elif init == "orthogonal":
-        _orthogonal(layer, name)
-    elif init == "olora":
-        _olora(layer, name)
-    elif isinstance(init, str):
-        _pissa(
-            layer, name, niter=int(init.removeprefix("pissa_niter_")) if init != "pissa" else None
-        )
-    # False: torch's default draw for both, so that the adapter is not a no-op. Only tests want
-    # this.
-
-
-def initialise_embedding(layer: LoRAEmbedding, name: str, init: bool | str) -> None:
-    """Give A (zeros) and B (standard normal) of adapter `name` their first values.
-
-    Raises:
-        MiniloraError: an initialisation that needs a linear layer.
-    """
-    if init is False:
-        return
-    if init not in (True, "gaussian"):
-        raise MiniloraError(
-            f"init_lora_weights={init!r} is for linear layers; an embedding takes true, false or gaussian"
-        )
-    with torch.no_grad():
-        nn.init.zeros_(layer.lora_embedding_A[name])
-        nn.init.normal_(layer.lora_embedding_B[name])
-
-
-def initialise_magnitude(layer: LoRALinear | LoRAEmbedding, name: str) -> None:
-    """Add DoRA's magnitude, starting at the norm of W + s B A: (out_features,) or (embedding_dim,)."""
-    with torch.no_grad():
-        if isinstance(layer, LoRALinear):
-            A, B = layer.factors(name)
-            norm = weight_norm(layer.base_layer.weight, layer.scaling[name] * (B.weight @ A.weight))
-        else:
-            product = layer.lora_embedding_B[name] @ layer.lora_embedding_A[name]
-            norm = weight_norm(layer.base_layer.weight.T, layer.scaling[name] * product)
-    layer.lora_magnitude_vector[name] = nn.Parameter(norm)
-
-
-def _kaiming(layer: LoRALinear, name: str) -> None:
-    # a = sqrt(5) is nn.Linear's own default, U(-1/sqrt(in), 1/sqrt(in)), as in microsoft/LoRA. It
-    # is A's second draw (`create_adapter` made the first): PEFT draws twice, too.
-    A, B = layer.factors(name)
-    nn.init.kaiming_uniform_(A.weight, a=math.sqrt(5))
-    _zero(B)
-
-
-def _gaussian(layer: LoRALinear, name: str) -> None:
-    A, B = layer.factors(name)
-    nn.init.normal_(A.weight, std=1 / A.out_features)
-    _zero(B)
-
-
-def _zero(B: nn.Linear) -> None:
-    for parameter in B.parameters():
-        nn.init.zeros_(parameter)
+from minilora.lora.config import LoraConfig
+from minilora.lora.dora import Magnitude, weight_norm
+from minilora.lora.embedding import EmbeddingLora
+from minilora.lora.layer import Lora
+from minilora.lora.targets import pattern_value
 
 
 @torch.no_grad()
-def _orthogonal(layer: LoRALinear, name: str) -> None:
+def new_lora(base: nn.Module, name: str, config: LoraConfig) -> Lora | EmbeddingLora:
+    """An adapter for the module `base`, called `name`.
+
+    Only pissa and olora change the base weight, by what the fresh update already adds; the caller
+    keeps the original.
+    """
+    r = int(pattern_value(config.rank_pattern, name, config.r))
+    lora_alpha = pattern_value(config.alpha_pattern, name, config.lora_alpha)
+    # rsLoRA: arXiv:2312.03732
+    scaling = lora_alpha / math.sqrt(r) if config.use_rslora else lora_alpha / r
+    if isinstance(base, nn.Linear):
+        lora = Lora(base, r, scaling, config.lora_dropout, config.lora_bias)
+        _initialise_linear(lora, base, config.init_lora_weights)
+    else:
+        assert isinstance(base, nn.Embedding)
+        if config.lora_bias:
+            raise MiniloraError(f"lora_bias=True is for linear layers; {name!r} is an embedding")
+        lora = EmbeddingLora(base, r, scaling)
+        _initialise_embedding(lora, config.init_lora_weights)
+    # PEFT's order: to the base layer's device and dtype, then DoRA's magnitude, then up to float32.
+    # Over a bfloat16 base the fresh values have thus been rounded to bfloat16 once.
+    lora.to(base.weight.device, base.weight.dtype)
+    # The magnitude starts at the norm of W + s B A, so that the layer starts as it is without it.
+    if config.use_dora and isinstance(lora, Lora):
+        lora.lora_magnitude_vector = Magnitude(weight_norm(base.weight, lora.delta_weight()))
+    if config.use_dora and isinstance(lora, EmbeddingLora):
+        norm = weight_norm(base.weight.T, lora.delta_weight().T)
+        lora.lora_magnitude_vector = nn.Parameter(norm)
+    return lora.float() if base.weight.dtype in (torch.float16, torch.bfloat16) else lora
+
+
+def _initialise_embedding(lora: EmbeddingLora, init: bool | str) -> None:
+    if init not in (True, False, "gaussian"):
+        raise MiniloraError(
+            f"init_lora_weights={init!r} is for linear layers; "
+            "an embedding takes true, false or gaussian"
+        )
+    if init is not False:
+        nn.init.zeros_(lora.lora_embedding_A)
+        nn.init.normal_(lora.lora_embedding_B)
+
+
+def _initialise_linear(lora: Lora, base: nn.Linear, init: bool | str) -> None:
+    A, B = lora.lora_A.weight, lora.lora_B.weight
+    if init is False:
+        return  # torch's default draw for both: the adapter is not a no-op, which only tests want
+    if init == "orthogonal":
+        A.data, B.data = _orthogonal(len(A), base.in_features, base.out_features)
+    elif init is True or init == "gaussian":
+        if init is True:
+            # a = sqrt(5) is nn.Linear's own default, U(-1/sqrt(in), 1/sqrt(in)), as in
+            # microsoft/LoRA (the paper says Gaussian). PEFT draws A a second time, too.
+            nn.init.kaiming_uniform_(A, a=math.sqrt(5))
+        else:
+            nn.init.normal_(A, std=1 / len(A))
+        for parameter in lora.lora_B.parameters():
+            nn.init.zeros_(parameter)
+    else:
+        weight = base.weight.to(torch.float32)
+        if init == "olora":
+            A.data, B.data = _olora(weight, len(A))
+        else:
+            A.data, B.data = _pissa(weight, len(A), lora.scaling, init)
+        # In this association, (s B) A, as in PEFT: (B A) s would round differently.
+        base.weight.data = (weight - lora.scaling * B @ A).to(base.weight.dtype)
+
+
+def _orthogonal(r: int, in_features: int, out_features: int) -> tuple[Tensor, Tensor]:
     # A and B from the odd and even rows of one orthogonal matrix: B A = 0, though neither is zero.
-    A, B = layer.factors(name)
-    r = A.out_features
     if r % 2 != 0:
         raise MiniloraError(f"init_lora_weights='orthogonal' needs an even r, not {r}")
     Q, _ = torch.linalg.qr(torch.randn(r, r))
-    A_values = torch.randn(A.in_features, r // 2).mm(Q[0::2]).T / 10.0  # (r, in)
-    B_values = torch.randn(r // 2, B.out_features).T.mm(Q[1::2]) / 10.0  # (out, r)
-    A.weight = nn.Parameter(A_values.contiguous())
-    B.weight = nn.Parameter(B_values.contiguous())
+    A = torch.randn(in_features, r // 2).mm(Q[0::2]).T / 10.0
+    B = torch.randn(r // 2, out_features).T.mm(Q[1::2]) / 10.0
+    return A.contiguous(), B.contiguous()
 
 
-@torch.no_grad()
-def _olora(layer: LoRALinear, name: str) -> None:
+def _olora(weight: Tensor, r: int) -> tuple[Tensor, Tensor]:
     # arXiv:2406.01775: B, A from the QR decomposition of W, and W reduced by their product.
-    A, B = layer.factors(name)
-    r = A.out_features
-    weight = layer.base_layer.weight.to(torch.float32)
     Q, R = torch.linalg.qr(weight)
-    A.weight.data = R[:r].contiguous()
-    B.weight.data = Q[:, :r].contiguous()
-    _reduce_base(layer, name, weight)
+    return R[:r].contiguous(), Q[:, :r].contiguous()
 
 
-@torch.no_grad()
-def _pissa(layer: LoRALinear, name: str, niter: int | None) -> None:
+def _pissa(weight: Tensor, r: int, scaling: float, init: str) -> tuple[Tensor, Tensor]:
     # arXiv:2404.02948: the r principal components of W go into B A, the residual stays in the base.
-    A, B = layer.factors(name)
-    r = A.out_features
-    weight = layer.base_layer.weight.to(torch.float32)
-    if niter is None:
-        V, S, Uh = torch.linalg.svd(weight, full_matrices=False)
-        V, S, Uh = V[:, :r], S[:r], Uh[:r]
+    if init == "pissa":
+        U, S, Vh = torch.linalg.svd(weight, full_matrices=False)
+        U, S, Vh = U[:, :r], S[:r], Vh[:r]
     else:
-        V, S, U = torch.svd_lowrank(weight, r, niter=niter)  # draws from the global generator
-        Uh = U.t()
-    root = torch.diag(torch.sqrt(S / layer.scaling[name]))
-    A.weight.data = root @ Uh  # (r, in)
-    B.weight.data = V @ root  # (out, r)
-    _reduce_base(layer, name, weight)
-
-
-def _reduce_base(layer: LoRALinear, name: str, weight: torch.Tensor) -> None:
-    # In this association, (s B) A, as in PEFT: (B A) s would round differently.
-    A, B = layer.factors(name)
-    base = layer.base_layer.weight
-    base.data = (weight - layer.scaling[name] * B.weight @ A.weight).to(base.dtype)
+        niter = int(init.removeprefix("pissa_niter_"))
+        U, S, V = torch.svd_lowrank(weight, r, niter=niter)  # draws from the global generator
+        Vh = V.t()
+    root = torch.diag(torch.sqrt(S / scaling))
+    return root @ Vh, U @ root

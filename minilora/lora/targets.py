@@ -1,284 +1,195 @@
-"""Which modules a `LoraConfig` means: PEFT's matching rules (peft 0.21
-`tuners_utils.check_target_module_exists`).
+"""Which modules a `LoraConfig` means, by their names in `model.named_modules()`.
 
-A module's name is its path in `model.named_modules()`, for example
-`bert.encoder.layer.0.attention.self.query`.
+The rules are those of peft 0.21 `tuners_utils.check_target_module_exists`.
 """
 
+import copy
+import dataclasses
 import re
 import warnings
-from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
-import torch
 from torch import nn
 
 from minilora.errors import MiniloraError
 from minilora.lora.config import LoraConfig
 from minilora.lora.embedding import LoRAEmbedding, TiedOutput, TrainableTokens
+from minilora.lora.heads import TASK_HEADS, ModulesToSave
 from minilora.lora.layer import LoRALinear
 
+AdapterLayer = LoRALinear | LoRAEmbedding | TrainableTokens | TiedOutput
+Wrapper = AdapterLayer | ModulesToSave
+
 # config.model_type -> modules adapted when target_modules is None: the attention's query and value,
-# as in section 4.2 of the paper. Where PEFT has an entry (its
-# `TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING`), this is it.
+# as in section 4.2 of the paper and in PEFT's table, where that has an entry.
+QUERY_AND_VALUE = ("albert", "bert", "camembert", "electra", "layoutlm", "roberta", "xlm-roberta")
 DEFAULT_TARGETS = {
-    "albert": ["query", "value"],
-    "bert": ["query", "value"],
-    "camembert": ["query", "value"],
+    **{family: ["query", "value"] for family in QUERY_AND_VALUE},
     "deberta": ["in_proj"],
     "deberta-v2": ["query_proj", "value_proj"],
     "distilbert": ["q_lin", "v_lin"],
-    "electra": ["query", "value"],
-    "layoutlm": ["query", "value"],
     "mpnet": ["attn.q", "attn.v"],
-    "roberta": ["query", "value"],
-    "xlm-roberta": ["query", "value"],
 }
 
-# task_type -> names under which a head trained from scratch may hang. "score" is other families'
-# name for it; PEFT lists both and so do we, since the list ends up in the file.
-TASK_HEADS = {
-    "SEQ_CLS": ["classifier", "score"],
-    "TOKEN_CLS": ["classifier", "score"],
-    "QUESTION_ANS": ["qa_outputs"],
-}
 
-# How many distinct names an error shows before it cuts the list.
-SHOWN_NAMES = 30
-
-
-def resolve_config(model: nn.Module, config: LoraConfig) -> tuple[list[str], list[str]]:
-    """`target_modules` and `modules_to_save` as lists of names, with the defaults for this model
-    filled in.
-
-    A regular expression has no list of names and is left to `target_names`.
-
-    Returns:
-        (target_modules, modules_to_save); target_modules is empty when it is a regular expression.
-
-    Raises:
-        MiniloraError: target_modules is None and the model's family has no default.
-    """
-    modules_to_save = list(config.modules_to_save or [])
-    for head in TASK_HEADS.get(config.task_type or "", []):
-        if head not in modules_to_save:
-            modules_to_save.append(head)
-    if is_all_linear(config.target_modules):
-        return all_linear(model, modules_to_save), modules_to_save
-    if isinstance(config.target_modules, str):
-        return [], modules_to_save
-    if config.target_modules is not None:
-        return config.target_modules, modules_to_save
-    family = getattr(getattr(model, "config", None), "model_type", None)
-    if family not in DEFAULT_TARGETS:
-        raise MiniloraError(
-            f"target_modules is not set and model type {family!r} has no default "
-            f"(known: {', '.join(DEFAULT_TARGETS)}): name the modules; this model has {available_modules(model)}"
-        )
-    return DEFAULT_TARGETS[family], modules_to_save
-
-
-def is_all_linear(target_modules: list[str] | str | None) -> bool:
-    """Whether target_modules is PEFT's shorthand for every linear layer."""
-    return isinstance(target_modules, str) and target_modules.lower() == "all-linear"
+def resolve_config(model: nn.Module, config: LoraConfig) -> LoraConfig:
+    """A copy of `config` with what it leaves to the model filled in, as PEFT writes it."""
+    targets = config.target_modules
+    modules_to_save = [*(config.modules_to_save or []), *TASK_HEADS.get(config.task_type or "", [])]
+    if isinstance(targets, str) and targets.lower() == "all-linear":
+        targets = all_linear(model, modules_to_save)
+    elif targets is None:
+        family = getattr(getattr(model, "config", None), "model_type", None)
+        if family not in DEFAULT_TARGETS:
+            raise MiniloraError(
+                f"target_modules is not set and model type {family!r} has no default (known: "
+                f"{', '.join(DEFAULT_TARGETS)}): name the modules; {_this_model_has(model)}"
+            )
+        targets = DEFAULT_TARGETS[family]
+    base = config.base_model_name_or_path or getattr(model, "name_or_path", None) or None
+    # PEFT's hint for its AutoPeftModel, written only where task_type does not tell the class.
+    kind = {"base_model_class": type(model).__name__, "parent_library": type(model).__module__}
+    return dataclasses.replace(
+        copy.deepcopy(config),
+        target_modules=targets,
+        modules_to_save=list(dict.fromkeys(modules_to_save)) or None,
+        base_model_name_or_path=base,
+        auto_mapping=config.auto_mapping or (kind if config.task_type is None else None),
+    )
 
 
 def all_linear(model: nn.Module, modules_to_save: list[str]) -> list[str]:
-    """Names of every nn.Linear but the head: the output embeddings, and what is in
-    `modules_to_save`.
-
-    PEFT adds the head of token classification and question answering to modules_to_save only after
-    matching, and then fails on them; here they are left out from the start.
-    """
-    get_head = getattr(model, "get_output_embeddings", None)
-    output_embeddings = get_head() if get_head is not None else None
+    """Names of every linear layer but the output embeddings and the head, in `modules_to_save`."""
+    # PEFT adds the head of token classification and question answering to modules_to_save only
+    # after matching, and then fails on them.
+    output_embeddings = getattr(model, "get_output_embeddings", lambda: None)()
     return [
         name
-        for name, module in model.named_modules()
-        if isinstance(module, (nn.Linear, LoRALinear))
+        for name, module in plain_modules(model)
+        if isinstance(module, nn.Linear | LoRALinear)
         and module is not output_embeddings
-        and not _inside_adapter(model, name)
         and not _is_saved(name, modules_to_save)
     ]
 
 
 def target_names(model: nn.Module, config: LoraConfig) -> list[str]:
-    """The modules to adapt, in `named_modules` order (which is the order of PEFT's random draws).
-
-    Args:
-        config: with target_modules and modules_to_save resolved.
-
-    Raises:
-        MiniloraError: nothing matches (lists what the model has), or a match is neither linear nor
-            embedding.
-    """
+    """The modules that a resolved config adapts, in `named_modules` order: that of PEFT's draws."""
     matched: list[str] = []
-    excluded: list[str] = []
-    for name, module in model.named_modules():
-        if not name or _inside_adapter(model, name):
+    for name, module in plain_modules(model):
+        left_out = is_named(name, config.exclude_modules or [])
+        if left_out or _is_saved(name, config.modules_to_save or []) or not is_target(name, config):
             continue
-        if is_excluded(name, config.exclude_modules) or _is_saved(
-            name, config.modules_to_save or []
-        ):
-            excluded.append(name)
-        elif is_target(name, config):
-            if not isinstance(module, (nn.Linear, nn.Embedding, LoRALinear, LoRAEmbedding)):
-                raise MiniloraError(
-                    f"target_modules matches {name!r}, a {type(module).__name__}: "
-                    f"LoRA adapts nn.Linear and nn.Embedding; this model has {available_modules(model)}"
-                )
-            matched.append(name)
+        if not isinstance(module, nn.Linear | nn.Embedding | LoRALinear | LoRAEmbedding):
+            raise MiniloraError(
+                f"target_modules matches {name!r}, a {type(module).__name__}: LoRA adapts "
+                f"nn.Linear and nn.Embedding; {_this_model_has(model)}"
+            )
+        matched.append(name)
     if not matched:
         raise MiniloraError(
-            f"target_modules={config.target_modules!r} matches nothing to adapt"
-            f"{_narrowed_by(config)}; this model has {available_modules(model)}"
+            f"target_modules={config.target_modules!r} matches nothing to adapt; "
+            f"{_this_model_has(model)}"
         )
-    _warn_unused(config, matched, excluded)
+    _warn_unused(model, config, matched)
     return matched
 
 
-def trainable_tokens(model: nn.Module, config: LoraConfig) -> dict[str, list[int]]:
-    """Embedding name to token ids, as trainable_token_indices asks; a bare list means the input
-    embeddings.
+def saved_names(model: nn.Module, config: LoraConfig) -> list[str]:
+    """The modules that a resolved config trains in full."""
+    asked = config.modules_to_save or []
+    found = [name for name, _ in plain_modules(model) if is_named(name, asked)]
+    # Heads that task_type adds are candidates, of which a model has one; others must be there.
+    named = [name for name in asked if name not in TASK_HEADS.get(config.task_type or "", [])]
+    missing = [name for name in named if not any(is_named(other, [name]) for other in found)]
+    if missing:
+        raise MiniloraError(f"modules_to_save {missing} are not there; {_this_model_has(model)}")
+    return found
 
-    Raises:
-        MiniloraError: no such embedding, or an id outside it.
-    """
-    asked = config.trainable_token_indices
-    if asked is None:
-        return {}
-    get_input = getattr(model, "get_input_embeddings", None)
-    inputs = get_input() if get_input is not None else None
+
+def trainable_tokens(model: nn.Module, config: LoraConfig) -> dict[str, list[int]]:
+    """Embedding name -> token ids; a list in trainable_token_indices means the input embeddings."""
+    kinds = (nn.Embedding, LoRAEmbedding, TrainableTokens)
+    embeddings = {name: m for name, m in plain_modules(model) if isinstance(m, kinds)}
+    asked = config.trainable_token_indices or {}
+    if isinstance(asked, list):
+        inputs = getattr(model, "get_input_embeddings", lambda: None)()
+        names = [name for name, module in embeddings.items() if module is inputs]
+        asked = dict.fromkeys(names or ["of the input"], asked)
     found: dict[str, list[int]] = {}
-    for name, module in model.named_modules():
-        if isinstance(asked, list):
-            indices = asked if module is inputs else None
-        else:
-            indices = next((ids for key, ids in asked.items() if is_named(name, [key])), None)
-        if indices is None or _inside_adapter(model, name):
-            continue
-        rows = getattr(module, "weight", torch.empty(0)).shape[0]
+    for key, indices in asked.items():
+        names = [name for name in embeddings if is_named(name, [key])]
+        if not names:
+            raise MiniloraError(f"trainable_token_indices: this model has no embedding {key!r}")
+        rows = min(len(embeddings[name].weight) for name in names)
         if max(indices) >= rows:
-            raise MiniloraError(
-                f"trainable_token_indices: {max(indices)} is outside {name!r}, which has {rows} rows"
-            )
-        found[name] = indices
-    missing = (
-        []
-        if isinstance(asked, list)
-        else [k for k in asked if not any(is_named(n, [k]) for n in found)]
-    )
-    if missing or not found:
-        raise MiniloraError(f"trainable_token_indices: this model has no embedding {missing or ''}")
+            problem = f"{max(indices)} is outside {names[0]!r}, which has {rows} rows"
+            raise MiniloraError(f"trainable_token_indices: {problem}")
+        found = dict.fromkeys(names, indices) | found  # the first key that names it counts
     return found
 
 
 def is_target(name: str, config: LoraConfig) -> bool:
-    """Whether target_modules, layers_to_transform and layers_pattern together select module `name`."""
-    targets = config.target_modules
-    if isinstance(targets, str):
-        return re.fullmatch(targets, name) is not None
+    """Whether target_modules, layers_to_transform and layers_pattern together select a module."""
+    targets, layers = config.target_modules, config.layers_to_transform
     assert targets is not None
-    if name in targets:
-        return True  # an exact name wins over layers_to_transform, as in PEFT
-    if not any(name.endswith(f".{target}") for target in targets):
-        return False
-    layers = config.layers_to_transform
-    if layers is None or layers == []:
-        return True
+    if layers is None or layers == [] or name in targets:
+        return is_named(name, targets)  # an exact name wins over layers_to_transform, as in PEFT
     index = layer_index(name, config.layers_pattern)
-    return index is not None and index in ([layers] if isinstance(layers, int) else layers)
+    return is_named(name, targets) and index in ([layers] if isinstance(layers, int) else layers)
 
 
 def layer_index(name: str, layers_pattern: list[str] | str | None) -> int | None:
-    """The number of the layer that module `name` lies in: 3 for
-    `bert.encoder.layer.3.attention.self.query`.
-    """
-    if not layers_pattern:
-        patterns = [r".*?\.[^.]*\.(\d+)\."]  # the first numbered segment
-    else:
-        names = [layers_pattern] if isinstance(layers_pattern, str) else layers_pattern
-        patterns = [rf"(?:^|.*?\.){pattern}\.(\d+)\." for pattern in names]
-    for pattern in patterns:
+    """The number of the layer that a module lies in: 3 for `bert.encoder.layer.3.output.dense`."""
+    lists = [layers_pattern] if isinstance(layers_pattern, str) else layers_pattern or []
+    patterns = [rf"(?:^|.*?\.){name}\.(\d+)\." for name in lists if name]
+    for pattern in patterns or [r".*?\.[^.]*\.(\d+)\."]:  # or else the first numbered segment
         if match := re.match(pattern, name):
             return int(match.group(1))
     return None
 
 
-def is_excluded(name: str, exclude_modules: list[str] | str | None) -> bool:
-    """Whether exclude_modules names module `name` (exactly, by its end after a dot, or by
-    expression).
-    """
-    if not exclude_modules:
-        return False
-    if isinstance(exclude_modules, str):
-        return re.fullmatch(exclude_modules, name) is not None
-    return is_named(name, exclude_modules)
-
-
-def is_named(name: str, names: list[str]) -> bool:
-    """Whether `name` is in `names`, or ends in one of them after a dot."""
-    return name in names or any(name.endswith(f".{n}") for n in names)
+def is_named(name: str, names: list[str] | str) -> bool:
+    """Whether a module is meant by `names`: its name, its end after a dot, or one expression."""
+    if isinstance(names, str):
+        return re.fullmatch(names, name) is not None
+    return name in names or any(name.endswith(f".{end}") for end in names)
 
 
 def pattern_value(pattern: Mapping[str, float], name: str, default: float) -> float:
-    """The first entry of rank_pattern or alpha_pattern that matches module `name`, else `default`."""
-    for key, value in pattern.items():
-        if _pattern_matches(key, name):
-            return value
-    return default
+    """The first entry of rank_pattern or alpha_pattern that matches a module, else `default`."""
+    return next((value for key, value in pattern.items() if _is_key(key, name)), default)
 
 
-def available_modules(model: nn.Module) -> str:
-    """The last parts of the names of what could be adapted: "dense, key, query, value"."""
-    names = Counter(
-        name.rpartition(".")[2]
-        for name, module in model.named_modules()
-        if isinstance(module, (nn.Linear, nn.Embedding)) and not _inside_adapter(model, name)
-    )
-    shown = sorted(names)[:SHOWN_NAMES]
-    return ", ".join(shown) + (", ..." if len(names) > SHOWN_NAMES else "")
+def plain_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The modules of the user's model, a wrapped one as its wrapper; not the parts of a wrapper."""
+    inside = None
+    for name, module in model.named_modules():
+        if name and not (inside and name.startswith(inside)):
+            yield name, module
+            inside = f"{name}." if isinstance(module, Wrapper) else None
 
 
-def _pattern_matches(key: str, name: str) -> bool:
+def _this_model_has(model: nn.Module) -> str:
+    kinds = (nn.Linear, nn.Embedding)
+    names = {name.rpartition(".")[2] for name, m in plain_modules(model) if isinstance(m, kinds)}
+    return f"this model has {', '.join(sorted(names)[:30])}{', ...' if len(names) > 30 else ''}"
+
+
+def _is_key(key: str, name: str) -> bool:
     return re.match(rf"(.*\.)?({key})$", name) is not None
 
 
 def _is_saved(name: str, modules_to_save: list[str]) -> bool:
     # The module itself, and everything inside it.
-    return any(re.match(rf"(^|.*\.){re.escape(m)}($|\..*)", name) for m in modules_to_save)
+    return any(f".{saved}." in f".{name}." for saved in modules_to_save)
 
 
-def _inside_adapter(model: nn.Module, name: str) -> bool:
-    # The parts of an adapter that is already there are not modules of the user's model.
-    wrappers = (LoRALinear, LoRAEmbedding, TrainableTokens, TiedOutput)
-    parent = name.rpartition(".")[0]
-    while parent:
-        if isinstance(model.get_submodule(parent), wrappers):
-            return True
-        parent = parent.rpartition(".")[0]
-    return False
-
-
-def _narrowed_by(config: LoraConfig) -> str:
-    fields = ("exclude_modules", "modules_to_save", "layers_to_transform", "layers_pattern")
-    given = [f"{name}={getattr(config, name)!r}" for name in fields if getattr(config, name)]
-    return f" (with {', '.join(given)})" if given else ""
-
-
-def _warn_unused(config: LoraConfig, matched: list[str], excluded: list[str]) -> None:
-    if config.exclude_modules and not any(
-        is_excluded(name, config.exclude_modules) for name in excluded
-    ):
-        warnings.warn(
-            f"exclude_modules={config.exclude_modules!r} excludes nothing in this model",
-            stacklevel=3,
-        )
+def _warn_unused(model: nn.Module, config: LoraConfig, matched: list[str]) -> None:
+    left_out = config.exclude_modules
+    if left_out and not any(is_named(name, left_out) for name, _ in plain_modules(model)):
+        warnings.warn(f"exclude_modules={left_out!r} excludes nothing in this model", stacklevel=4)
     for field in ("rank_pattern", "alpha_pattern"):
-        unused = [
-            key
-            for key in getattr(config, field)
-            if not any(_pattern_matches(key, n) for n in matched)
-        ]
+        keys = getattr(config, field)
+        unused = [key for key in keys if not any(_is_key(key, name) for name in matched)]
         if unused:
-            warnings.warn(f"{field} keys {unused} match no adapted module", stacklevel=3)
+            warnings.warn(f"{field} keys {unused} match no adapted module", stacklevel=4)

@@ -1,19 +1,23 @@
 """`TrainConfig`: everything a run is told, under the names and defaults of HF `TrainingArguments`.
 
-Imports nothing but the standard library, so that a command can build its flags without torch. Each
-field says in which group `--help` shows it, its unit, and what a resume may do with it.
+Each field says in which group `--help` shows it, its unit, its bounds, and what a resume may do
+with it. Imports nothing but the standard library, so that `--help` answers without torch.
 """
 
 import dataclasses
-import typing
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 from minilora.errors import MiniloraError
+from minilora.options import check, differences, option
 
-TASKS = ("sequence_classification", "regression")
+# One file each, whose name is the task's.
+TASKS = tuple(sorted(f.stem for f in Path(__file__).parents[1].glob("bert/tasks/[!_]*.py")))
 SCHEDULES = ("linear", "cosine", "constant", "constant_with_warmup")
 STRATEGIES = ("no", "steps", "epoch")
+EVAL_STEPS = 500  # TrainingArguments', where eval_steps is not given
 DTYPES = ("float32", "bfloat16", "float16")
 
 # The fields of LoraConfig in which a run differs from PEFT's defaults, chosen by measurement
@@ -24,92 +28,100 @@ LORA_DEFAULTS: dict[str, Any] = {"lora_alpha": 16, "lora_dropout": 0.1}
 FREE = "free"  # no number of the training depends on it
 CHECKED = "checked"  # a path may change, for what it names is recognised by its fingerprint
 
-
-def option(
-    default: Any, group: str, help: str, on_resume: str | None = None, choices: Any = None
-) -> Any:
-    """A field with what the command line needs to know about it."""
-    metadata = {"group": group, "help": help, "on_resume": on_resume, "choices": choices}
-    return dataclasses.field(default=default, metadata=metadata)
+free = partial(option, on_resume=FREE)
+checked = partial(option, on_resume=CHECKED)
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """The arguments of a run.
+    """The arguments of a run. All that is wrong with them is said at once.
 
     Defaults are TrainingArguments', except learning rate, epochs and batch size, which were chosen
     by measurement (`benchmarks/README.md`), and evaluation and saving, which happen once per epoch.
-
-    Raises:
-        MiniloraError: all values out of range or contradicting each other, at once.
     """
 
     # fmt: off
-    model_name_or_path: str | None = option(None, "model", "a directory or hub id; by default the packaged MiniLM", CHECKED)
-    model_revision: str | None = option(None, "model", "branch, tag or commit of a hub id", CHECKED)
-    on_adapter: str = option("continue", "model", "when the model is an adapter directory: go on training that adapter, or merge it and train a new one", choices=("continue", "merge"))
-    task: str = option("sequence_classification", "model", "what the head predicts", choices=TASKS)
+    model_name_or_path: str | None = checked(
+        None, "a directory or hub id; by default the packaged MiniLM", group="model")
+    model_revision: str | None = checked(None, "branch, tag or commit of a hub id")
+    on_adapter: str = option(
+        "continue", "given an adapter: go on training it, or merge it and train a new one",
+        choices=("continue", "merge"))
+    task: str = option("sequence_classification", "what the head predicts", choices=TASKS)
 
-    train_file: str | None = option(None, "data", "csv, tsv, json or jsonl; by default the packaged sentences", CHECKED)
-    validation_file: str | None = option(None, "data", "the same, for evaluation during training", CHECKED)
-    test_file: str | None = option(None, "data", "the same, evaluated once after training", CHECKED)
-    validation_split: float = option(0.0, "data", "share of train_file to hold out when there is no validation_file")
-    text_column: str | None = option(None, "data", "name, or number from 0 in a file without header, of the text")
-    text_pair_column: str | None = option(None, "data", "the same for the second text of a pair")
-    label_column: str | None = option(None, "data", "the same for the label")
-    max_length: int | None = option(None, "data", "tokens kept of each text; by default what the model can take")
+    train_file: str | None = checked(
+        None, "csv, tsv, json or jsonl; by default the packaged sentences", group="data")
+    validation_file: str | None = checked(None, "the same, for evaluation during training")
+    test_file: str | None = checked(None, "the same, evaluated once after training")
+    validation_split: float = option(
+        0.0, "share of train_file to hold out when there is no validation_file", least=0, below=1)
+    text_column: str | None = option(None, "the text's name, or number from 0 without a header")
+    text_pair_column: str | None = option(None, "the same for the second text of a pair")
+    label_column: str | None = option(None, "the same for the label")
+    max_length: int | None = option(None, "tokens of a text; by default the model's limit", least=3)
 
-    output_dir: str | None = option(None, "output", "a new or empty directory; by default runs/<date-time>", FREE)
-    resume_from_checkpoint: str | None = option(None, "output", "an output_dir or a checkpoint in it; needs no other flag", FREE)
-    allow_inexact_resume: bool = option(False, "output", "resume a checkpoint of HF Trainer's that lacks a part", FREE)
-    save_strategy: str = option("epoch", "output", "when to write a checkpoint", FREE, STRATEGIES)
-    save_steps: int = option(500, "output", "optimizer steps between checkpoints, with save_strategy steps", FREE)
-    save_total_limit: int | None = option(None, "output", "checkpoints kept; the newest and the best are never deleted", FREE)
-    logging_steps: int = option(500, "output", "optimizer steps between rows of metrics.jsonl", FREE)
+    output_dir: str | None = free(
+        None, "a new or empty directory; by default runs/<date-time>", group="output")
+    resume_from_checkpoint: str | None = free(
+        None, "an output_dir or a checkpoint in it; needs no other flag")
+    allow_inexact_resume: bool = free(False, "take a checkpoint of HF Trainer's that lacks a part")
+    save_strategy: str = free("epoch", "when to write a checkpoint", choices=STRATEGIES)
+    save_steps: int = free(500, "with save_strategy steps, optimizer steps between them", least=1)
+    save_total_limit: int | None = free(
+        None, "checkpoints kept; the newest and the best are never deleted", least=1)
+    logging_steps: int | None = free(
+        None, "optimizer steps between rows of metrics.jsonl; by default 10, with hf_parity 500",
+        least=1)
 
-    num_train_epochs: float = option(3.0, "training", "passes over the training set")
-    max_steps: int = option(-1, "training", "optimizer steps in all; overrides num_train_epochs when above 0")
-    per_device_train_batch_size: int = option(16, "training", "examples in a batch")
-    gradient_accumulation_steps: int = option(1, "training", "batches in an optimizer step")
-    learning_rate: float = option(1e-3, "training", "AdamW's peak learning rate")
-    lr_scheduler_type: str = option("linear", "training", "course of the learning rate", choices=SCHEDULES)
-    warmup_steps: float = option(0, "training", "steps of rising learning rate; below 1, a share of the run")
-    weight_decay: float = option(0.0, "training", "AdamW's decay, on everything but biases and LayerNorms")
-    adam_beta1: float = option(0.9, "training", "AdamW's decay of the first moment")
-    adam_beta2: float = option(0.999, "training", "AdamW's decay of the second moment")
-    adam_epsilon: float = option(1e-8, "training", "AdamW's epsilon")
-    max_grad_norm: float = option(1.0, "training", "gradients are clipped to this norm; 0 turns clipping off")
-    label_smoothing_factor: float = option(0.0, "training", "share of the target spread over all classes")
-    seed: int = option(42, "training", "of every random draw")
-    data_seed: int | None = option(None, "training", "of the order of examples; by default seed")
-    hf_parity: bool = option(False, "training", "the losses, bit for bit, of HF Trainer + PEFT: its random draws, and its sum of accumulated means")
-    device: str | None = option(None, "training", "cpu, cuda, cuda:1, ...; by default cuda where there is one", FREE)
+    num_train_epochs: float = option(3.0, "passes over the training set", group="training")
+    max_steps: int = option(-1, "optimizer steps in all; above 0, it overrides num_train_epochs")
+    per_device_train_batch_size: int = option(16, "examples in a batch", least=1)
+    gradient_accumulation_steps: int = option(1, "batches in an optimizer step", least=1)
+    learning_rate: float = option(1e-3, "AdamW's peak learning rate", least=0)
+    lr_scheduler_type: str = option("linear", "course of the learning rate", choices=SCHEDULES)
+    warmup_steps: float = option(0, "steps of rising rate; below 1, a share of the run", least=0)
+    weight_decay: float = option(0.0, "AdamW's, of all but biases and LayerNorms", least=0)
+    adam_beta1: float = option(0.9, "AdamW's decay of the first moment", least=0, below=1)
+    adam_beta2: float = option(0.999, "AdamW's decay of the second moment", least=0, below=1)
+    adam_epsilon: float = option(1e-8, "AdamW's epsilon")
+    max_grad_norm: float = option(1.0, "gradients are clipped to this norm; 0: never", least=0)
+    label_smoothing_factor: float = option(
+        0.0, "share of the target spread over all classes", least=0, below=1)
+    seed: int = option(42, "of every random draw", least=0)
+    data_seed: int | None = option(None, "of the order of examples; by default seed", least=0)
+    hf_parity: bool = option(
+        False, "HF Trainer + PEFT's losses, bit for bit: their random draws, their sums of means")
+    device: str | None = free(None, "cpu, cuda, cuda:1, ...; by default cuda where there is one")
 
-    batching: str | None = option(None, "speed", "packed leaves out padding; by default packed", choices=("packed", "padded"))
-    dropout: str | None = option(None, "speed", "whose masks: fast is ours, for CPUs; by default fast on a CPU, else torch", choices=("fast", "torch"))
-    dtype: str = option("float32", "speed", "of the frozen weights and the activations; what trains is float32. float16 needs a GPU", choices=DTYPES)
-    gradient_checkpointing: bool = option(False, "speed", "save memory: recompute each layer's activations in the backward pass")
-    torch_compile: bool = option(False, "speed", "compile the model's forward; takes padded batches and torch's dropout")
+    batching: str | None = option(
+        None, "packed, the default, has no padding", choices=("packed", "padded"), group="speed")
+    dropout: str | None = option(
+        None, "whose masks; by default fast, ours, on a CPU, else torch", choices=("fast", "torch"))
+    dtype: str = option(
+        "float32", "of frozen weights and activations; what trains is float32", choices=DTYPES)
+    gradient_checkpointing: bool = option(
+        False, "save memory: recompute each layer's activations in the backward pass")
+    torch_compile: bool = option(
+        False, "compile the model's forward; takes padded batches and torch's dropout")
 
-    eval_strategy: str | None = option(None, "evaluation", "when to evaluate; by default each epoch if there is validation data", FREE, STRATEGIES)
-    eval_steps: int | None = option(None, "evaluation", "optimizer steps between evaluations; by default logging_steps", FREE)
-    eval_on_start: bool = option(False, "evaluation", "evaluate the untrained model, too")
-    per_device_eval_batch_size: int = option(32, "evaluation", "examples in a batch")
-    load_best_model_at_end: bool = option(False, "evaluation", "end with the best checkpoint's adapter instead of the last")
-    metric_for_best_model: str | None = option(None, "evaluation", "loss, accuracy, f1, matthews, pearson, spearman")
-    greater_is_better: bool | None = option(None, "evaluation", "by default true unless the metric is a loss")
-    early_stopping_patience: int | None = option(None, "evaluation", "stop after this many evaluations without a better metric")
+    eval_strategy: str | None = free(
+        None, "when to evaluate; by default each epoch if there is validation data",
+        choices=STRATEGIES, group="evaluation")
+    eval_steps: int | None = free(None, "optimizer steps between two; by default 500", least=1)
+    eval_on_start: bool = option(False, "evaluate the untrained model, too")
+    per_device_eval_batch_size: int = option(32, "examples in a batch", least=1)
+    load_best_model_at_end: bool = option(False, "end with the best checkpoint, not the last")
+    metric_for_best_model: str | None = option(None, "such as loss, accuracy, f1 or pearson")
+    greater_is_better: bool | None = option(None, "by default true unless the metric is a loss")
+    early_stopping_patience: int | None = option(
+        None, "stop after this many evaluations without a better metric", least=1)
     # fmt: on
 
     def __post_init__(self) -> None:
-        problems = _problems(self)
-        if problems:
-            raise MiniloraError("; ".join(problems))
+        check(self, _relations)
 
     def best_metric(self) -> str | None:
-        """The metric that ranks checkpoints, as an `eval_...` key; None when nothing asks for a
-        ranking.
-        """
+        """The metric that ranks checkpoints, as an `eval_...` key; None if nothing asks for one."""
         asked = self.load_best_model_at_end or self.early_stopping_patience is not None
         name = self.metric_for_best_model or ("loss" if asked else None)
         return None if name is None else f"eval_{name.removeprefix('eval_')}"
@@ -122,118 +134,71 @@ class TrainConfig:
 
 
 def train_config_from_dict(values: dict[str, Any], place: str) -> TrainConfig:
-    """A `TrainConfig` from recorded arguments.
-
-    Raises:
-        MiniloraError: a field that this version does not know, or a bad value.
-    """
+    """A `TrainConfig` from recorded arguments; `place` is where they are recorded."""
     known = {field.name for field in dataclasses.fields(TrainConfig)}
     unknown = sorted(set(values) - known)
     if unknown:
         raise MiniloraError(
             f"{place}: unknown arguments {unknown}: it was written by another version of minilora"
         )
-    hints = typing.get_type_hints(TrainConfig)
-    wrong = [f"{k} is {v!r}" for k, v in values.items() if not has_type(v, hints[k])]
-    if wrong:
-        raise MiniloraError(f"{place}: of the wrong type: {', '.join(wrong)}")
+    # Recorded arguments are resolved, eval_steps too; where it is null, an older version wrote it,
+    # to which that meant logging_steps.
+    if values.get("logging_steps") is not None and values.get("eval_steps") is None:
+        values = {**values, "eval_steps": values["logging_steps"]}
     try:
         return TrainConfig(**values)
     except MiniloraError as error:
         raise MiniloraError(f"{place}: {error}") from None
 
 
-def has_type(value: Any, hint: Any) -> bool:
-    """Whether a value read from JSON is of a field's type (`int`, `float | None`, ...). An integer
-    is a float, too, unless no float can hold it.
-    """
-    kinds = typing.get_args(hint) or (hint,)
-    if type(value) is int:
-        return (int in kinds or float in kinds) and abs(value) < 2**63
-    return type(value) in kinds
-
-
 def reconcile(recorded: TrainConfig, given: dict[str, Any]) -> TrainConfig:
     """The recorded arguments with the `given` ones applied, where that leaves the run what it was.
 
-    Raises:
-        MiniloraError: lists every argument that would bend the run, old -> new.
+    Refused are, all at once, those that would bend it.
     """
-    bending = []
-    for field in dataclasses.fields(TrainConfig):
-        old, new = (
-            getattr(recorded, field.name),
-            given.get(field.name, getattr(recorded, field.name)),
-        )
-        if new != old and field.metadata["on_resume"] is None:
-            bending.append(f"{field.name}: {old} -> {new}")
-    refuse_bending(bending)
+    fields = dataclasses.fields(TrainConfig)
+    fixed = {field.name for field in fields if "on_resume" not in field.metadata}
+    bending = {name: value for name, value in given.items() if name in fixed}
+    refuse_bending(differences(recorded, bending))
     return dataclasses.replace(recorded, **given)
 
 
 def refuse_bending(changes: list[str]) -> None:
-    """Refuse to resume with `changes`, a list of "name: old -> new".
-
-    Raises:
-        MiniloraError: unless the list is empty.
-    """
+    """Refuse to resume with `changes`, a list of "NAME: OLD -> NEW", unless it is empty."""
     if changes:
         raise MiniloraError(
-            f"a resumed run cannot change {', '.join(changes)}: leave these out to continue the run as it was, "
-            "or start a new run with another --output_dir"
+            f"a resumed run cannot change {', '.join(changes)}: leave these out to continue the "
+            "run as it was, or start a new run with another --output_dir"
         )
 
 
-def _problems(c: TrainConfig) -> list[str]:
-    found = []
-    for field in dataclasses.fields(c):
-        value, choices = getattr(c, field.name), field.metadata["choices"]
-        if choices and value is not None and value not in choices:
-            found.append(f"{field.name} is {value!r}; it must be one of {', '.join(choices)}")
-    minimum = {
-        "per_device_train_batch_size": 1, "per_device_eval_batch_size": 1, "gradient_accumulation_steps": 1,
-        "logging_steps": 1, "save_steps": 1, "eval_steps": 1, "save_total_limit": 1, "early_stopping_patience": 1,
-        "max_length": 3, "learning_rate": 0, "weight_decay": 0, "warmup_steps": 0, "max_grad_norm": 0, "seed": 0,
-        "data_seed": 0,
-    }  # fmt: skip
-    for name, least in minimum.items():
-        value = getattr(c, name)
-        # `not (value >= least)` rather than `value < least`: it is true of NaN as well.
-        if value is not None and not (value >= least):
-            found.append(f"{name} is {value}; it must be {least} or more")
-    for name in ("validation_split", "label_smoothing_factor", "adam_beta1", "adam_beta2"):
-        if not 0.0 <= getattr(c, name) < 1.0:
-            found.append(f"{name} is {getattr(c, name)}; it must be in [0, 1)")
-    if not c.num_train_epochs > 0 and not c.max_steps > 0:
-        found.append(
-            f"num_train_epochs is {c.num_train_epochs}; it must be above 0 unless max_steps is"
-        )
-    if c.adam_epsilon <= 0:
-        found.append(f"adam_epsilon is {c.adam_epsilon}; it must be above 0")
-    if c.validation_split > 0 and c.validation_file:
-        found.append("validation_split and validation_file are both given: leave one out")
-    if c.task == "regression" and c.label_smoothing_factor:
-        found.append("label_smoothing_factor is for classification")
-    for mode in ("hf_parity", "torch_compile"):
-        plain = {"batching": "padded", "dropout": "torch"}
-        plain |= (
-            {"dtype": "float32", "gradient_checkpointing": False} if mode == "hf_parity" else {}
-        )
-        for name, needed in plain.items():
-            if getattr(c, mode) and getattr(c, name) not in (needed, None):
-                found.append(f"{mode} needs {name} {needed}, not {getattr(c, name)}: leave one out")
-    if c.eval_strategy == "no" and c.best_metric():
-        found.append(f"{c.best_metric()} is asked to rank checkpoints, and eval_strategy is no")
-    if c.load_best_model_at_end:
-        eval_strategy = c.eval_strategy or "epoch"
-        if eval_strategy != c.save_strategy:
-            found.append(
-                f"load_best_model_at_end needs a checkpoint at each evaluation: eval_strategy is {eval_strategy}, "
-                f"save_strategy is {c.save_strategy}; make them the same"
-            )
-        elif c.save_strategy == "steps" and (c.eval_steps or c.logging_steps) % c.save_steps:
-            found.append(
-                f"load_best_model_at_end needs a checkpoint at each evaluation: eval_steps "
-                f"({c.eval_steps or c.logging_steps}) must be a multiple of save_steps ({c.save_steps})"
-            )
+def _relations(c: TrainConfig) -> list[str]:
+    evaluates = c.eval_strategy or "epoch"
+    eval_steps = c.eval_steps or EVAL_STEPS
+    checks = [
+        (c.num_train_epochs <= 0 and c.max_steps <= 0,
+         f"num_train_epochs is {c.num_train_epochs}; it must be above 0 unless max_steps is"),
+        (c.adam_epsilon <= 0, f"adam_epsilon is {c.adam_epsilon}; it must be above 0"),
+        (c.validation_split and c.validation_file,
+         "validation_split and validation_file are both given: leave one out"),
+        (c.task == "regression" and c.label_smoothing_factor,
+         "label_smoothing_factor is for classification"),
+        (c.eval_strategy == "no" and c.best_metric(),
+         f"{c.best_metric()} is asked to rank checkpoints, and eval_strategy is no"),
+        (c.load_best_model_at_end and evaluates != c.save_strategy,
+         "load_best_model_at_end needs a checkpoint at each evaluation: eval_strategy is "
+         f"{evaluates}, save_strategy is {c.save_strategy}; make them the same"),
+        (c.load_best_model_at_end and evaluates == c.save_strategy == "steps"
+         and eval_steps % max(c.save_steps, 1),
+         "load_best_model_at_end needs a checkpoint at each evaluation: eval_steps "
+         f"({eval_steps}) must be a multiple of save_steps ({c.save_steps})"),
+    ]  # fmt: skip
+    found = [problem for is_wrong, problem in checks if is_wrong]
+    plain = {"batching": "padded", "dropout": "torch"}
+    exact = {**plain, "dtype": "float32", "gradient_checkpointing": False}
+    for mode, settings in (("hf_parity", exact), ("torch_compile", plain)):
+        for name, needed in settings.items():
+            value = getattr(c, name)
+            if getattr(c, mode) and value not in (needed, None):
+                found.append(f"{mode} needs {name} {needed}, not {value}: leave one out")
     return found

@@ -2,24 +2,21 @@
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 Batch = dict[str, Tensor]
-"""What one forward pass takes: input_ids (B, T), attention_mask (B, T), ..., and labels (B,)."""
+"""What one forward pass takes (bert/forward says what), and labels."""
 
 TIMING_KEYS = ("runtime", "samples_per_second", "steps_per_second")
 
 
 def evaluate_model(
-    model: nn.Module,
-    batches: Iterator[Batch],
-    loss: Callable[[nn.Module, Batch], tuple[Tensor, Tensor]],
-    metrics: Callable[[np.ndarray, np.ndarray], dict[str, float]],
-    prefix: str,
+    forward: nn.Module, task: Any, batches: Iterator[Batch], scorer: Any, prefix: str
 ) -> dict[str, float]:
     """Metrics of the model over `batches` under `<prefix>_...` keys, timing keys last.
 
@@ -27,25 +24,26 @@ def evaluate_model(
     no training number.
 
     Args:
-        loss: (model, batch) to the batch's mean loss and its logits (B, C).
-        metrics: (logits, labels) of all examples to named numbers.
+        forward: batch to logits.
+        task: its loss (bert/tasks).
+        scorer: takes each batch's logits, and has the metrics at the end.
     """
-    start, steps = time.perf_counter(), 0
-    losses, logits, labels = [], [], []
-    with torch.no_grad(), evaluation_mode(model):
+    start, steps, losses = time.perf_counter(), 0, []
+    with torch.no_grad(), evaluation_mode(forward):
         for batch in batches:
-            batch_loss, batch_logits = loss(model, batch)
-            # Each example counts once, whatever the size of the last batch; float32, as Trainer
-            # averages.
-            losses.append(np.full(len(batch["labels"]), batch_loss.item(), dtype=np.float32))
-            logits.append(batch_logits.float().cpu().numpy())
-            labels.append(batch["labels"].cpu().numpy())
+            logits = forward(batch)
+            # What the loss is averaged over counts once each, whatever the size of the last batch;
+            # float32, as Trainer averages.
+            loss = task.loss(logits, batch).item()
+            losses.append(np.full(task.loss_weight(batch), loss, dtype=np.float32))
+            on_host = {name: tensor.cpu() for name, tensor in batch.items()}
+            scorer.add(logits.float().cpu(), on_host)
             steps += 1
-    found = {"loss": np.concatenate(losses).mean().item()}
-    found |= metrics(np.concatenate(logits), np.concatenate(labels))
+    weighted = np.concatenate(losses)
+    found = {"loss": weighted.mean().item(), **scorer.metrics()}
     seconds = time.perf_counter() - start
-    examples = sum(len(part) for part in labels)
-    found |= dict(zip(TIMING_KEYS, (seconds, examples / seconds, steps / seconds), strict=True))
+    speed = (seconds, len(weighted) / seconds, steps / seconds)
+    found |= dict(zip(TIMING_KEYS, speed, strict=True))
     return {f"{prefix}_{name}": value for name, value in found.items()}
 
 

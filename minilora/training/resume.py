@@ -1,190 +1,198 @@
-"""What a resume may change, what it must find unchanged, and where it begins."""
+"""What a resume would do: where it begins, what it refuses, warns of and sets aside.
+
+`plan_resume` finds it out and changes nothing: `train` carries the plan out, `inspect` prints it.
+"""
 
 import dataclasses
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import nn
-from torch.optim.lr_scheduler import LRScheduler
-
 from minilora.errors import MiniloraError
-from minilora.lora.adapter_files import read_config
-from minilora.lora.config import LoraConfig, config_from_dict
+from minilora.files import set_aside
+from minilora.lora.config import BOOKKEEPING, LoraConfig
+from minilora.options import differences
 from minilora.training.checkpoint import (
-    is_trainer_checkpoint,
-    load_checkpoint,
-    load_trainer_checkpoint,
+    CHECKPOINT,
+    Stored,
+    read_checkpoint,
+    restore,
+    sorted_checkpoints,
 )
-from minilora.training.config import (
-    TrainConfig,
-    reconcile,
-    refuse_bending,
-    train_config_from_dict,
-)
-from minilora.training.loop import Cadence, TrainState
-from minilora.training.manifest import environment, verify
+from minilora.training.config import TrainConfig, reconcile, refuse_bending
+from minilora.training.loop import Training
 from minilora.training.progress import say
-from minilora.training.run import ResumePoint, clear_way, write_run
+from minilora.training.record import MANIFEST_NAME, RunRecord, warnings_of_elsewhere
+from minilora.training.run_directory import RUN_NAME, read_run
 from minilora.training.trainer_files import recorded_arguments
 
-# Parts of the environment on which bit-exactness depends; the others are recorded for the reader.
-EXACTNESS = ("torch", "cpu_capability", "num_threads", "cuda")
+
+@dataclass(frozen=True)
+class ResumePlan:
+    """What resuming from a run's directory, or from a checkpoint, would do."""
+
+    output_dir: Path  # where the given path lies, never a recorded place
+    stored: Stored | None  # the checkpoint to go on from, read and verified; None is step 0
+    record: RunRecord | None  # what the run began with; None where HF Trainer alone has been
+    config: TrainConfig | None  # the arguments to go on with; None where they are refused
+    lora: LoraConfig | None
+    # Newer checkpoints, and whether each is "invalid" or "superseded" (the user chose an older
+    # one): HF Trainer's `get_last_checkpoint` would pick them otherwise.
+    set_aside: list[tuple[Path, str]]
+    refusals: list[str]  # every reason found why it would be refused
+    warnings: list[str]
 
 
-def resumed_arguments(
-    point: ResumePoint, train_arguments: dict[str, Any], lora_arguments: dict[str, Any]
-) -> tuple[TrainConfig, LoraConfig]:
-    """The recorded arguments, with those applied that a resume may change.
+def resumed_directory(path: Path) -> Path:
+    """The directory of the run that `path`, it or one of its checkpoints, belongs to."""
+    if not path.is_dir():
+        raise MiniloraError(f"resume_from_checkpoint {str(path)!r}: there is no such directory")
+    path = path.resolve()  # so that "." and "checkpoint-4/" have a name and a parent
+    if _is_checkpoint(path):
+        return path.parent
+    if not sorted_checkpoints(path) and not (path / RUN_NAME).is_file():
+        raise _nothing_to_resume(path)
+    return path
 
-    Where only HF Trainer has been, the arguments are the given ones, completed by what its files
-    tell.
 
-    Raises:
-        MiniloraError: lists every given argument that would bend the run, old -> new.
+def plan_resume(
+    path: Path,
+    train_arguments: dict[str, Any] | None = None,
+    lora_arguments: dict[str, Any] | None = None,
+) -> ResumePlan:
+    """What resuming from `path` with these arguments beside it would do.
+
+    Of a run's directory it is the highest checkpoint that verifies. One that is named and damaged
+    is an error, and so is a directory with nothing to resume.
     """
-    place = str(point.checkpoint or point.output_dir)
-    foreign = point.checkpoint is not None and is_trainer_checkpoint(point.checkpoint)
-    told = recorded_arguments(point.checkpoint) if foreign and point.checkpoint else {}
-    if point.run is None:
-        assert point.checkpoint is not None
-        lora_config = dataclasses.replace(read_config(point.checkpoint), inference_mode=False)
-        config = TrainConfig(**{**told, **train_arguments})
-    else:
-        lora_config = config_from_dict(point.run["lora"], place)
-        config = reconcile(train_config_from_dict(point.run["arguments"], place), train_arguments)
-    bending = changes(lora_config, lora_arguments, ignored=("task_type",))
-    if config.max_steps <= 0:
-        told.pop("max_steps", None)  # counted in epochs here; the schedule's check compares them
-    refuse_bending(bending + [f"{c} (in {place})" for c in changes(config, told)])
-    return config, lora_config
-
-
-def changes(
-    config: TrainConfig | LoraConfig, values: dict[str, Any], ignored: tuple[str, ...] = ()
-) -> list[str]:
-    """ "name: old -> new" for each of `values` that `config` does not have."""
-    return [
-        f"{name}: {getattr(config, name)} -> {value}"
-        for name, value in values.items()
-        if value != getattr(config, name) and name not in ignored
-    ]
-
-
-def describe_run(
-    config: TrainConfig,
-    lora_config: LoraConfig,
-    labels: list[str] | None,
-    pairs: bool,
-    data_sha256: dict[str, str],
-    model_sha256: str,
-    libraries: dict[str, str],
-) -> dict[str, Any]:
-    """What `run.json` and every checkpoint record: enough to rebuild the run, and to notice that it
-    is another.
-    """
-    arguments = dataclasses.asdict(config)
-    for name in ("train_file", "validation_file", "test_file", "model_name_or_path"):
-        if arguments[name] is not None and Path(arguments[name]).exists():
-            arguments[name] = str(Path(arguments[name]).resolve())
-    # Where the run lies and what it was resumed from is known to whoever resumes it.
-    arguments["output_dir"] = arguments["resume_from_checkpoint"] = None
-    return {
-        "arguments": arguments,
-        "lora": dataclasses.asdict(lora_config),
-        "labels": labels,
-        "pairs": pairs,
-        "data_sha256": data_sha256,
-        "model_sha256": model_sha256,
-        "environment": {**environment(), **libraries},
-    }
-
-
-def check_same_inputs(point: ResumePoint, run: dict[str, Any]) -> None:
-    """Refuse to resume on another base model or on other data than the recorded.
-
-    Raises:
-        MiniloraError: lists what changed.
-    """
-    recorded = point.run
-    if recorded is None:
-        return  # Trainer records neither
-    changed = [
-        f"{part} file ({run['arguments'][f'{part}_file'] or 'packaged'})"
-        for part, digest in recorded["data_sha256"].items()
-        if run["data_sha256"].get(part) != digest
-    ]
-    if run["model_sha256"] != recorded["model_sha256"]:
-        changed.append(
-            f"base model or adapter ({run['arguments']['model_name_or_path'] or 'packaged'})"
+    output_dir = resumed_directory(path)
+    named = read_checkpoint(path.resolve()) if _is_checkpoint(path.resolve()) else None
+    stored, aside = _highest(output_dir, named)
+    is_ours = stored is not None and stored.manifest is not None
+    record = stored.record if stored is not None else None
+    if not is_ours and (output_dir / RUN_NAME).is_file():
+        record = read_run(output_dir)
+    if stored is None and record is None:
+        raise _nothing_to_resume(path)
+    config = lora = None
+    refusals, warnings = [], []
+    try:
+        config, lora = _arguments(stored, record, train_arguments or {}, lora_arguments or {})
+    except MiniloraError as error:
+        refusals.append(str(error))
+    if stored is None and record is not None and record.result is not None:
+        refusals.append(
+            f"{output_dir} is finished and kept no checkpoint (save_strategy no): nothing to resume"
         )
-    if changed or run["labels"] != recorded["labels"]:
+    if stored is not None and stored.missing() and not (config and config.allow_inexact_resume):
+        refusals.append(
+            f"{stored.path} lacks {', '.join(stored.missing())}: the resumed run would be another "
+            "one (--allow_inexact_resume goes on all the same)"
+        )
+    if stored is not None and stored.manifest is not None:
+        warnings = warnings_of_elsewhere(stored.manifest.environment)
+    return ResumePlan(output_dir, stored, record, config, lora, aside, refusals, warnings)
+
+
+def changed_inputs(
+    record: RunRecord, data_sha256: dict[str, str], model_sha256: str | None = None
+) -> list[str]:
+    """Which of a run's inputs are not what it began with, told by their fingerprints."""
+    arguments = dataclasses.asdict(record.arguments)
+    changed = [
+        f"{split} file ({arguments[f'{split}_file'] or 'packaged'})"
+        for split, digest in record.data_sha256.items()
+        if data_sha256.get(split) != digest
+    ]
+    if model_sha256 not in (None, record.model_sha256):
+        changed.append(f"base model or adapter ({arguments['model_name_or_path'] or 'packaged'})")
+    return changed
+
+
+def check_same_inputs(plan: ResumePlan, record: RunRecord) -> None:
+    """Refuse to resume on another base model or on other data than the recorded."""
+    if plan.record is None:
+        return  # Trainer records neither
+    began = dataclasses.replace(plan.record, arguments=record.arguments)
+    changed = changed_inputs(began, record.data_sha256, record.model_sha256)
+    if record.labels != plan.record.labels:
+        changed.append("labels")
+    if changed:
         raise MiniloraError(
-            f"cannot resume {point.output_dir}: not what the run began with: {', '.join(changed) or 'the labels'}; "
+            f"cannot resume {plan.output_dir}: not what the run began with: {', '.join(changed)}; "
             "restore it, or start a new run"
         )
 
 
-def begin(
-    config: TrainConfig,
-    cadence: Cadence,
-    output_dir: Path,
-    run: dict[str, Any],
-    point: ResumePoint | None,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    scheduler: LRScheduler,
-    scaler: torch.amp.GradScaler,
-) -> TrainState:
-    """The state to train from: a checkpoint's, or a fresh one."""
-    if point is None or point.run is None or point.checkpoint is None:
-        write_run(output_dir, run)
-    if point is None:
-        return TrainState()
-    if point.checkpoint is None:
-        clear_way(point)  # whatever lies there was not fit to resume from
-        return TrainState()
-    if is_trainer_checkpoint(point.checkpoint):
-        state = load_trainer_checkpoint(
-            point.checkpoint,
-            model,
-            optimizer,
-            scheduler,
-            cadence,
-            scaler,
-            config.allow_inexact_resume,
-        )
-    else:
-        warn_if_elsewhere(point.checkpoint)
-        state = load_checkpoint(point.checkpoint, model, optimizer, scheduler, scaler)
-    check_position(state, cadence, point.checkpoint)
-    clear_way(point)
-    say(f"resuming {point.checkpoint} at step {state.global_step}")
-    return state
-
-
-def check_position(state: TrainState, cadence: Cadence, checkpoint: Path) -> None:
-    """Refuse a position that is none in this run's data: skipping to it would find nothing, for
-    ever.
-
-    Raises:
-        MiniloraError: with both.
+def carry_out(plan: ResumePlan, training: Training) -> None:
+    """Put `training` where the plan says, and newer checkpoints aside. Call it only while holding
+    the directory's lock.
     """
-    length = cadence.steps_per_epoch
-    inside = state.step_in_epoch < length or (state.epoch_ends and state.step_in_epoch == length)
-    if not inside or state.global_step != state.epoch * length + state.step_in_epoch:
+    for warning in plan.warnings:
+        say(f"warning: {warning}")
+    if plan.stored is not None:
+        restore(plan.stored, training)
+    for path, reason in plan.set_aside:
+        aside = set_aside(path, reason)
+        say(f"warning: {path.name} is {reason} and now named {aside.name}")
+    if plan.stored is not None:
+        say(f"resuming {plan.stored.path} at step {training.state.global_step}")
+
+
+def _nothing_to_resume(path: Path) -> MiniloraError:
+    looked_for = f"neither a complete checkpoint-<step> nor a {RUN_NAME}"
+    return MiniloraError(f"resume_from_checkpoint {str(path)!r} holds {looked_for}")
+
+
+def _is_checkpoint(path: Path) -> bool:
+    return CHECKPOINT.fullmatch(path.name) is not None or (path / MANIFEST_NAME).exists()
+
+
+def _highest(
+    output_dir: Path, named: Stored | None
+) -> tuple[Stored | None, list[tuple[Path, str]]]:
+    """The checkpoint to go on from, and what is newer: everything before it in the search."""
+    aside: list[tuple[Path, str]] = []
+    for path in sorted_checkpoints(output_dir):
+        if named is not None and path == named.path:
+            break
+        try:
+            found = read_checkpoint(path)
+        except MiniloraError:
+            aside.append((path, "invalid"))
+            continue
+        if named is None:
+            return found, aside
+        aside.append((path, "superseded"))
+    return named, aside
+
+
+def _arguments(
+    stored: Stored | None,
+    record: RunRecord | None,
+    train_arguments: dict[str, Any],
+    lora_arguments: dict[str, Any],
+) -> tuple[TrainConfig, LoraConfig]:
+    """The recorded arguments, with those applied that a resume may change. Where only HF Trainer
+    has been, the given ones, completed by what its files tell.
+    """
+    told: dict[str, Any] = {}
+    if stored is not None and stored.manifest is None:
+        parts = (stored.progress, stored.optimizer, stored.generators)
+        told = recorded_arguments(*parts, stored.path)
+    if record is not None:
+        config, lora = reconcile(record.arguments, train_arguments), record.lora
+    elif stored is not None and told:
+        config = TrainConfig(**{**told, **train_arguments})
+        lora = dataclasses.replace(stored.adapter.config, inference_mode=False)
+    else:
         raise MiniloraError(
-            f"{checkpoint} stands at step {state.step_in_epoch} of epoch {state.epoch} and step "
-            f"{state.global_step} in all, where an epoch has {length}: it was edited"
+            "the checkpoint was written by a loop of your own and records no run: load_checkpoint "
+            "restores it there"
         )
-
-
-def warn_if_elsewhere(checkpoint: Path) -> None:
-    """Say so where the machine or its libraries differ in what a run's bits depend on."""
-    recorded, here = verify(checkpoint).environment, environment()
-    for name in EXACTNESS:
-        if recorded.get(name) != here[name]:
-            say(
-                f"warning: {name} was {recorded.get(name)} and is {here[name]}: the resume may not "
-                "be bit-exact"
-            )
+    if config.max_steps <= 0:
+        told.pop("max_steps", None)  # counted in epochs here; the schedule's check compares them
+    asked = {name: value for name, value in lora_arguments.items() if name not in BOOKKEEPING}
+    bending = [f"{change} (in Trainer's files)" for change in differences(config, told)]
+    refuse_bending(differences(lora, asked) + bending)
+    return config, lora

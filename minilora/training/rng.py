@@ -1,23 +1,34 @@
-"""Every random generator a run draws from: seeded together, saved together, restored together."""
+"""Every random generator a run draws from: seeded together, saved together, restored together.
+
+The stream of fast dropout's masks (bert/dropout) is reached through the model's modules: this room
+knows only that it has a state.
+"""
 
 import random
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
+from minilora.errors import MiniloraError
+from minilora.reading import first_line
+
+# Words of MT19937. numpy does not check the position in them, and would read beyond its array.
+MT19937_WORDS = 624
+
 
 def seed_all(seed: int) -> None:
-    """Seed python, numpy and torch (all devices), in the way and order of transformers' `set_seed`."""
+    """Seed python, numpy and torch (all devices), in the order of transformers' `set_seed`."""
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
 
 
 def rng_state(model: nn.Module) -> dict[str, Any]:
-    """The state of every generator, in HF Trainer's structure (`rng_state.pth`), and of the stream that
-    the model's own dropout draws from, where it has one.
+    """The state of every generator, in HF Trainer's structure (`rng_state.pth`), and of the stream
+    that the model's own dropout draws from, where it has one.
 
     numpy's key is a list instead of an array: Trainer restores it all the same, and the file then
     loads with plain `weights_only=True`, no numpy reconstruction function allowed.
@@ -50,6 +61,29 @@ def set_rng_state(state: dict[str, Any], model: nn.Module) -> None:
     torch.set_rng_state(state["cpu"])
     if "cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"])
+
+
+def check_rng_state(state: Any, place: Path) -> None:
+    """Refuse what `set_rng_state` could not restore, ours or HF Trainer's.
+
+    Tried on generators of no consequence: the run's own are untouched.
+    """
+    if not isinstance(state, dict) or {"python", "numpy", "cpu"} - set(state):
+        raise MiniloraError(f"{place} does not hold the states of python, numpy and torch")
+    try:
+        version, keys, gauss_next = state["python"]
+        random.Random().setstate((version, tuple(keys), gauss_next))
+        np.random.RandomState().set_state(tuple(state["numpy"]))
+        if not 0 <= state["numpy"][2] <= MT19937_WORDS:
+            raise ValueError(f"numpy's position is {state['numpy'][2]}")
+        torch.Generator().set_state(state["cpu"])
+        masks = state.get("mask_stream", torch.zeros(4, dtype=torch.int64))
+        if masks.shape != (4,) or masks.dtype != torch.int64:
+            raise ValueError("the state of a mask stream is four int64")
+        if state.get("cuda") is not None and not isinstance(state["cuda"], torch.Tensor):
+            raise ValueError("CUDA's state is no tensor")
+    except Exception as error:  # each generator complains in its own way
+        raise MiniloraError(f"{place} holds no generators' states: {first_line(error)}") from None
 
 
 def mask_stream(model: nn.Module) -> Any:

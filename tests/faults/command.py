@@ -1,11 +1,12 @@
-"""The whole command in a fork: `python -m tests.faults.command MODEL TRAIN_FILE VALIDATION_FILE`."""
+"""The whole command in a fork: `python -m tests.faults.command MODEL TRAIN_FILE VALIDATION`."""
 
 import sys
 from functools import partial
 from pathlib import Path
 
 from minilora import MiniloraError, train
-from minilora.training.run import explained, find_resume_point
+from minilora.training.resume import plan_resume
+from minilora.training.run_directory import advice_on_disk_errors
 from tests.faults.forks import serve
 
 
@@ -23,8 +24,8 @@ def fresh_flags(model, train_file, validation_file, output_dir) -> list[str]:
 def run(model: str, train_file: str, validation_file: str, output_dir: Path) -> int:
     """Go on, or start if there is nothing to go on from."""
     try:
-        with explained(output_dir):
-            find_resume_point(output_dir)
+        with advice_on_disk_errors(output_dir):
+            plan_resume(output_dir)
         flags = ["--resume_from_checkpoint", str(output_dir)]
     except MiniloraError:
         flags = fresh_flags(model, train_file, validation_file, output_dir)

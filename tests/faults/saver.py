@@ -1,5 +1,5 @@
-"""A whole run without transformers: starts or resumes in a directory, trains a tiny module, saves and
-rotates checkpoints, ends with an adapter. The rooms are minilora's own; only the model is a toy.
+"""A whole run without transformers: starts or resumes in a directory, trains a tiny module, saves
+and rotates checkpoints, ends with an adapter. All but the model is minilora's own.
 
     python -m tests.faults.saver
 """
@@ -9,21 +9,25 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from minilora import LoraConfig, MiniloraError, TrainConfig, add_adapter, save_adapter
-from minilora.bert.dropout import MaskStream, use_fast_dropout
-from minilora.durable import exclusive, sweep_leftovers
-from minilora.training.loop import example_shares, fit
-from minilora.training.plan import Saver, build_optimisation, plan_cadence
-from minilora.training.resume import begin, check_same_inputs, describe_run
-from minilora.training.rng import seed_all
-from minilora.training.run import (
-    METRICS_NAME,
-    MetricsFile,
-    ResumePoint,
-    explained,
-    find_resume_point,
-    new_output_dir,
+from minilora import (
+    LoraConfig,
+    MiniloraError,
+    RunRecord,
+    TrainConfig,
+    Training,
+    add_adapter,
+    save_adapter,
+    save_checkpoint,
 )
+from minilora.bert.dropout import MaskStream, use_fast_dropout
+from minilora.files import exclusive, sweep_leftovers
+from minilora.training.loop import plan_timetable
+from minilora.training.optim import build_optimizer, build_scheduler
+from minilora.training.record import environment
+from minilora.training.resume import check_same_inputs, plan_resume, resumed_directory
+from minilora.training.rng import seed_all
+from minilora.training.run import Run, fit_in_directory
+from minilora.training.run_directory import advice_on_disk_errors, new_output_dir
 from tests.faults.forks import serve
 
 STEPS, EXAMPLES, WIDTH = 4, 6, 4
@@ -34,6 +38,7 @@ CONFIG = TrainConfig(
     save_strategy="steps",
     save_steps=1,
     save_total_limit=2,
+    train_file="toy",
 )
 ADAPTER = LoraConfig(r=2, target_modules=["query"], lora_dropout=0.5)
 
@@ -45,58 +50,65 @@ class Toy(nn.Module):
         super().__init__()
         self.query = nn.Linear(WIDTH, WIDTH)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.query(x)
+    def forward(self, batch: dict[str, Tensor]) -> Tensor:
+        return self.query(batch["x"]).sum(-1)
 
 
-def updates(epoch: int, skip: int):
+class Sum:
+    """The task: each row's sum."""
+
+    def training_loss(self, logits: Tensor, batch: dict[str, Tensor]) -> Tensor:
+        return (logits - batch["labels"]).square().mean()
+
+    def loss_weight(self, batch: dict[str, Tensor]) -> int:
+        return len(batch["labels"])
+
+
+def batches(epoch: int, skip: int):
     generator = torch.Generator().manual_seed(epoch)
     data = torch.randn(EXAMPLES // 2, 2, WIDTH, generator=generator)
     for batch in data[skip:]:
         yield [{"x": batch, "labels": batch.sum(-1)}]
 
 
-def loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-    return (model(batch["x"]).sum(-1) - batch["labels"]).square().mean()
-
-
-def where_to_begin(output_dir: Path) -> ResumePoint | None:
-    """As a user who says "go on, or start if there is nothing to go on from"."""
-    try:
-        return find_resume_point(output_dir)
-    except MiniloraError:
-        new_output_dir(output_dir)
-        return None
+def build() -> Training:
+    """The toy with its adapter, and everything that a step changes."""
+    model = Toy()
+    add_adapter(model, ADAPTER)
+    use_fast_dropout(model, MaskStream(CONFIG.seed))
+    optimizer = build_optimizer(model, CONFIG)
+    return Training(
+        model,
+        optimizer,
+        build_scheduler(optimizer, CONFIG, STEPS),
+        scaler=torch.amp.GradScaler("cpu"),  # not that float32 needs one: it is saved, too
+        timetable=plan_timetable(CONFIG, EXAMPLES, validates=False),
+    )
 
 
 def run(output_dir: Path) -> int:
-    """What `fine_tuning.train` does, without text."""
-    with explained(output_dir):
-        point = where_to_begin(output_dir)
-    with explained(output_dir), exclusive(output_dir):
-        sweep_leftovers(output_dir)
-        seed_all(CONFIG.seed)
-        model = Toy()
-        run = describe_run(CONFIG, ADAPTER, None, False, {}, "toy", {})
-        if point is not None:
-            check_same_inputs(point, run)
-        cadence = plan_cadence(CONFIG, EXAMPLES, validates=False)
-        add_adapter(model, ADAPTER)
-        use_fast_dropout(model, MaskStream(CONFIG.seed))
-        optimizer, scheduler = build_optimisation(CONFIG, model, STEPS)
-        scaler = torch.amp.GradScaler("cpu")  # not that float32 needs one: it is saved, too
-        trained = (model, optimizer, scheduler, scaler)
-        state = begin(CONFIG, cadence, output_dir, run, point, *trained)
-        metrics = MetricsFile(output_dir / METRICS_NAME, state.log_history)
-        save = Saver(CONFIG, cadence, output_dir, run, *trained)
-        fit(
-            *trained, state, cadence, CONFIG.max_grad_norm, updates, loss, None, metrics.append,
-            save, lambda: False, lambda *_: None, example_shares, lambda: None,
-        )  # fmt: skip
-        save(state)  # once more: a checkpoint that is there is replaced
-        metrics.finish()
-        save.finish()
-        save_adapter(model, output_dir)
+    """Go on, or start if there is nothing to go on from; save once more at the end."""
+    try:
+        resumed_directory(output_dir)
+        plan_resume(output_dir)
+        resumes = True
+    except MiniloraError:
+        resumes = False
+    with advice_on_disk_errors(output_dir):
+        if not resumes:
+            new_output_dir(output_dir)
+        with exclusive(output_dir):
+            sweep_leftovers(output_dir)
+            plan = plan_resume(output_dir) if resumes else None
+            seed_all(CONFIG.seed)
+            record = RunRecord(CONFIG, ADAPTER, None, False, {}, "toy", environment())
+            if plan is not None:
+                check_same_inputs(plan, record)
+            training = build()
+            parts = Run(record, training, Sum(), batches, None)
+            fit_in_directory(parts, output_dir, plan, lambda: False)
+            save_checkpoint(output_dir, training, record)  # one that is there is replaced
+            save_adapter(training.model, output_dir)
     return 0
 
 

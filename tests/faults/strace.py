@@ -1,4 +1,4 @@
-"""System calls observed and made to fail by strace, which knows nothing of the program's own hooks."""
+"""System calls observed and made to fail by strace, which knows nothing of the program's hooks."""
 
 import os
 import re

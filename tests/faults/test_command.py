@@ -18,9 +18,8 @@ from safetensors.torch import load_file
 from transformers.trainer_utils import get_last_checkpoint
 
 from minilora import latest_checkpoint
-from minilora.durable import LEFTOVER
-from minilora.training.checkpoint import sorted_checkpoints
-from minilora.training.manifest import verify
+from minilora.files import LEFTOVER
+from minilora.training.checkpoint import read_checkpoint, sorted_checkpoints
 from tests.conftest import read_rows
 from tests.faults.command import fresh_flags
 from tests.faults.strace import needs_strace
@@ -71,7 +70,7 @@ def test_a_kill_at_a_call_loses_nothing(call, number, tmp_path, tiny_model, sent
     )
     assert killed.returncode in (-9, 137), killed.stderr
     for checkpoint in sorted_checkpoints(output_dir):
-        verify(checkpoint)
+        read_checkpoint(checkpoint)
     latest = latest_checkpoint(output_dir)
     assert get_last_checkpoint(str(output_dir)) == (str(latest) if latest else None)
     again = subprocess.run([*RESUME, output_dir], capture_output=True, text=True)
@@ -179,7 +178,7 @@ def test_a_signal_at_any_time_ends_in_the_documented_way(
     assert process.returncode in (128 + number, -number, 0), said
     assert "Traceback" not in said
     for checkpoint in sorted_checkpoints(output_dir):
-        verify(checkpoint)
+        read_checkpoint(checkpoint)
 
 
 def test_a_second_run_on_the_same_directory_is_refused(tmp_path, tiny_model, sentences):

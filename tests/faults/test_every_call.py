@@ -19,9 +19,8 @@ from typing import Any
 import pytest
 from transformers.trainer_utils import get_last_checkpoint
 
-from minilora.durable import LEFTOVER
-from minilora.training.checkpoint import latest_checkpoint, sorted_checkpoints
-from minilora.training.manifest import verify
+from minilora.files import LEFTOVER
+from minilora.training.checkpoint import latest_checkpoint, read_checkpoint, sorted_checkpoints
 from tests.conftest import read_rows
 from tests.faults.strace import Call, Server, calls_on, needs_strace
 
@@ -81,7 +80,7 @@ def assert_sound(output_dir: Path) -> None:
     if not output_dir.exists():
         return
     for checkpoint in sorted_checkpoints(output_dir):
-        verify(checkpoint)
+        read_checkpoint(checkpoint)
     ours = latest_checkpoint(output_dir)
     assert get_last_checkpoint(str(output_dir)) == (None if ours is None else str(ours))
 
@@ -142,7 +141,7 @@ def faults(request, server, tmp_path) -> Faults:
 
 
 def test_strace_sees_the_calls_that_the_promise_is_about(server, tmp_path):
-    """Negative control of the tests below: they would prove nothing about calls they did not see."""
+    """Negative control of the tests below: they prove nothing about calls that they do not see."""
     names = [call.name for call in Faults(server, tmp_path, None).calls]
     # 4 checkpoints of 7 files and a directory each, and the directory they lie in.
     assert names.count("fsync") >= 4 * (7 + 2)

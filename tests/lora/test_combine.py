@@ -1,5 +1,7 @@
 """Several adapters in one model: W plus the weighted sum of their updates, by PEFT's own deltas."""
 
+from collections import defaultdict
+
 import peft
 import pytest
 import torch
@@ -14,7 +16,7 @@ from minilora import (
     save_adapter,
 )
 from tests.conftest import tiny_classifier
-from tests.lora.test_mixed import PLAIN, draw_values
+from tests.lora.test_mixed_batch import PLAIN, draw_values
 
 WEIGHTS = [0.7, 0.3]
 SETTINGS = {
@@ -34,7 +36,7 @@ def saved(tmp_path, *settings):
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 # Not the same draws twice; and biases that are trained.
-                if "lora_" in name or "modules_to_save" in name:
+                if ".adapters." in name:
                     parameter.mul_(1 + index)
                 elif name.endswith(".bias") and parameter.requires_grad:
                     parameter.add_(0.1 * (1 + index))
@@ -51,23 +53,24 @@ def merged_alone(path):
 
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
 def test_the_arithmetic_is_that_of_pefts_deltas(settings, tmp_path):
-    """Bitwise, in float64 rounded once; the weights sum to 1, so heads need no division."""
+    """Bitwise, in float64 rounded once; heads (their weights sum to 1) up to the last bit."""
     paths = saved(tmp_path, *settings)
-    expected = {name: t.double() for name, t in tiny_classifier().state_dict().items()}
-    head = {"weight": 0, "bias": 0}
+    sums, head = defaultdict(int), {"weight": 0, "bias": 0}
     for path, weight in zip(paths, WEIGHTS, strict=True):
         theirs = peft.PeftModel.from_pretrained(tiny_classifier(), path).base_model.model
         for name, layer in theirs.named_modules():
             if isinstance(layer, peft.tuners.lora.LoraLayer):
                 delta = layer.get_delta_weight("default").detach().double()
-                expected[f"{name}.weight"] += weight * delta
+                sums[f"{name}.weight"] += weight * delta
         for part, value in theirs.classifier.modules_to_save["default"].named_parameters():
             head[part] = head[part] + weight * value.detach().double()
+    plain = tiny_classifier().state_dict()
     found = combine_adapters(tiny_classifier(), paths, WEIGHTS).state_dict()
-    assert found.keys() == expected.keys()
-    for name, value in expected.items():
-        value = head.get(name.removeprefix("classifier."), value)
-        assert torch.equal(found[name], value.float()), name
+    assert found.keys() == plain.keys() and sums.keys() < plain.keys()
+    for part, value in head.items():
+        torch.testing.assert_close(found.pop(f"classifier.{part}"), value.float())
+    for name, value in found.items():
+        assert torch.equal(value, (plain[name].double() + sums[name]).float()), name
 
 
 @pytest.mark.parametrize(
@@ -136,3 +139,11 @@ def test_a_refused_adapter_leaves_the_model_plain(tmp_path):
     with pytest.raises(MiniloraError, match="no adapter in"):
         combine_adapters(model, [path, tmp_path / "nowhere"], WEIGHTS)
     assert all(torch.equal(plain[name], value) for name, value in model.state_dict().items())
+
+
+def test_a_model_that_has_adapters_is_refused(tmp_path):
+    (path,) = saved(tmp_path, PLAIN)
+    model = tiny_classifier()
+    load_adapter(model, path)
+    with pytest.raises(MiniloraError, match="takes a plain model"):
+        combine_adapters(model, [path], [1.0])

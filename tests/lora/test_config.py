@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import json
 import warnings
 
 import peft
@@ -9,7 +10,12 @@ import pytest
 
 import minilora
 from minilora import LoraConfig, MiniloraError
-from minilora.lora.config import NOT_SUPPORTED, config_from_dict, config_to_dict
+from minilora.lora.config import (
+    NOT_SUPPORTED,
+    config_from_dict,
+    config_to_dict,
+    differing_fields,
+)
 from tests.conftest import tiny_classifier
 
 
@@ -42,7 +48,7 @@ def test_a_newer_field_is_dropped_with_a_warning_when_unset(unset):
 
 
 def test_a_newer_field_is_refused_when_set():
-    with pytest.raises(MiniloraError, match="'brand_new'=7"):
+    with pytest.raises(MiniloraError, match="brand_new=7"):
         config_from_dict({**peft_fields(), "brand_new": 7})
 
 
@@ -91,8 +97,15 @@ def test_bookkeeping_is_preserved():
         ({"init_lora_weights": "loftq"}, "init_lora_weights is 'loftq'"),
         ({"init_lora_weights": "pissa_niter_x"}, "init_lora_weights"),
         ({"fan_in_fan_out": True}, "fan_in_fan_out=True"),
-        ({"modules_to_save": "classifier"}, "modules_to_save is 'classifier'; it must be a list"),
+        ({"lora_alpha": float("nan")}, "lora_alpha is nan; it must be a finite number"),
+        ({"alpha_pattern": {"query": "x"}}, "alpha_pattern is"),
+        (
+            {"modules_to_save": "classifier"},
+            "modules_to_save is 'classifier'; it must be of type list",
+        ),
         ({"target_modules": [1]}, "target_modules is"),
+        ({"target_modules": "("}, "'(' is no regular expression"),
+        ({"rank_pattern": {"(": 1}}, "'(' is no regular expression"),
         ({"rank_pattern": {"query": 0}}, "every rank must be 1 or more"),
         ({"layers_pattern": "layer"}, "layers_pattern is set without layers_to_transform"),
         ({"target_modules": ".*q", "layers_to_transform": 1}, "needs target_modules as a list"),
@@ -103,8 +116,40 @@ def test_bookkeeping_is_preserved():
     ],
 )
 def test_a_bad_value_is_refused_with_what_is_allowed(settings, message):
-    with pytest.raises(MiniloraError, match=message):
+    with pytest.raises(MiniloraError) as refused:
         LoraConfig(**settings)
+    assert message in str(refused.value)
+
+
+def test_all_bad_values_are_said_at_once():
+    with pytest.raises(MiniloraError, match="r is 0.*bias is 'some'.*use_dora"):
+        LoraConfig(r=0, bias="some", lora_bias=True, use_dora=True)
+
+
+SETS = ("target_modules", "exclude_modules", "modules_to_save")
+
+
+@pytest.mark.parametrize("name", SETS)
+def test_the_order_of_a_list_that_means_a_set_makes_no_difference(name):
+    """PEFT keeps sets, and writes them in any order; it also accepts them."""
+    one, other = LoraConfig(**{name: ["value", "query"]}), LoraConfig(**{name: {"query", "value"}})
+    assert differing_fields(one, other) == {} and config_to_dict(one) == config_to_dict(other)
+    fewer = LoraConfig(**{name: ["query"]})
+    assert differing_fields(one, fewer) == {name: (["query", "value"], ["query"])}
+
+
+def test_layers_to_transform_mean_a_set_and_bookkeeping_is_no_difference():
+    one = LoraConfig(layers_to_transform=[2, 0, 1], revision="main", task_type="SEQ_CLS")
+    assert differing_fields(one, LoraConfig(layers_to_transform=[0, 1, 2])) == {}
+    assert differing_fields(one, LoraConfig(r=4)) == {
+        "r": (8, 4),
+        "layers_to_transform": ([0, 1, 2], None),
+    }
+
+
+def test_peft_s_task_type_is_taken_as_it_is():
+    config = LoraConfig(task_type=peft.TaskType.SEQ_CLS)  # pyright: ignore[reportArgumentType]
+    assert json.dumps(config_to_dict(config)["task_type"]) == '"SEQ_CLS"'
 
 
 def test_a_config_passed_in_is_not_changed():

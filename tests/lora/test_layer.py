@@ -8,28 +8,28 @@ from torch import nn
 
 import minilora
 from minilora import LoraConfig
+from minilora.lora.adapters import set_fused
 from minilora.lora.layer import LoRALinear
 from tests.conftest import tiny_classifier
 
 
-def layer_of(r=4, lora_alpha=16, lora_dropout=0.0, use_rslora=False) -> LoRALinear:
+def layer_of(dtype=torch.float32, **settings) -> LoRALinear:
+    """A layer from 6 to 5 features whose adapter "default" (r 4) is drawn at random."""
     torch.manual_seed(0)
-    layer = LoRALinear(nn.Linear(6, 5))
-    layer.create_adapter("default", r, lora_alpha, lora_dropout, use_rslora, lora_bias=False)
-    layer.active_adapters = ("default",)
-    return layer
+    model = nn.Sequential(nn.Linear(6, 5)).to(dtype)
+    settings = {"r": 4, "lora_alpha": 16, "init_lora_weights": False, **settings}
+    minilora.add_adapter(model, LoraConfig(target_modules=["0"], **settings))
+    return model[0]
 
 
 @pytest.mark.parametrize("use_rslora", [False, True])
 def test_the_output_is_the_papers_equation(use_rslora):
-    layer = layer_of(use_rslora=use_rslora)
+    layer = layer_of(torch.float64, use_rslora=use_rslora)
     x = torch.randn(2, 3, 6, dtype=torch.float64)
-    layer.double()
-    A, B = layer.factors("default")
+    A, B = layer.adapters["default"].lora_A.weight, layer.adapters["default"].lora_B.weight
     W, b = layer.base_layer.weight, layer.base_layer.bias
     scaling = 16 / (math.sqrt(4) if use_rslora else 4)
-    expected = x @ W.T + b + scaling * (x @ A.weight.T @ B.weight.T)
-    torch.testing.assert_close(layer(x), expected)
+    torch.testing.assert_close(layer(x), x @ W.T + b + scaling * (x @ A.T @ B.T))
 
 
 def test_dropout_acts_on_the_input_of_A_only():
@@ -44,7 +44,97 @@ def test_dropout_acts_on_the_input_of_A_only():
 
 
 def test_no_dropout_is_no_module():
-    assert isinstance(layer_of().lora_dropout["default"], nn.Identity)
+    assert not [module for module in layer_of().modules() if isinstance(module, nn.Dropout)]
+
+
+# How far the fused order may be from PEFT's: rounding in the base's dtype.
+TOLERANCES = {
+    torch.float64: {"rtol": 1e-13, "atol": 1e-13},
+    torch.float32: {"rtol": 1e-5, "atol": 1e-6},
+    torch.bfloat16: {"rtol": 3e-2, "atol": 3e-2},
+}
+
+
+@pytest.mark.parametrize("shape", [(6,), (3, 6), (2, 3, 6), (2, 1, 3, 6), (0, 6)], ids=str)
+@pytest.mark.parametrize("settings", [{}, {"lora_dropout": 0.5}, {"lora_bias": True}], ids=str)
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+def test_the_fused_order_agrees_with_pefts(dtype, settings, shape):
+    """Outputs, and gradients of x, A and B: float32 over a bfloat16 base, too."""
+    layer = layer_of(dtype, **settings).train()
+    found = []
+    for fused in (False, True):
+        layer.fused = fused
+        torch.manual_seed(1)  # x, and the masks of dropout
+        x = torch.randn(shape).to(dtype).requires_grad_()
+        output = layer(x)
+        lora = layer.adapters["default"]
+        trained = [lora.lora_A.weight, lora.lora_B.weight]
+        gradients = torch.autograd.grad(output.square().sum(), [x, *trained])
+        found.append([output, *gradients])
+        assert output.dtype == x.dtype == dtype and output.shape == (*shape[:-1], 5)
+        assert all(g.dtype == torch.promote_types(dtype, torch.float32) for g in gradients[1:])
+    for exact, fused in zip(*found, strict=True):
+        # relative to the largest: a gradient is a sum of many rounded numbers
+        scale = max(1.0, exact.detach().abs().max().item()) if exact.numel() else 1.0
+        torch.testing.assert_close(fused / scale, exact / scale, **TOLERANCES[dtype])
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+def test_several_fused_updates_add_up_beside_one_of_dora(dtype):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 5)).to(dtype)
+    for name, settings in (("a", {}), ("b", {"use_dora": True}), ("c", {"r": 2})):
+        config = LoraConfig(target_modules=["0"], init_lora_weights=False, **settings)
+        minilora.add_adapter(model, config, name)
+    minilora.set_adapter(model, ["a", "b", "c"])
+    x = torch.randn(3, 6).to(dtype)
+    expected = model(x)
+    set_fused(model, True)
+    assert model(x).dtype == dtype
+    torch.testing.assert_close(model(x), expected, **TOLERANCES[dtype])
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+def test_dora_goes_pefts_way_fused_or_not(dtype):
+    layer, x = layer_of(dtype, use_dora=True), torch.randn(2, 3, 6).to(dtype)
+    expected = layer(x)
+    layer.fused = True
+    assert torch.equal(layer(x), expected)
+
+
+def test_fusing_is_the_callers_choice_and_reaches_every_layer():
+    model = tiny_classifier()
+    names = minilora.add_adapter(model, LoraConfig(target_modules="all-linear"))
+    layers = [model.get_submodule(name) for name in names]
+    assert not any(layer.fused for layer in layers)
+    set_fused(model, True)
+    assert all(layer.fused for layer in layers)
+    set_fused(model, False)
+    assert not any(layer.fused for layer in layers)
+
+
+@pytest.mark.parametrize("hf_parity", [False, True])
+def test_training_runs_what_is_taught(hf_parity, tiny_model, sentences, tmp_path, monkeypatch):
+    """`LoRALinear` computes every update of a run: fused by default, in PEFT's order if asked."""
+    calls, update = [], LoRALinear.update
+
+    def counted(layer, lora, x, result):
+        calls.append((id(layer), layer.fused))
+        return update(layer, lora, x, result)
+
+    monkeypatch.setattr(LoRALinear, "update", counted)
+    config = minilora.TrainConfig(
+        model_name_or_path=str(tiny_model),
+        train_file=str(sentences[0]),
+        output_dir=str(tmp_path / "out"),
+        max_steps=2,
+        device="cpu",
+        hf_parity=hf_parity,
+    )
+    minilora.fine_tune(config, LoraConfig())
+    assert {fused for _, fused in calls} == {not hf_parity}
+    assert len({layer for layer, _ in calls}) == 4  # query and value of two layers
+    assert len(calls) == 2 * 4
 
 
 def test_a_fresh_adapter_changes_nothing():
@@ -64,9 +154,9 @@ def test_only_the_adapter_and_the_head_get_gradients_and_change():
         model(input_ids=torch.arange(8).reshape(2, 4), labels=torch.tensor([0, 1])).loss.backward()
         optimizer.step()
     for name, parameter in model.named_parameters():
-        adapted = ".lora_" in name or name.startswith("classifier.modules_to_save.")
-        assert (parameter.grad is not None) is adapted, name
-        assert torch.equal(parameter, before[name]) is not adapted, name
+        is_trained = ".adapters." in name
+        assert (parameter.grad is not None) is is_trained, name
+        assert torch.equal(parameter, before[name]) is not is_trained, name
 
 
 def test_bert_base_has_the_papers_number_of_parameters():

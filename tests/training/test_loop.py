@@ -7,22 +7,52 @@ import pytest
 import torch
 from torch import nn
 
-from minilora import MiniloraError
+from minilora import MiniloraError, Timetable, TrainConfig, Training, TrainState
 from minilora.training.evaluation import evaluate_model
-from minilora.training.loop import (
-    Cadence,
-    TrainState,
-    example_shares,
-    fit,
-    trainer_shares,
-    training_step,
-)
+from minilora.training.loop import Callbacks, fit, loss_shares, training_step
 from minilora.training.optim import build_scheduler
 
 
+class Line(nn.Module):
+    """Batch to one number an example."""
+
+    def __init__(self, seed=0):
+        super().__init__()
+        torch.manual_seed(seed)
+        self.linear = nn.Linear(3, 1)
+        self.weight, self.bias = self.linear.weight, self.linear.bias
+
+    def forward(self, batch):
+        return self.linear(batch["x"]).squeeze(-1)
+
+
+class Regression:
+    """A task with the least that the loop asks of one."""
+
+    def training_loss(self, logits, batch):
+        return nn.functional.mse_loss(logits, batch["labels"])
+
+    loss = training_loss
+
+    def loss_weight(self, batch):
+        return len(batch["labels"])
+
+
+class Count:
+    """A scorer that only counts."""
+
+    def __init__(self):
+        self.count = 0
+
+    def add(self, logits, batch):
+        self.count += len(logits)
+
+    def metrics(self):
+        return {"count": self.count}
+
+
 def linear(seed=0):
-    torch.manual_seed(seed)
-    return nn.Linear(3, 1)
+    return Line(seed)
 
 
 def batch_of(examples, seed):
@@ -33,21 +63,17 @@ def batch_of(examples, seed):
     }
 
 
-def loss(model, batch):
-    return nn.functional.mse_loss(model(batch["x"]).squeeze(-1), batch["labels"])
+CONSTANT = TrainConfig(lr_scheduler_type="constant")
 
 
-UNSCALED = torch.amp.GradScaler("cpu", enabled=False)
-
-
-def step(model, batches, max_grad_norm=0.0, number=1, scaler=UNSCALED):
+def step(model, batches, max_grad_norm=0.0, number=1, scaler=None):
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    scheduler = build_scheduler(optimizer, "constant", 0, 1)
-    state = TrainState(global_step=number - 1)
-    shares = example_shares(batches)
-    return training_step(
-        model, optimizer, scheduler, scaler, batches, shares, max_grad_norm, loss, state
-    )
+    training = Training(model, optimizer, build_scheduler(optimizer, CONSTANT, 1))
+    training.state.global_step = number - 1
+    if scaler is not None:
+        training.scaler = scaler
+    config = TrainConfig(max_grad_norm=max_grad_norm)
+    return training_step(training, Regression(), config, batches)
 
 
 def test_accumulating_batches_equals_one_batch_of_all_their_examples():
@@ -62,8 +88,9 @@ def test_accumulating_batches_equals_one_batch_of_all_their_examples():
 
 
 def test_trainers_shares_do_not_divide():
-    assert trainer_shares([batch_of(4, 1), batch_of(1, 2)]) == [1.0, 1.0]
-    assert example_shares([batch_of(4, 1), batch_of(1, 2)]) == [0.8, 0.2]
+    batches = [batch_of(4, 1), batch_of(1, 2)]
+    assert loss_shares(Regression(), TrainConfig(hf_parity=True), batches) == [1.0, 1.0]
+    assert loss_shares(Regression(), TrainConfig(), batches) == [0.8, 0.2]
 
 
 def test_gradients_are_clipped_to_the_norm():
@@ -101,37 +128,33 @@ def test_a_scaled_step_is_the_unscaled_one_and_an_overflow_is_skipped():
     assert scaler.get_scale() == 2.0**126
 
 
-def run(cadence_changes, epochs=2, evaluations=None, stop_after=None):
+def run(timetable=None, config=None, epochs=2, evaluations=None, stop_after=None, state=None):
     """Fit 5 steps an epoch; returns (state, rows, saved steps)."""
     settings = {
-        "max_steps": 5 * epochs, "steps_per_epoch": 5, "batches_per_epoch": 5,
-        "batches_per_step": 1, "logging_steps": 2, "eval_steps": 0,
-        "eval_each_epoch": True, "save_steps": 0, "save_each_epoch": True, "best_metric": None,
-        "best_is_greatest": True, "early_stopping_patience": None,
+        "max_steps": 5 * epochs, "steps_per_epoch": 5, "batches_per_epoch": 5, "logging_steps": 2,
+        "eval_each_epoch": True, "save_each_epoch": True,
     }  # fmt: skip
     model = linear()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
-    state, rows, saved = TrainState(), [], []
-    scores = iter(evaluations or [])
-    fit(
+    training = Training(
         model,
         optimizer,
-        build_scheduler(optimizer, "constant", 0, 1),
-        UNSCALED,
-        state,
-        Cadence(**{**settings, **cadence_changes}),
-        1.0,
-        updates=lambda epoch, skip: ([batch_of(4, 10 * epoch + i)] for i in range(skip, 5)),
-        loss=loss,
+        build_scheduler(optimizer, CONSTANT, 1),
+        timetable=Timetable(**{**settings, **(timetable or {})}),
+        state=state or TrainState(),
+    )
+    state, rows, saved = training.state, [], []
+    scores = iter(evaluations or [])
+    callbacks = Callbacks(
+        batches=lambda epoch, skip: ([batch_of(4, 10 * epoch + i)] for i in range(skip, 5)),
         evaluate=(lambda: {"eval_score": next(scores)}) if evaluations else None,
-        record=rows.append,
-        save=lambda state: saved.append(state.global_step),
+        log=rows.append,
+        save=lambda: saved.append((state.global_step, len(rows))),
         should_stop=lambda: stop_after is not None and state.global_step >= stop_after,
         progress=lambda *_: None,
-        shares=example_shares,
-        begin_epoch=lambda: None,
     )
-    return state, rows, saved
+    fit(training, Regression(), TrainConfig(**(config or {})), callbacks)
+    return state, rows, [step for step, _ in saved]
 
 
 def test_rows_hold_the_mean_loss_since_the_last_one():
@@ -151,6 +174,7 @@ def test_rows_hold_the_mean_loss_since_the_last_one():
         ({"max_steps": 7}, [5, 7]),
         ({"save_each_epoch": False, "save_steps": 3}, [3, 6, 9, 10]),
         ({"save_each_epoch": False, "save_steps": 5}, [5, 10]),
+        ({"save_steps": 1, "max_steps": 3}, [1, 2, 3]),
         ({"save_each_epoch": False}, []),
     ],
 )
@@ -165,39 +189,48 @@ def test_a_requested_stop_saves_unless_that_step_is_saved_already():
     assert run({}, stop_after=0)[2] == []
 
 
+BEST = {"metric_for_best_model": "score", "greater_is_better": True}
+
+
 def test_the_best_metric_is_remembered_with_its_step():
-    state, _, _ = run({"best_metric": "eval_score"}, epochs=4, evaluations=[1, 3, 3, 2])
+    state, _, _ = run(config=BEST, epochs=4, evaluations=[1, 3, 3, 2])
     assert (state.best_metric, state.best_step) == (3, 10)
-    smallest = {"best_metric": "eval_score", "best_is_greatest": False}
-    assert run(smallest, epochs=4, evaluations=[3, 1, 2, 1])[0].best_step == 10
+    smallest = {**BEST, "greater_is_better": False}
+    assert run(config=smallest, epochs=4, evaluations=[3, 1, 2, 1])[0].best_step == 10
 
 
 def test_early_stopping_counts_evaluations_without_a_better_one():
-    changes = {"best_metric": "eval_score", "early_stopping_patience": 2}
-    state, _, saved = run(changes, epochs=9, evaluations=[1, 2, 1, 2, 9, 9, 9])
+    config = {**BEST, "early_stopping_patience": 2}
+    state, _, saved = run(config=config, epochs=9, evaluations=[1, 2, 1, 2, 9, 9, 9])
     assert state.stopped_early and state.global_step == 20 and saved[-1] == 20
 
 
 def test_a_metric_that_is_not_computed_is_refused_with_those_that_are():
     with pytest.raises(MiniloraError, match="there is no eval_other; computed are eval_score"):
-        run({"best_metric": "eval_other"}, evaluations=[1, 2])
+        run(config={"metric_for_best_model": "other"}, evaluations=[1, 2])
+
+
+def test_an_evaluation_that_the_first_version_left_pending_comes_first():
+    """It could save between the last step of an epoch and its evaluation."""
+    pending = TrainState(global_step=5, step_in_epoch=5, logged_step=4)
+    state, rows, saved = run(evaluations=[7, 8], state=pending)
+    assert [(row["step"], row["eval_score"]) for row in rows if "eval_score" in row] == [
+        (5, 7), (10, 8)
+    ]  # fmt: skip
+    assert saved == [10] and (state.epoch, state.step_in_epoch) == (2, 0)
 
 
 def test_evaluation_counts_every_example_once_and_restores_the_mode():
-    model = nn.Sequential(nn.Dropout(0.5), linear())
-    model.train()
-    model[0].eval()  # a module the user keeps in eval mode
-    batches = [batch_of(4, 1), batch_of(1, 2)]
-
-    def loss_and_logits(model, batch):
-        return loss(model, batch), model(batch["x"])
-
+    model = linear()
+    model.dropout = nn.Dropout(0.5).eval()  # a module the user keeps in eval mode
+    batches, task, scorer = [batch_of(4, 1), batch_of(1, 2)], Regression(), Count()
     before = torch.get_rng_state()
-    found = evaluate_model(model, iter(batches), loss_and_logits, lambda *_: {"n": 1.0}, "eval")
+    found = evaluate_model(model, task, iter(batches), scorer, "eval")
     assert torch.equal(torch.get_rng_state(), before)
-    assert model.training and not model[0].training and model[1].training
-    model.eval()
-    expected = (4 * loss(model, batches[0]) + loss(model, batches[1])) / 5
+    assert model.training and not model.dropout.training and model.linear.training
+    losses = [task.loss(model(batch), batch) for batch in batches]
+    expected = (4 * losses[0] + losses[1]) / 5
+    assert found["eval_count"] == 5
     assert found["eval_loss"] == pytest.approx(expected.item(), rel=1e-6)
     assert list(found)[-3:] == [
         "eval_runtime", "eval_samples_per_second", "eval_steps_per_second"

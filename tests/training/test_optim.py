@@ -6,7 +6,7 @@ from torch import nn
 from transformers import Trainer, TrainingArguments, get_scheduler
 
 import minilora
-from minilora import LoraConfig
+from minilora import LoraConfig, TrainConfig
 from minilora.training.optim import build_optimizer, build_scheduler
 from tests.conftest import tiny_classifier
 
@@ -27,12 +27,12 @@ def test_the_two_groups_are_trainers(settings, tmp_path):
         output_dir=str(tmp_path), weight_decay=0.1, report_to=[], use_cpu=True
     )
     expected = Trainer(model, arguments).create_optimizer()
-    found = build_optimizer(model, 1e-3, 0.1, (0.9, 0.999), 1e-8)
+    found = build_optimizer(model, TrainConfig(weight_decay=0.1))
     assert groups_by_name(model, found) == groups_by_name(model, expected)
 
 
 def test_both_groups_exist_even_when_one_is_empty():
-    optimizer = build_optimizer(nn.Linear(2, 2, bias=False), 1e-3, 0.0, (0.9, 0.999), 1e-8)
+    optimizer = build_optimizer(nn.Linear(2, 2, bias=False), TrainConfig())
     assert [len(group["params"]) for group in optimizer.param_groups] == [1, 0]
 
 
@@ -55,7 +55,8 @@ def test_every_learning_rate_of_a_run_is_transformers(schedule, warmup):
         warmup_steps = 0 if schedule == "constant" else arguments.get_warmup_steps(steps)
         return get_scheduler(schedule, optimizer, warmup_steps, steps)
 
-    rates, state = course(lambda optimizer: build_scheduler(optimizer, schedule, warmup, steps))
+    config = TrainConfig(lr_scheduler_type=schedule, warmup_steps=warmup)
+    rates, state = course(lambda optimizer: build_scheduler(optimizer, config, steps))
     expected_rates, expected_state = course(theirs)
     assert rates == expected_rates
     assert state.keys() == expected_state.keys()

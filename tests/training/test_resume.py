@@ -18,9 +18,21 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from minilora import LoraConfig, MiniloraError, TrainConfig, fine_tune, latest_checkpoint
+from minilora import (
+    LoraConfig,
+    MiniloraError,
+    TrainConfig,
+    Training,
+    add_adapter,
+    fine_tune,
+    latest_checkpoint,
+    load_checkpoint,
+    save_checkpoint,
+    trainable_parameters,
+)
 from minilora.fine_tuning import run_fine_tuning
-from minilora.training import checkpoint as checkpoint_room
+from minilora.training import resume as resume_room
+from minilora.training.checkpoint import read_checkpoint
 from tests.conftest import read_rows
 
 EPOCHS, STEPS_PER_EPOCH = 2, 6  # 44 sentences in batches of 8
@@ -97,10 +109,10 @@ def test_a_run_killed_in_one_process_resumes_in_another_to_the_same_bits(
     process = subprocess.Popen(
         command(values), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
-    while not (output_dir / f"checkpoint-{step}").exists() and process.poll() is None:
-        pass
+    while not (output_dir / f"checkpoint-{step}").exists():
+        assert process.poll() is None, "the run ended before it could be killed"
     process.kill()
-    process.wait()
+    assert process.wait() == -signal.SIGKILL
     # The kill may have come a step or two late; go back to exactly step k.
     resume_from = output_dir / f"checkpoint-{step}"
     subprocess.run(
@@ -114,7 +126,7 @@ def test_a_run_killed_in_one_process_resumes_in_another_to_the_same_bits(
 def test_a_signal_saves_and_the_resumed_command_ends_in_the_same_bits(
     number, code, tmp_path, tiny_model, sentences, uninterrupted
 ):
-    """The command finishes its step, saves, exits 128 + n, and is resumed by its directory alone."""
+    """The command finishes its step, saves, exits 128 + n, and resumes by its directory alone."""
     output_dir = tmp_path / "run"
     values = arguments(tiny_model, sentences, output_dir=output_dir, save_steps=1000)
     process = subprocess.Popen(
@@ -209,91 +221,59 @@ def test_a_resume_is_exact_in_every_mode(mode, tmp_path, tiny_model, sentences):
     assert_same_run(tmp_path / "run", tmp_path / "whole")
 
 
-def forget_rng(monkeypatch):
-    monkeypatch.setattr(checkpoint_room, "set_rng_state", lambda state, model: None)
+def rng(stored):
+    stored.generators["cpu"] = torch.Generator().manual_seed(1).get_state()
 
 
-def forget_masks(monkeypatch):
-    read = checkpoint_room.read_rng
-
-    def without_masks(path):
-        return {name: state for name, state in read(path).items() if name != "mask_stream"}
-
-    monkeypatch.setattr(checkpoint_room, "read_rng", without_masks)
+def masks(stored):
+    del stored.generators["mask_stream"]
 
 
-def forget_moments(monkeypatch):
-    read = checkpoint_room.read_torch
-
-    def without_moments(path, allowed):
-        loaded = read(path, allowed)
-        if path.name == "optimizer.pt":
-            for values in loaded["state"].values():
-                values["exp_avg"].zero_()
-        return loaded
-
-    monkeypatch.setattr(checkpoint_room, "read_torch", without_moments)
+def moments(stored):
+    for values in stored.optimizer["state"].values():
+        values["exp_avg"].zero_()
 
 
-def forget_scheduler(monkeypatch):
-    monkeypatch.setattr(torch.optim.lr_scheduler.LambdaLR, "load_state_dict", lambda *_: None)
+def schedule(stored):
+    stored.scheduler["last_epoch"] = 0
 
 
-def forget_one_tensor(monkeypatch):
-    read = checkpoint_room.read_tensors
-
-    def with_zeros(path):
-        tensors = read(path)
-        tensors[min(tensors)].zero_()
-        return tensors
-
-    monkeypatch.setattr(checkpoint_room, "read_tensors", with_zeros)
+def one_tensor(stored):
+    tensors = stored.adapter.tensors
+    tensors[min(tensors)].zero_()
 
 
-def forget_position(monkeypatch):
-    verify = checkpoint_room.verify
-
-    def rewound(path):
-        manifest = verify(path)
-        # Both, for a position that does not fit the number of steps is refused.
-        manifest.state["step_in_epoch"] -= 1
-        manifest.state["global_step"] -= 1
-        return manifest
-
-    monkeypatch.setattr(checkpoint_room, "verify", rewound)
+def position(stored):
+    # Both, for a position that does not fit the number of steps is refused.
+    stored.manifest.state["step_in_epoch"] -= 1
+    stored.manifest.state["global_step"] -= 1
 
 
-def forget_loss_sum(monkeypatch):
-    verify = checkpoint_room.verify
-
-    def emptied(path):
-        manifest = verify(path)
-        manifest.state["loss_sum"] = 0.0
-        return manifest
-
-    monkeypatch.setattr(checkpoint_room, "verify", emptied)
+def loss_sum(stored):
+    stored.manifest.state["loss_sum"] = 0.0
 
 
 @pytest.mark.parametrize(
-    "forget",
-    [
-        forget_rng,
-        forget_masks,
-        forget_moments,
-        forget_scheduler,
-        forget_one_tensor,
-        forget_position,
-        forget_loss_sum,
-    ],
+    "change",
+    [rng, masks, moments, schedule, one_tensor, position, loss_sum],
+    ids=lambda c: c.__name__,
 )
 def test_without_any_one_part_the_resume_is_another_run(
-    forget, tmp_path, monkeypatch, tiny_model, sentences
+    change, tmp_path, monkeypatch, tiny_model, sentences
 ):
-    """Negative control: each part of a checkpoint is needed, and the comparison notices its loss."""
-    values = arguments(tiny_model, sentences, save_steps=1000, logging_steps=3)
+    """Negative control: each part of a checkpoint is needed, and the comparison sees its loss."""
+    # Fast dropout draws from its own stream, and nothing else in a step draws at all.
+    dropout = "torch" if change is rng else "fast"
+    values = arguments(tiny_model, sentences, save_steps=1000, logging_steps=3, dropout=dropout)
     fine_tune(TrainConfig(**values, output_dir=str(tmp_path / "whole")))
     stop_at(8, values, tmp_path / "run")
-    forget(monkeypatch)
+
+    def read_and_change(path):
+        stored = read_checkpoint(path)
+        change(stored)
+        return stored
+
+    monkeypatch.setattr(resume_room, "read_checkpoint", read_and_change)
     fine_tune(TrainConfig(resume_from_checkpoint=str(tmp_path / "run")))
     with pytest.raises(AssertionError):
         assert_same_run(tmp_path / "run", tmp_path / "whole")
@@ -429,7 +409,7 @@ def test_resuming_an_older_checkpoint_sets_the_newer_ones_aside(
 
 def test_two_runs_cannot_share_a_directory(tmp_path, tiny_model, sentences):
     """The second is refused while the first lives, and not afterwards."""
-    from minilora.durable import exclusive
+    from minilora.files import exclusive
 
     stop_at(3, arguments(tiny_model, sentences), tmp_path / "run")
     with exclusive(tmp_path / "run"), pytest.raises(MiniloraError, match="in use by another run"):
@@ -441,7 +421,7 @@ def test_a_save_that_fails_does_not_end_the_run_if_an_older_checkpoint_is_there(
     tmp_path, capsys, tiny_model, sentences, uninterrupted
 ):
     """The disk refuses files for a while: a warning, no litter, and the numbers are the same."""
-    from tests.test_durable import largest_file
+    from tests.test_files import largest_file
 
     values = arguments(tiny_model, sentences, output_dir=str(tmp_path / "run"), save_steps=2)
     checkpoint = tmp_path / "run" / "checkpoint-2"
@@ -468,7 +448,7 @@ def test_a_run_that_is_stopped_and_cannot_save_says_so(
     tmp_path, tiny_model, sentences, uninterrupted
 ):
     """ "Nothing is lost" would not be true: the steps since the older checkpoint are."""
-    from tests.test_durable import largest_file
+    from tests.test_files import largest_file
 
     values = arguments(tiny_model, sentences, output_dir=str(tmp_path / "run"), save_steps=4)
     steps = iter(range(1, 1000))
@@ -488,7 +468,7 @@ def test_a_run_that_is_stopped_and_cannot_save_says_so(
 
 
 def test_a_first_or_final_save_that_fails_is_an_error(tmp_path, tiny_model, sentences):
-    from tests.test_durable import largest_file
+    from tests.test_files import largest_file
 
     values = arguments(tiny_model, sentences, output_dir=str(tmp_path / "run"), save_steps=2)
     with largest_file(10_000), pytest.raises(OSError, match="File too large"):
@@ -515,31 +495,62 @@ def test_checkpoint_files_have_the_permissions_the_umask_gives(uninterrupted):
             assert path.stat().st_mode & 0o777 == 0o666 & ~umask, path
 
 
-def test_the_loss_scale_is_part_of_a_checkpoint(tmp_path):
-    """Of a float16 run, which needs a GPU; the scaler itself works on a CPU, too."""
-    from minilora import add_adapter, load_checkpoint, save_checkpoint
-    from minilora.training.loop import TrainState
-    from minilora.training.optim import build_optimizer, build_scheduler
+def own_loop(scale=None, learning_rate=1e-3) -> Training:
+    """What a user's own loop has, without a config or a timetable."""
     from tests.conftest import tiny_classifier
 
-    def parts(scale):
-        model = tiny_classifier()
-        add_adapter(model, LoraConfig(task_type="SEQ_CLS"))
-        optimizer = build_optimizer(model, 1e-3, 0.0, (0.9, 0.999), 1e-8)
-        scheduler = build_scheduler(optimizer, "constant", 0, 1)
-        return model, optimizer, scheduler, torch.amp.GradScaler("cpu", init_scale=scale)
+    model = tiny_classifier()
+    add_adapter(model, LoraConfig(task_type="SEQ_CLS"))
+    optimizer = torch.optim.AdamW([p for _, p in trainable_parameters(model)], lr=learning_rate)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))
+    training = Training(model, optimizer, scheduler)
+    if scale is not None:
+        training.scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+        training.scaler.scale(torch.ones(()))  # it knows its scale from its first use on
+    return training
 
-    model, optimizer, scheduler, scaler = parts(1024.0)
-    scaler.scale(torch.ones(()))  # a scaler knows its scale from its first use on
-    progress = {"global_step": 0, "epoch": 0.0, "max_steps": 1, "log_history": []}
-    state = json.dumps(progress).encode()
-    path = save_checkpoint(tmp_path, model, optimizer, scheduler, TrainState(), state, {}, scaler)
+
+def steps_of_own_loop(training: Training, count: int) -> list[float]:
+    losses = []
+    for _ in range(count):
+        input_ids = torch.randint(5, 30, (4, 8))
+        training.model.train()
+        loss = training.model(input_ids=input_ids, labels=torch.tensor([0, 1, 0, 1])).loss
+        loss.backward()
+        training.optimizer.step()
+        training.scheduler.step()
+        training.optimizer.zero_grad()
+        training.state.global_step += 1
+        losses.append(loss.item())
+    return losses
+
+
+def test_a_loop_of_ones_own_resumes_exactly(tmp_path):
+    """Nothing but the public functions, and no JSON by hand; a step saved twice is replaced."""
+    torch.manual_seed(3)
+    training = own_loop()
+    steps_of_own_loop(training, 2)
+    save_checkpoint(tmp_path, training)
+    steps_of_own_loop(training, 1)
+    save_checkpoint(tmp_path, training)
+    assert save_checkpoint(tmp_path, training) == latest_checkpoint(tmp_path)
+    expected = steps_of_own_loop(training, 3)
+    again = own_loop()
+    state = load_checkpoint(tmp_path / "checkpoint-3", again)
+    assert state.global_step == again.state.global_step == 3
+    assert steps_of_own_loop(again, 3) == expected
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-2", "checkpoint-3"]
+    with pytest.raises(MiniloraError, match="a loop of your own"):
+        fine_tune(TrainConfig(resume_from_checkpoint=str(tmp_path)))
+
+
+def test_the_loss_scale_is_part_of_a_checkpoint(tmp_path):
+    """Of a float16 run, which needs a GPU; the scaler itself works on a CPU, too."""
+    path = save_checkpoint(tmp_path, own_loop(scale=1024.0))
     assert (path / "scaler.pt").is_file()
-    *others, restored = parts(2.0)
-    load_checkpoint(path, *others, restored)
-    assert restored.get_scale() == 1024.0
-
-    model, optimizer, scheduler, _ = parts(2.0)
-    other = save_checkpoint(tmp_path / "other", model, optimizer, scheduler, TrainState(), state)
+    restored = own_loop(scale=2.0)
+    load_checkpoint(path, restored)
+    assert restored.scaler.get_scale() == 1024.0
+    other = save_checkpoint(tmp_path / "other", own_loop())
     with pytest.raises(MiniloraError, match=r"has no scaler\.pt"):
-        load_checkpoint(other, model, optimizer, scheduler, restored)
+        load_checkpoint(other, restored)

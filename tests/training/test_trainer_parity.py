@@ -278,7 +278,7 @@ def test_interchange_is_bitwise_with_accumulation_and_evaluation(
 def test_a_relay_of_single_steps_with_rotation_is_one_uninterrupted_run(
     tmp_path, tiny_model, sentences, whole
 ):
-    """Trainer and minilora take turns in one directory; each sees only what the other left there."""
+    """Trainer and minilora take turns in one directory; each sees only what the other left."""
     _, expected, tensors = whole
     output_dir = tmp_path / "relay"
     settings = {**EACH_STEP, "save_total_limit": 2}

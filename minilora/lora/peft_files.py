@@ -1,0 +1,256 @@
+"""PEFT's adapter directory, read and written: the only room that spells PEFT's keys.
+
+    adapter_config.json          the LoraConfig, keys and lists sorted, `inference_mode` true
+    adapter_model.safetensors    metadata {"format": "pt"}
+    README.md                    a short model card, written where there is none
+
+A key is `base_model.model.<module's name>.<tensor>`, whatever the adapter is called:
+
+    base_model.model.bert.encoder.layer.0.attention.self.query.lora_A.weight    (r, in_features)
+    base_model.model.bert.encoder.layer.0.attention.self.query.lora_B.weight    (out_features, r)
+    base_model.model.bert.encoder.layer.0.attention.self.query.base_layer.bias  a trained bias
+    base_model.model.bert.embeddings.word_embeddings.lora_embedding_A           no ".weight" here
+    base_model.model.classifier.weight                                          modules_to_save
+
+Not here: adapters in a model (`adapters.py`), which config is refused (`config.py`).
+
+Source: peft 0.21 `utils/save_and_load.py` and its checkpoint format guide.
+"""
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from minilora import reading
+from minilora.errors import MiniloraError
+from minilora.files import make_directory, write_file
+from minilora.lora.adapters import (
+    adapter_layers,
+    adapters_of,
+    add_adapter,
+    check_known,
+    check_not_merged,
+    remove_adapter,
+    set_active,
+    trained_biases,
+)
+from minilora.lora.config import LoraConfig, config_from_dict, config_to_dict, differing_fields
+from minilora.lora.embedding import TiedOutput
+
+CONFIG_NAME = "adapter_config.json"
+WEIGHTS_NAME = "adapter_model.safetensors"
+PICKLE_NAME = "adapter_model.bin"  # PEFT before 0.7
+CARD_NAME = "README.md"
+PREFIX = "base_model.model."
+# Where a tensor is not called on disk as it is inside its adapter.
+ON_DISK = {
+    "lora_magnitude_vector.weight": "lora_magnitude_vector",
+    "trainable_tokens_delta": "token_adapter.trainable_tokens_delta",
+}
+# Keys PEFT writes by mistake with bias="all": both copies of a head's biases beside the head
+# itself, `classifier.original_module.bias`, `pooler.modules_to_save.default.dense.bias`.
+JUNK = re.compile(r"\.(modules_to_save|original_module)\.(.+\.)?bias")
+# What these fields come to depends on the model; it is compared by the tensors' keys.
+SELECTING = ("target_modules", "exclude_modules", "modules_to_save", "layers_")
+
+
+@dataclass(frozen=True)
+class StoredAdapter:
+    """What an adapter directory holds; old and mistaken keys are put right."""
+
+    directory: Path
+    config: LoraConfig
+    tensors: dict[str, Tensor]
+
+
+def save_adapter(model: nn.Module, path: str | Path, adapter_name: str = "default") -> None:
+    """Write what `PeftModel.save_pretrained` writes, the same bytes every time.
+
+    Each file is complete or absent and has the permissions the umask gives (safetensors' own writer
+    leaves 0600). An adapter not called "default" goes to `path/<adapter_name>/`, as in PEFT. While
+    merged, too: merging does not change A and B.
+    """
+    directory = _directory_of(path, adapter_name)
+    if directory.exists() and not directory.is_dir():
+        raise MiniloraError(f"{directory} is a file: give a directory to save the adapter in")
+    files = adapter_files(model, adapter_name)
+    if not (directory / CARD_NAME).exists():
+        files[CARD_NAME] = _model_card(adapters_of(model).configs[adapter_name])
+    make_directory(directory)
+    for name, data in files.items():
+        write_file(directory / name, data)
+
+
+def load_adapter(
+    model: nn.Module, path: str | Path, adapter_name: str = "default", is_trainable: bool = False
+) -> list[str]:
+    """Read an adapter directory written by minilora or PEFT and return the keys loaded from it.
+
+    If the model has no adapter of that name, one is added as the file's config says, without
+    disturbing torch's generator; it is active if it is the model's first. If it has one, the values
+    are copied into its parameters, so that an optimizer holding them stays valid.
+
+    Each field of the config is honoured or refused, no key may be missing, none unexpected, each
+    shape must be right; after an error the model is as it was. Values are converted to the
+    parameters' dtype. `is_trainable=False` freezes the adapter, as PEFT does.
+    """
+    check_not_merged(model, "load an adapter")
+    stored = read_adapter(path, adapter_name)
+    record = getattr(model, "minilora_adapters", None)
+    is_new = record is None or adapter_name not in record.configs
+    if is_new:
+        with torch.random.fork_rng(devices=[]):
+            add_adapter(model, stored.config, adapter_name)
+    try:
+        assign_adapter(model, stored, adapter_name)
+    except BaseException:
+        if is_new:
+            remove_adapter(model, adapter_name)
+        raise
+    record = adapters_of(model)
+    record.configs[adapter_name].inference_mode = not is_trainable
+    set_active(model, record.active)
+    return sorted(stored.tensors)
+
+
+def adapter_state_dict(model: nn.Module, adapter_name: str = "default") -> dict[str, Tensor]:
+    """The adapter's tensors (not copies) under PEFT's on-disk keys."""
+    return {key: p.detach() for key, p in _keyed_parameters(model, adapter_name).items()}
+
+
+def adapter_files(model: nn.Module, adapter_name: str = "default") -> dict[str, bytes]:
+    """Name -> contents of an adapter's two files.
+
+    The weights come first: a crash between the two leaves a directory without a config, which
+    nothing takes for an adapter.
+    """
+    tensors = {
+        # Tied or sliced tensors would be refused by safetensors; each is stored on its own.
+        key: tensor.to("cpu").clone(memory_format=torch.contiguous_format)
+        for key, tensor in adapter_state_dict(model, adapter_name).items()
+    }
+    config = config_to_dict(adapters_of(model).configs[adapter_name])
+    return {
+        WEIGHTS_NAME: safetensors.torch.save(tensors, metadata={"format": "pt"}),
+        CONFIG_NAME: json.dumps(config, indent=2, sort_keys=True).encode(),
+    }
+
+
+def find_adapter(path: str | Path, adapter_name: str = "default") -> Path:
+    """The directory of an adapter: `path/<adapter_name>` if it has a config, else `path`."""
+    named = _directory_of(path, adapter_name)
+    for directory in (named, Path(path)):
+        if (directory / CONFIG_NAME).is_file():
+            return directory
+    raise MiniloraError(f"no adapter in {path}: found no {named / CONFIG_NAME}")
+
+
+def read_config(directory: Path) -> LoraConfig:
+    """The `LoraConfig` in a directory's adapter_config.json."""
+    path = directory / CONFIG_NAME
+    return config_from_dict(reading.read_json(path), place=str(path))
+
+
+def read_adapter(path: str | Path, adapter_name: str = "default") -> StoredAdapter:
+    """The adapter in a directory. `.safetensors` wins over `.bin`, as in PEFT.
+
+    A `.bin` is read with `weights_only=True`, which cannot run code.
+    """
+    directory = find_adapter(path, adapter_name)
+    config = read_config(directory)
+    weights, pickled = directory / WEIGHTS_NAME, directory / PICKLE_NAME
+    if weights.is_file():
+        return _stored(directory, config, reading.read_safetensors(weights))
+    if not pickled.is_file():
+        raise MiniloraError(
+            f"{directory} has a config but no weights: neither {WEIGHTS_NAME} nor {PICKLE_NAME}"
+        )
+    tensors = reading.read_torch(pickled)
+    items = tensors.items() if isinstance(tensors, dict) else [(None, None)]
+    if not all(isinstance(key, str) and isinstance(tensor, Tensor) for key, tensor in items):
+        raise MiniloraError(f"{pickled} does not hold a dictionary of tensors")
+    return _stored(directory, config, tensors)
+
+
+def parse_adapter(directory: Path, config: bytes, weights: bytes) -> StoredAdapter:
+    """The same from what was read from `directory` already: the bytes of its two files."""
+    config_path, weights_path = directory / CONFIG_NAME, directory / WEIGHTS_NAME
+    parsed = config_from_dict(reading.parse_json(config, config_path), place=str(config_path))
+    return _stored(directory, parsed, reading.parse_safetensors(weights, weights_path))
+
+
+def check_adapter(model: nn.Module, stored: StoredAdapter, adapter_name: str = "default") -> None:
+    """Refuse a stored adapter that is another than the model's: by config, keys, shapes, dtypes."""
+    parameters = _keyed_parameters(model, adapter_name)
+    ours = adapters_of(model).configs[adapter_name]
+    differing = [
+        f"{name}: {theirs!r} in the file, {here!r} here"
+        for name, (theirs, here) in differing_fields(stored.config, ours).items()
+        if not name.startswith(SELECTING)
+    ]
+    place = stored.directory
+    if differing:
+        raise MiniloraError(f"{place / CONFIG_NAME} is of another adapter: {'; '.join(differing)}")
+    lacking, extra = parameters.keys() - stored.tensors.keys(), stored.tensors.keys() - parameters
+    for what, keys in (("lacks", lacking), ("has unexpected", extra)):
+        if keys:
+            more = f" and {len(keys) - 1} more" if len(keys) > 1 else ""
+            raise MiniloraError(f"{place}: the adapter {what} tensor {min(keys)}{more}")
+    reading.check_like(parameters, stored.tensors, place)
+
+
+@torch.no_grad()
+def assign_adapter(model: nn.Module, stored: StoredAdapter, adapter_name: str = "default") -> None:
+    """Check a stored adapter, then copy its values into the model's."""
+    check_adapter(model, stored, adapter_name)
+    for key, parameter in _keyed_parameters(model, adapter_name).items():
+        parameter.copy_(stored.tensors[key])
+
+
+def _stored(directory: Path, config: LoraConfig, tensors: dict[str, Tensor]) -> StoredAdapter:
+    # Before memory is taken for it: a few bytes of JSON can ask for any amount.
+    highest = max([config.r, *config.rank_pattern.values()])
+    if highest > max((size for tensor in tensors.values() for size in tensor.shape), default=0):
+        path = directory / CONFIG_NAME
+        raise MiniloraError(f"{path} asks for rank {highest}; no tensor of the file is that large")
+    found = {key: tensor for key, tensor in tensors.items() if not JUNK.search(key)}
+    # PEFT up to 0.6 had no base_layer: a trained bias was "...query.bias", which PEFT 0.21 silently
+    # ignores.
+    for key in tensors:
+        module = key.removesuffix(".bias")
+        if module != key and f"{module}.lora_A.weight" in found:
+            found[f"{module}.base_layer.bias"] = found.pop(key)
+    return StoredAdapter(directory, config, found)
+
+
+def _keyed_parameters(model: nn.Module, adapter_name: str) -> dict[str, nn.Parameter]:
+    configs = adapters_of(model).configs
+    check_known(configs, [adapter_name])
+    found: dict[str, nn.Parameter] = {}
+    for name, layer in adapter_layers(model):
+        # A tied output layer reads the rows that its embedding brings along.
+        if adapter_name in layer.adapters and not isinstance(layer, TiedOutput):
+            for key, parameter in layer.adapters[adapter_name].named_parameters():
+                found[f"{PREFIX}{name}.{ON_DISK.get(key, key)}"] = parameter
+    for name, parameter in trained_biases(model, configs[adapter_name].bias):
+        found[f"{PREFIX}{name}"] = parameter
+    return found
+
+
+def _directory_of(path: str | Path, adapter_name: str) -> Path:
+    return Path(path) if adapter_name == "default" else Path(path) / adapter_name
+
+
+def _model_card(config: LoraConfig) -> bytes:
+    base = config.base_model_name_or_path
+    # The Hub takes only its own ids here; a local directory would be refused.
+    named = [f"base_model: {base}"] if base and not Path(base).exists() else []
+    numbers = f"r={config.r}, lora_alpha={config.lora_alpha}"
+    body = f"A LoRA adapter ({numbers}) for `{base}`, written by minilora."
+    head = ["---", *named, "library_name: peft", "tags:", "- lora", "- minilora", "---"]
+    return "\n".join([*head, "", body, ""]).encode()

@@ -1,0 +1,74 @@
+"""A trained adapter folded into its base model and written as an ordinary model directory.
+
+    MERGED/
+      config.json  model.safetensors      as transformers saves them, id2label included; above
+                                          `max_shard_size`, in several files and an index
+      tokenizer files
+
+Nothing in it needs minilora: transformers' `from_pretrained` loads it.
+"""
+
+from pathlib import Path
+
+import torch
+
+from minilora.bert.load import save_tokenizer
+from minilora.errors import MiniloraError
+from minilora.files import new_directory
+from minilora.lora.merge import combine_adapters, merge_and_unload
+from minilora.lora.peft_files import load_adapter
+from minilora.trained.open_run import load_base, read_record
+from minilora.training.config import DTYPES
+from minilora.training.record import RunRecord
+
+
+def write_merged_model(
+    paths: list[str | Path],
+    output_dir: str | Path,
+    weights: list[float] | None = None,
+    max_shard_size: str = "5GB",
+    dtype: str = "float32",
+    model_name_or_path: str | None = None,
+) -> Path:
+    """Merge one run, or several with weights, and write the model to `output_dir`: all of it, or
+    nothing. Returns the directory.
+
+    Args:
+        paths: runs, checkpoints or adapters on the same base model, with the same labels.
+        weights: one for each path, as for `combine_adapters`; needed if there are several.
+        dtype: of the written weights; sums are taken in the base's.
+        model_name_or_path: the base model, if it has moved.
+    """
+    if dtype not in DTYPES:
+        raise MiniloraError(f"dtype is {dtype!r}; it must be one of {', '.join(DTYPES)}")
+    if weights is None and len(paths) > 1:
+        raise MiniloraError(f"{len(paths)} adapters need --weights, a number for each")
+    with new_directory(Path(output_dir)) as directory:
+        found = [read_record(Path(path), model_name_or_path) for path in paths]
+        _check_together(found)
+        model, tokenizer = load_base(*found[0])
+        adapters = [adapter for adapter, _ in found]
+        if weights is None:
+            load_adapter(model, adapters[0])
+            merge_and_unload(model)
+        else:
+            combine_adapters(model, adapters, weights)
+        model.to(getattr(torch, dtype))
+        try:
+            model.save_pretrained(directory, max_shard_size=max_shard_size)
+        except ValueError as error:
+            raise MiniloraError(f"max_shard_size {max_shard_size!r}: {error}") from None
+        save_tokenizer(tokenizer, directory)
+    return Path(output_dir)
+
+
+def _check_together(found: list[tuple[Path, RunRecord]]) -> None:
+    (first, expected), *others = found
+    for adapter, record in others:
+        if (record.arguments.task, record.labels) != (expected.arguments.task, expected.labels):
+            raise MiniloraError(
+                f"{adapter} predicts {record.labels or 'a number'}, {first} "
+                f"{expected.labels or 'a number'}: only adapters with the same labels can be merged"
+            )
+        if len({record.model_sha256, expected.model_sha256} - {""}) > 1:
+            raise MiniloraError(f"{adapter} is an adapter for another base model than {first}")

@@ -1,0 +1,129 @@
+"""Texts to labels with probabilities.
+
+Texts are taken in windows of a few thousand: a window is tokenised, sorted by length (so that
+batches hold little padding), predicted, and put back in the order it came in. Of a stream, however
+long, only one window is in memory at a time.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from minilora.bert.dataset import Examples, to_device, tokenize
+from minilora.bert.rows import Columns, Row, read_rows
+from minilora.errors import MiniloraError
+from minilora.trained.open_run import TrainedRun
+from minilora.training.evaluation import evaluation_mode
+
+# A window ends at so many texts, or characters, whichever comes first.
+WINDOW_TEXTS = 2048
+WINDOW_CHARACTERS = 2_000_000
+
+
+def predict_texts(
+    run: TrainedRun, texts: Iterable[str | tuple[str, str]], batch_size: int | None = None
+) -> Iterator[dict[str, Any]]:
+    """{"index", "label", "score", "probabilities"} of each text, or pair of texts, in their order;
+    for regression {"index", "score"} with the value as the score.
+
+    A prediction depends on the batch size and on the other texts by float rounding only. Texts are
+    taken as they are needed: an endless stream is fine.
+
+    Args:
+        batch_size: by default training's per_device_eval_batch_size.
+    """
+    for predictions, _ in predict_windows(run, rows_of_texts(texts), batch_size):
+        yield from predictions
+
+
+def rows_of_texts(texts: Iterable[str | tuple[str, str]]) -> Iterator[Row]:
+    """Texts, or pairs of texts, as rows numbered from 1."""
+    for line, text in enumerate(texts, start=1):
+        first, second = text if isinstance(text, tuple) else (text, None)
+        yield Row(first, second, None, None, line)
+
+
+def rows_of_lines(stream: Iterable[bytes]) -> Iterator[Row]:
+    """One text for each line of UTF-8, an empty line being an empty text."""
+    for number, line in enumerate(stream, start=1):
+        try:
+            text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+        except UnicodeDecodeError:
+            raise MiniloraError(f"standard input, line {number}: not UTF-8") from None
+        yield Row(text.rstrip("\r\n"), None, None, None, number)
+
+
+def rows_of_file(
+    run: TrainedRun, file: Path, text_column: str | None = None, text_pair_column: str | None = None
+) -> list[Row]:
+    """The texts of a file, in columns called as in training unless given here; labels are not
+    looked at, and second texts only where training had them.
+    """
+    config = run.record.arguments
+    text, pair = text_column or config.text_column, text_pair_column or config.text_pair_column
+    rows = read_rows(file, Columns(text, pair), labelled=False)
+    if run.record.pairs is False:
+        return [dataclasses.replace(row, pair=None) for row in rows]
+    return rows
+
+
+def predict_windows(
+    run: TrainedRun, rows: Iterable[Row], batch_size: int | None = None
+) -> Iterator[tuple[list[dict[str, Any]], int]]:
+    """The same for rows, window by window: the predictions of a few thousand texts, and how many of
+    these were longer than the model takes, and were cut.
+    """
+    size = batch_size or run.record.arguments.per_device_eval_batch_size
+    total = len(rows) if isinstance(rows, list) else None
+    done = 0
+    with tqdm(total=total, desc="predicting", unit=" texts", leave=False, delay=1) as bar:
+        for window in _windows(rows):
+            _check_pairs(run, window)
+            examples = tokenize(window, run.task, run.tokenizer, run.max_length, "tokenizing")
+            predictions = run.task.predictions(_logits(run, examples, size, bar.update))
+            numbered = [{"index": done + i, **row} for i, row in enumerate(predictions)]
+            yield numbered, examples.truncated
+            done += len(window)
+
+
+def _logits(
+    run: TrainedRun, examples: Examples, batch_size: int, advance: Callable[[int], object]
+) -> np.ndarray:
+    """Logits (N, C) in the examples' order, computed in batches of similar length."""
+    order = np.argsort(np.diff(examples.offsets), kind="stable")
+    found = []
+    with torch.inference_mode(), evaluation_mode(run.forward):
+        for start in range(0, len(order), batch_size):
+            indices = order[start : start + batch_size]
+            batch = to_device(run.forward.collate(examples, indices), run.device)
+            found.append(run.forward(batch).float().cpu().numpy())
+            advance(len(indices))
+    return np.concatenate(found)[np.argsort(order)]
+
+
+def _windows(rows: Iterable[Row]) -> Iterator[list[Row]]:
+    window, characters = [], 0
+    for row in rows:
+        window.append(row)
+        characters += len(row.text) + len(row.pair or "")
+        if len(window) == WINDOW_TEXTS or characters >= WINDOW_CHARACTERS:
+            yield window
+            window, characters = [], 0
+    if window:
+        yield window
+
+
+def _check_pairs(run: TrainedRun, window: list[Row]) -> None:
+    pairs = run.record.pairs
+    if pairs is None:
+        pairs = window[0].pair is not None
+    for row in window:
+        if (row.pair is not None) != pairs:
+            what = "has no second text" if pairs else "has a second text"
+            trained = "pairs" if pairs else "single texts"
+            raise MiniloraError(f"text {row.line} {what}; the run was trained on {trained}")

@@ -1,0 +1,55 @@
+"""A labelled file scored after training, in the very bits in which training scores."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from minilora.bert.dataset import batches_in_order, tokenize
+from minilora.bert.rows import Columns, read_rows
+from minilora.errors import MiniloraError
+from minilora.trained.open_run import TrainedRun
+from minilora.training.evaluation import evaluate_model
+from minilora.training.progress import say
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What a model is worth on a labelled file."""
+
+    metrics: dict[str, float]
+    """eval_loss, eval_accuracy, ..., under training's names, timing keys last."""
+    confusion: np.ndarray | None
+    """Counts (C, C), row the true class, column the predicted one; None for regression."""
+
+
+def evaluate_file(
+    run: TrainedRun,
+    file: str | Path,
+    text_column: str | None = None,
+    text_pair_column: str | None = None,
+    label_column: str | None = None,
+) -> Scores:
+    """Score `run` on a labelled file, its columns called as in training unless given here. On
+    training's validation file, on the same device: bitwise the numbers that training recorded.
+    """
+    config, pairs = run.record.arguments, run.record.pairs
+    columns = Columns(
+        text_column or config.text_column,
+        text_pair_column or config.text_pair_column,
+        label_column or config.label_column,
+    )
+    rows = read_rows(Path(file), columns)
+    if pairs not in (None, rows[0].pair is not None):
+        there, here = ("two texts", "one") if pairs else ("one text", "two")
+        raise MiniloraError(f"{file} has {here} a row, training had {there}: name the columns")
+    examples = tokenize(rows, run.task, run.tokenizer, run.max_length, str(file))
+    if examples.truncated:
+        say(
+            f"{file}: {examples.truncated} of {len(rows)} texts were cut at {run.max_length} tokens"
+        )
+    size, shown = config.per_device_eval_batch_size, f"evaluating {Path(file).name}"
+    batches = batches_in_order(examples, size, run.forward.collate, run.device, shown)
+    scorer = run.task.scorer(rows)
+    metrics = evaluate_model(run.forward, run.task, batches, scorer, "eval")
+    return Scores(metrics, getattr(scorer, "confusion", None))

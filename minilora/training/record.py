@@ -1,0 +1,210 @@
+"""What is written down of a run, so that it can be rebuilt, proved, and told from another.
+
+    run.json         a `RunRecord`: the arguments, and the fingerprints of data and model
+    minilora.json    a `Manifest`, written last into each checkpoint: the record, where the run
+                     stood, and size and SHA-256 of every other file, and a checksum of itself
+
+So a flipped bit, a truncated or a swapped file is an error that names the file. A checksum is no
+signature: whoever edits the file can compute it, too. So its contents are checked like any other's.
+"""
+
+import dataclasses
+import hashlib
+import json
+import platform
+import re
+import typing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy
+import safetensors
+import torch
+
+from minilora import __version__
+from minilora.errors import MiniloraError
+from minilora.lora.config import LoraConfig, config_from_dict
+from minilora.lora.peft_files import CONFIG_NAME, WEIGHTS_NAME
+from minilora.reading import check_like, parse_json
+from minilora.training.config import TrainConfig, train_config_from_dict
+from minilora.training.loop import TrainState
+from minilora.training.trainer_files import OPTIMIZER_NAME, RNG_NAME, SCHEDULER_NAME, STATE_NAME
+
+MANIFEST_NAME = "minilora.json"
+SCHEMA_VERSION = 1
+
+FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")  # no path, no link out of the directory
+SHA256 = re.compile(r"[0-9a-f]{64}")
+PARTS = (WEIGHTS_NAME, CONFIG_NAME, OPTIMIZER_NAME, SCHEDULER_NAME, RNG_NAME, STATE_NAME)
+
+PATHS = ("train_file", "validation_file", "test_file", "model_name_or_path")
+
+# The parts of `environment` on which a run's bits depend; the others are for the reader.
+EXACTNESS = ("torch", "cpu_capability", "num_threads", "cuda")
+
+
+# What `RunRecord` is in JSON.
+RECORDED = {
+    "arguments": dict,
+    "lora": dict,
+    "labels": list[str] | None,
+    "pairs": bool | None,
+    "data_sha256": dict[str, str],
+    "model_sha256": str,
+    "environment": dict,
+    "result": dict | None,
+}
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """A run's arguments and inputs."""
+
+    arguments: TrainConfig
+    lora: LoraConfig
+    labels: list[str] | None  # names in id order; None where the task has none
+    pairs: bool | None  # whether examples are pairs of texts; None where nobody recorded it
+    data_sha256: dict[str, str]  # of each split's file
+    model_sha256: str  # of the base, and behind a space of the adapter that was continued
+    environment: dict[str, Any]  # what it ran on
+    result: dict[str, Any] | None = None  # the final metrics of a finished run
+
+    def to_json(self) -> dict[str, Any]:
+        """The object that is written, its paths absolute."""
+        arguments = dataclasses.asdict(self.arguments)
+        for name in PATHS:
+            if arguments[name] is not None and Path(arguments[name]).exists():
+                arguments[name] = str(Path(arguments[name]).resolve())
+        # Where the run lies and what it was resumed from is known to whoever resumes it.
+        arguments["output_dir"] = arguments["resume_from_checkpoint"] = None
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        values |= {"arguments": arguments, "lora": dataclasses.asdict(self.lora)}
+        return {name: value for name, value in values.items() if name != "result" or value}
+
+    @staticmethod
+    def from_json(values: dict[str, Any], place: str) -> "RunRecord":
+        """What `to_json` returned, whichever version wrote it."""
+        absent = {"labels": None, "pairs": None, "environment": {}, "result": None}
+        found = {**absent, **{name: values[name] for name in RECORDED.keys() & values.keys()}}
+        check_like(RECORDED, found, f"{place} does not record a run")
+        arguments = train_config_from_dict(found.pop("arguments"), place)
+        return RunRecord(arguments, config_from_dict(found.pop("lora"), place), **found)
+
+
+def environment() -> dict[str, Any]:
+    """What a run's bits depend on beside its arguments: resuming elsewhere is allowed,
+    bit-exactness not promised there.
+    """
+    return {
+        "minilora": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": numpy.__version__,
+        "safetensors": safetensors.__version__,
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "num_threads": torch.get_num_threads(),
+        "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+    }
+
+
+def warnings_of_elsewhere(recorded: dict[str, Any]) -> list[str]:
+    """In what of a run's bits depend on, this machine differs from the recorded environment."""
+    here = environment()
+    return [
+        f"{name} was {recorded.get(name)} and is {here[name]}: the resume may not be bit-exact"
+        for name in EXACTNESS
+        if recorded.get(name) != here[name]
+    ]
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What `minilora.json` says."""
+
+    state: dict[str, Any]  # `TrainState` but its log_history, which trainer_state.json holds
+    record: RunRecord | None  # None where a user's own loop wrote the checkpoint without one
+    environment: dict[str, Any]  # what bit-exactness is promised for
+    files: dict[str, dict[str, Any]]  # name to size and sha256 of every other file
+
+    @staticmethod
+    def parse(data: bytes, path: Path) -> "Manifest":
+        """The manifest in these bytes, read from `path`."""
+        document = parse_json(data, path)
+        recorded = document.pop("sha256", None)
+        if document.get("schema_version") != SCHEMA_VERSION:
+            raise MiniloraError(
+                f"{path} has schema version {document.get('schema_version')!r}, this minilora "
+                f"reads {SCHEMA_VERSION}: use the version that wrote it"
+            )
+        try:
+            unchanged = recorded == _checksum(document)
+        except RecursionError:
+            raise MiniloraError(f"{path} is damaged: it is nested too deeply") from None
+        if not unchanged:
+            raise MiniloraError(f"{path} was changed after it was written (its checksum differs)")
+        check_like(dict.fromkeys(("state", "run", "environment", "files"), dict), document, path)
+        state, files = document["state"], document["files"]
+        # The first version's mark that an evaluation is still to come; the position says so.
+        state.pop("epoch_ends", None)
+        _check_state(state, path)
+        _check_files(files, path)
+        record = RunRecord.from_json(document["run"], str(path)) if document["run"] else None
+        return Manifest(state, record, document["environment"], files)
+
+    def check(self, data: bytes, path: Path) -> None:
+        """Refuse the contents of a file that are not what was written."""
+        expected = self.files[path.name]
+        if len(data) != expected["size"]:
+            raise MiniloraError(
+                f"{path} has {len(data)} bytes where {expected['size']} were written: "
+                "the checkpoint is damaged; resume from another one"
+            )
+        if hashlib.sha256(data).hexdigest() != expected["sha256"]:
+            raise MiniloraError(
+                f"{path} is not what was written (SHA-256 differs); resume from another checkpoint"
+            )
+
+
+def manifest_bytes(state: TrainState, record: RunRecord | None, files: dict[str, bytes]) -> bytes:
+    """The contents of `minilora.json` for a checkpoint of these files."""
+    values = {name: getattr(state, name) for name in _state_hints()}
+    document = {
+        "schema_version": SCHEMA_VERSION,
+        "state": values,
+        "run": {} if record is None else record.to_json(),
+        "environment": environment(),
+        "files": {
+            name: {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+            for name, data in files.items()
+        },
+    }
+    signed = {**document, "sha256": _checksum(document)}
+    return (json.dumps(signed, indent=2, sort_keys=True) + "\n").encode()
+
+
+def _state_hints() -> dict[str, Any]:
+    hints = typing.get_type_hints(TrainState)
+    return {name: hint for name, hint in hints.items() if name != "log_history"}
+
+
+def _check_state(state: dict[str, Any], path: Path) -> None:
+    check_like(_state_hints(), state, path, "state")
+    wrong = sorted(state.keys() - _state_hints().keys())
+    wrong += [name for name, value in state.items() if type(value) is int and value < 0]
+    if wrong:
+        raise MiniloraError(f"{path} was not written by minilora: its state has {wrong[0]}")
+
+
+def _check_files(files: dict[str, Any], path: Path) -> None:
+    wrong = [f"no entry for {name}" for name in PARTS if name not in files]
+    for name, entry in files.items():
+        check_like({"size": int, "sha256": str}, entry, path, name)
+        if not FILE_NAME.fullmatch(name) or not SHA256.fullmatch(entry["sha256"]):
+            wrong.append(f"an entry for {name!r}")
+    if wrong:
+        raise MiniloraError(f"{path} was not written by minilora: it has {wrong[0]}")
+
+
+def _checksum(document: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()

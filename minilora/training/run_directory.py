@@ -1,0 +1,170 @@
+"""A run's directory: `run.json`, `metrics.jsonl`, and checkpoints written in their turn.
+
+    run.json         the `RunRecord`; written before the first step, and with the result at the end
+    metrics.jsonl    one JSON object for each log or evaluation
+    checkpoint-<step>/
+
+What is done about a disk that refuses stands here, too: a row or a checkpoint that cannot be
+written is no reason to lose a run that can go on.
+"""
+
+import contextlib
+import errno
+import json
+import os
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from minilora.errors import MiniloraError
+from minilora.files import NotConfirmed, is_leftover, make_directory, remove_directory, write_file
+from minilora.reading import read_json
+from minilora.training.checkpoint import save_checkpoint, sorted_checkpoints
+from minilora.training.loop import Training, is_finished
+from minilora.training.progress import say
+from minilora.training.record import RunRecord
+
+RUN_NAME = "run.json"
+METRICS_NAME = "metrics.jsonl"
+
+# What a user can do about a disk that refuses.
+REMEDIES = {
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "make room"),
+    **dict.fromkeys((errno.EROFS, errno.EACCES, errno.EPERM), "make it writable"),
+    errno.EIO: "see to the disk",
+}
+
+
+def new_output_dir(path: Path) -> None:
+    """Create the directory of a new run. One that holds only leftovers of a killed start counts as
+    empty.
+    """
+    if path.exists() and not path.is_dir():
+        raise MiniloraError(f"output_dir {str(path)!r} is a file: give a new or empty directory")
+    if path.is_dir():
+        held = sorted(entry.name for entry in path.iterdir() if not is_leftover(entry.name))
+        if held:
+            raise MiniloraError(
+                f"output_dir {str(path)!r} is not empty (it holds {held[0]}): give a new one, or "
+                f"continue its run with --resume_from_checkpoint {path}"
+            )
+    make_directory(path)
+
+
+def write_run(output_dir: Path, record: RunRecord) -> None:
+    """Write `run.json`."""
+    text = json.dumps(record.to_json(), indent=2, sort_keys=True) + "\n"
+    write_file(output_dir / RUN_NAME, text.encode())
+
+
+def read_run(output_dir: Path) -> RunRecord:
+    """What `run.json` records."""
+    path = output_dir / RUN_NAME
+    return RunRecord.from_json(read_json(path), str(path))
+
+
+class MetricsFile:
+    """`metrics.jsonl`, holding exactly the rows of `log_history`, whole lines only.
+
+    A row that cannot be written (disk full) is not lost: the next one writes the whole file anew.
+    """
+
+    def __init__(self, path: Path, log_history: list[dict[str, Any]]) -> None:
+        """Begin with a checkpoint's rows: those that a killed run wrote after it are dropped."""
+        self.path = path
+        self.rows = log_history
+        self.has_failed = False
+        self._try(self.write_all)
+
+    def append(self, row: dict[str, Any]) -> None:
+        """Add `row`, which the loop has just appended to `log_history`."""
+        self._try(self.write_all if self.has_failed else partial(self._append, row))
+
+    def write_all(self) -> None:
+        """Write every row, durably. An `OSError` means that rows in no checkpoint would be lost."""
+        write_file(self.path, b"".join(map(_line, self.rows)))
+
+    def _append(self, row: dict[str, Any]) -> None:
+        with self.path.open("ab") as file:
+            file.write(_line(row))
+
+    def _try(self, write: Callable[[], None]) -> None:
+        failed_before = self.has_failed
+        try:
+            write()
+            self.has_failed = False
+        except OSError as error:
+            self.has_failed = True
+            if not failed_before:
+                reason = f"cannot be written ({error.strerror}); the rows are kept for later"
+                say(f"warning: {self.path} {reason}")
+
+
+class Saver:
+    """Writes the checkpoints of a run, and deletes what is over `save_total_limit`.
+
+    When one cannot be written (the disk is full, for one) and an older one is there, it warns, lets
+    the run go on and tries again at the next save; the last save of a run has no next one, and
+    fails.
+    """
+
+    def __init__(self, output_dir: Path, training: Training, record: RunRecord) -> None:
+        self.output_dir, self.training, self.record = output_dir, training, record
+        self.failure: OSError | None = None
+
+    def save(self) -> None:
+        """Write a checkpoint of the training as it stands, and rotate the older ones."""
+        state = self.training.state
+        self.failure = None
+        try:
+            save_checkpoint(self.output_dir, self.training, self.record)
+        except OSError as error:
+            ends = is_finished(state, self.training.timetable)
+            if ends or not sorted_checkpoints(self.output_dir):
+                raise
+            self.failure = error
+            is_there = isinstance(error, NotConfirmed)
+            step = state.global_step
+            what = f"checkpoint-{step} is" if is_there else f"no checkpoint at step {step}:"
+            say(f"warning: {what} {error.strerror}; training goes on")
+            return
+        limit = self.record.arguments.save_total_limit
+        if limit is not None:
+            try:
+                rotate_checkpoints(self.output_dir, limit, state.best_step)
+            except OSError as error:
+                say(f"warning: an old checkpoint cannot be deleted: {error.strerror}")
+
+    def raise_failure(self) -> None:
+        """Raise what the last save failed with: the run ends, stopped by a signal perhaps, and
+        without its last checkpoint."""
+        if self.failure is not None:
+            raise self.failure
+
+
+def rotate_checkpoints(output_dir: Path, limit: int, best_step: int | None) -> None:
+    """Delete the oldest checkpoints beyond `limit`, never the newest and never the best."""
+    checkpoints = [path for path in sorted_checkpoints(output_dir) if not path.is_symlink()]
+    protected = {checkpoints[0].name, f"checkpoint-{best_step}"} if checkpoints else set()
+    removable = [path for path in checkpoints if path.name not in protected]
+    excess = len(checkpoints) - max(limit, len(checkpoints) - len(removable))
+    for path in removable[len(removable) - excess :] if excess > 0 else []:
+        remove_directory(path)
+
+
+@contextlib.contextmanager
+def advice_on_disk_errors(output_dir: Path) -> Iterator[None]:
+    """Let an `OSError` that comes out say what to do about it, and how the run goes on."""
+    try:
+        yield
+    except OSError as error:
+        begun = os.path.isfile(output_dir / RUN_NAME)
+        go_on = f"--resume_from_checkpoint {output_dir}" if begun else "start the run again"
+        remedy = REMEDIES.get(error.errno or 0, "see to it")
+        advice = f"{error.strerror}; no older checkpoint is lost: {remedy}, then {go_on}"
+        raise OSError(error.errno, advice, error.filename or str(output_dir)) from error
+
+
+def _line(row: dict[str, Any]) -> bytes:
+    return (json.dumps(row) + "\n").encode()

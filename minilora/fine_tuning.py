@@ -105,22 +105,20 @@ def fine_tune(train_config: TrainConfig, lora_config: LoraConfig | None = None) 
 def run_fine_tuning(
     train_arguments: dict[str, Any], lora_arguments: dict[str, Any], should_stop: Callable[[], bool]
 ) -> TrainResult:
-    """Run, or resume, one fine-tuning from the arguments that were given (an absent one means its
-    default, or on a resume its recorded value).
-
-    Args:
-        should_stop: asked before each step; when true, a checkpoint is saved and the run ends.
+    """The same from the arguments that were given: an absent one means its default, or on a resume
+    its recorded value. `should_stop` is asked before each step; if true, the run saves and ends.
     """
     path = train_arguments.get("resume_from_checkpoint")
     if path is not None:
-        output_dir = resume.resumed_directory(Path(path))
-        with advice_on_disk_errors(output_dir), exclusive(output_dir):
-            sweep_leftovers(output_dir)
-            plan = resume.plan_resume(Path(path), train_arguments, lora_arguments)
-            if plan.refusals:
-                raise MiniloraError("; ".join(plan.refusals))
-            assert plan.config is not None and plan.lora is not None
-            return train(plan.config, plan.lora, output_dir, plan, should_stop)
+        with advice_on_disk_errors(Path(path)):
+            output_dir = resume.resumed_directory(Path(path))
+            with exclusive(output_dir):
+                sweep_leftovers(output_dir)
+                plan = resume.plan_resume(Path(path), train_arguments, lora_arguments)
+                if plan.refusals:
+                    raise MiniloraError("; ".join(plan.refusals))
+                assert plan.config is not None and plan.lora is not None
+                return train(plan.config, plan.lora, output_dir, plan, should_stop)
     config = TrainConfig(**train_arguments)
     lora = starting_model.new_lora_config(config, lora_arguments)
     # With milliseconds, so that the bare command can be repeated, even by a script.
@@ -148,7 +146,9 @@ def train(
 
     seed_all(config.seed)
     start = starting_model.load_starting_model(config, task)
-    record = record_run(config, lora, splits, start)
+    ran_on = {**environment(), "transformers": transformers.__version__}
+    inputs = (splits.fingerprints, start.sha256, ran_on)
+    record = RunRecord(config, lora, splits.labels, splits.has_pairs(), *inputs)
     if plan is not None:
         resume.check_same_inputs(plan, record)
     examples = tokenize_all(config, splits, task, start)
@@ -188,30 +188,12 @@ def read_data(config: TrainConfig) -> Splits:
     return splits
 
 
-def record_run(
-    config: TrainConfig, lora: LoraConfig, splits: Splits, start: StartingModel
-) -> RunRecord:
-    """What is written down of the run before its first step."""
-    return RunRecord(
-        arguments=config,
-        lora=lora,
-        labels=splits.labels,
-        pairs=splits.has_pairs(),
-        data_sha256=splits.fingerprints,
-        model_sha256=start.sha256,
-        environment={**environment(), "transformers": transformers.__version__},
-    )
-
-
 def tokenize_all(
     config: TrainConfig, splits: Splits, task: Task, start: StartingModel
 ) -> dict[str, Examples]:
-    """Every split as token arrays. How many texts were cut is said: a setting that loses data is
-    never silent.
-    """
-    max_length = starting_model.input_length(
-        config.max_length, load.longest_input(start.model, start.tokenizer)
-    )
+    """Every split as token arrays. How many texts were cut is said: no loss of data is silent."""
+    longest = load.longest_input(start.model, start.tokenizer)
+    max_length = starting_model.input_length(config.max_length, longest)
     examples = tokenize_splits(splits, task, start.tokenizer, max_length)
     for split, encoded in examples.items():
         if encoded.truncated:
@@ -232,9 +214,7 @@ def build_training(pieces: Pieces) -> Training:
 
 
 def reported_evaluation(config: TrainConfig, state: TrainState) -> dict[str, float]:
-    """The evaluation that describes the final adapter: the best one if that is loaded, else the
-    last.
-    """
+    """The evaluation of the final adapter: the best one if that is loaded, else the last."""
     evaluations = [row for row in state.log_history if "eval_loss" in row]
     if config.load_best_model_at_end:
         evaluations = [row for row in evaluations if row["step"] == state.best_step]

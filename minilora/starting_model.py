@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from minilora.bert import load
@@ -202,13 +201,8 @@ def describe_start(start: StartingModel, config: TrainConfig, output_dir: Path) 
     if start.adapter is not None:
         done = "continued" if config.on_adapter == "continue" else "merged into it"
         say(f"{start.adapter.description}: {done}")
-    say(trainable_line(start.model))
+    trainable = sum(p.numel() for p in start.model.parameters() if p.requires_grad)
+    total = sum(p.numel() for p in start.model.parameters())
+    counts = f"trainable params: {trainable:,} || all params: {total:,}"
+    say(f"{counts} || trainable%: {100 * trainable / total:.4f}")
     say(f"output: {output_dir}")
-
-
-def trainable_line(model: nn.Module) -> str:
-    """PEFT's `print_trainable_parameters`."""
-    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    total = sum(p.numel() for p in model.parameters())
-    share = 100 * trainable / total
-    return f"trainable params: {trainable:,} || all params: {total:,} || trainable%: {share:.4f}"

@@ -58,7 +58,14 @@ def print_summary(result: "TrainResult", stopped: bool) -> None:
     if stopped:
         print(f"stopped at step {result.global_step}; nothing is lost")
     else:
-        print_scores(result)
+        first = result.log_history[:1]
+        if first and first[0]["step"] == 0 and "eval_accuracy" in first[0]:
+            print(f"accuracy of the untrained head:  {first[0]['eval_accuracy']:.3f}")
+        for name, value in result.metrics.items():
+            if name.startswith("eval_accuracy"):
+                kind = name.removeprefix("eval_accuracy").removeprefix("_")
+                what = f"accuracy on {kind}:" if kind else "accuracy after training:"
+                print(f"{what:<33}{value:.3f}")
         print(f"adapter:  {result.output_dir}, which PEFT loads, too")
         print(f"evaluate: python -m minilora.evaluate {place} --file FILE")
         print(f'predict:  python -m minilora.predict {place} --text "..."')
@@ -66,20 +73,6 @@ def print_summary(result: "TrainResult", stopped: bool) -> None:
     print(f"resume:   python -m minilora.train --resume_from_checkpoint {place}")
     summary = {"global_step": result.global_step, "output_dir": result.output_dir}
     print(json.dumps({**result.metrics, **summary}))
-
-
-def print_scores(result: "TrainResult") -> None:
-    """The untrained head's accuracy, where it was measured, the trained one's, and that of each
-    kind of example.
-    """
-    untrained = [row for row in result.log_history if "eval_accuracy" in row and row["step"] == 0]
-    if untrained:
-        print(f"accuracy of the untrained head:  {untrained[0]['eval_accuracy']:.3f}")
-    for name, value in result.metrics.items():
-        if name.startswith("eval_accuracy"):
-            kind = name.removeprefix("eval_accuracy").removeprefix("_")
-            what = f"accuracy on {kind}:" if kind else "accuracy after training:"
-            print(f"{what:<33}{value:.3f}")
 
 
 if __name__ == "__main__":

@@ -164,7 +164,7 @@ def test_a_directory_is_made_with_its_parents(tmp_path):
 
 
 def test_a_scratch_directory_is_a_leftover_while_it_is_there_and_gone_afterwards(tmp_path):
-    with scratch_directory(tmp_path) as directory:
+    with scratch_directory(tmp_path / "end") as directory:
         (directory / "file").write_text("")
         assert is_leftover(directory.name) and directory.parent == tmp_path
     assert names(tmp_path) == []

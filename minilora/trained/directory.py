@@ -3,14 +3,13 @@
 Nothing in it is run, and no model is built: of a base model only its file's header is looked at.
 """
 
-import contextlib
 import math
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from minilora.bert.load import WEIGHT_FILES, locate, packaged_model
+from minilora.bert.load import WEIGHT_FILES, locate
 from minilora.bert.splits import file_fingerprint
 from minilora.bert.stored import parameter_count, stored_tensors
 from minilora.errors import MiniloraError
@@ -214,11 +213,10 @@ def _described(name: str, tensor: Tensor) -> dict[str, Any]:
 def _trainable(directory: Directory) -> dict[str, Any] | None:
     if directory.kind == "model" or directory.config is None:
         return None
-    trained, total = sum(tensor.numel() for tensor in directory.tensors.values()), None
+    trained = sum(tensor.numel() for tensor in directory.tensors.values())
     name = directory.config["base_model_name_or_path"]
-    with contextlib.suppress(MiniloraError):  # a base that is not on this machine
-        base = parameter_count(name or str(packaged_model()))
-        total = None if base is None else trained + base
+    base = parameter_count(name) if name else None  # None, too, where it is not on this machine
+    total = base and trained + base
     return {"parameters": trained, "of": total, "percent": total and 100 * trained / total}
 
 

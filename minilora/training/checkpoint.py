@@ -14,7 +14,6 @@ hashed, and parsed from memory: what was verified is what is used. Not here: PEF
 """
 
 import io
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,11 +23,11 @@ import torch
 from minilora.errors import MiniloraError
 from minilora.files import commit_directory, make_directory
 from minilora.lora import peft_files
-from minilora.reading import MAX_JSON_BYTES, check_like, parse_json, parse_torch, read_bytes
+from minilora.reading import check_like, parse_json, parse_torch, read_bytes
 from minilora.training import optim, trainer_files
 from minilora.training.config import TrainConfig
-from minilora.training.loop import Timetable, Training, TrainState
-from minilora.training.record import MANIFEST_NAME, Manifest, RunRecord, manifest_bytes
+from minilora.training.loop import Training, TrainState
+from minilora.training.record import CHECKPOINT, MANIFEST_NAME, Manifest, RunRecord, manifest_bytes
 from minilora.training.rng import check_rng_state, mask_stream, rng_state, set_rng_state
 from minilora.training.trainer_files import (
     OPTIMIZER_NAME,
@@ -39,8 +38,7 @@ from minilora.training.trainer_files import (
     TRAINING_ARGS_NAME,
 )
 
-CHECKPOINT = re.compile(r"checkpoint-(\d+)")
-TORCH_FILES = (OPTIMIZER_NAME, SCHEDULER_NAME, RNG_NAME)
+TORCH_FILES = (OPTIMIZER_NAME, SCHEDULER_NAME, RNG_NAME, SCALER_NAME)  # as in `Stored`
 LARGEST = {STATE_NAME: trainer_files.MAX_STATE_BYTES}
 
 
@@ -64,8 +62,8 @@ class Stored:
 
     def missing(self) -> list[str]:
         """Names of the files without which a resumed run would be another one."""
-        parts = zip(TORCH_FILES, (self.optimizer, self.scheduler, self.generators), strict=True)
-        return [name for name, part in parts if part is None]
+        parts = (self.optimizer, self.scheduler, self.generators)
+        return [name for name, part in zip(TORCH_FILES, parts, strict=False) if part is None]
 
 
 def save_checkpoint(
@@ -112,24 +110,32 @@ def read_checkpoint(path: str | Path) -> Stored:
     """Read a checkpoint once: each file's bytes are hashed, and parsed from memory."""
     path = Path(path)
     refuse_links(path)
+    parts: dict[str, Any] = {}
     if is_trainer_checkpoint(path):
-        return _read_trainers(path)
-    file = path / MANIFEST_NAME
-    if not file.is_file():
-        raise MiniloraError(
-            f"{path} has no {MANIFEST_NAME} and no {TRAINING_ARGS_NAME}: it is incomplete or not a "
-            "checkpoint"
-        )
-    manifest = Manifest.parse(read_bytes(file, MAX_JSON_BYTES), file)
-    step = manifest.state["global_step"]
-    if CHECKPOINT.fullmatch(path.name) and path.name != f"checkpoint-{step}":
-        raise MiniloraError(
-            f"{path} holds step {step}: it was renamed; call it checkpoint-{step} again"
-        )
-    contents = {name: read_bytes(path / name) for name in manifest.files}
-    for name, data in contents.items():
-        manifest.check(data, path / name)
-    return _parsed(path, contents, manifest)
+        manifest = None
+        names = [name for name in (STATE_NAME, *TORCH_FILES) if is_written(path / name)]
+        contents = {name: read_bytes(path / name, LARGEST.get(name)) for name in names}
+        if STATE_NAME not in contents:
+            raise MiniloraError(f"{path} lacks {STATE_NAME}: HF Trainer was stopped while saving")
+    else:
+        manifest = Manifest.read(path)
+        contents = {name: read_bytes(path / name) for name in manifest.files}
+        for name, data in contents.items():
+            manifest.check(data, path / name)
+    for name in TORCH_FILES:
+        data = contents.get(name)
+        if data is not None:
+            parts[name] = parse_torch(data, path / name, trainer_files.NUMPY_GLOBALS)
+    if RNG_NAME in parts:
+        check_rng_state(parts[RNG_NAME], path / RNG_NAME)
+    progress = parse_json(contents[STATE_NAME], path / STATE_NAME)
+    trainer_files.check_progress(progress, path / STATE_NAME)
+    if manifest is None:
+        adapter = peft_files.read_adapter(path)
+    else:
+        config, weights = contents[peft_files.CONFIG_NAME], contents[peft_files.WEIGHTS_NAME]
+        adapter = peft_files.parse_adapter(path, config, weights)
+    return Stored(path, manifest, adapter, progress, *(parts.get(name) for name in TORCH_FILES))
 
 
 def restore(stored: Stored, training: Training) -> TrainState:
@@ -179,12 +185,15 @@ def sorted_checkpoints(output_dir: str | Path) -> list[Path]:
 
 
 def is_trainer_checkpoint(path: Path) -> bool:
-    """Whether HF Trainer wrote this checkpoint. Its files are not synced: after a crash one may be
-    there and empty.
+    """Whether HF Trainer wrote this checkpoint."""
+    return is_written(path / TRAINING_ARGS_NAME) and not (path / MANIFEST_NAME).exists()
+
+
+def is_written(path: Path) -> bool:
+    """Whether a file of HF Trainer's is there, and not empty: it does not sync them, so that after
+    a crash one can be.
     """
-    arguments = path / TRAINING_ARGS_NAME
-    is_there = arguments.is_file() and arguments.stat().st_size > 0
-    return is_there and not (path / MANIFEST_NAME).exists()
+    return path.is_file() and path.stat().st_size > 0
 
 
 def refuse_links(checkpoint: Path) -> None:
@@ -196,34 +205,6 @@ def refuse_links(checkpoint: Path) -> None:
     for entry in [checkpoint, *checkpoint.iterdir()]:
         if entry.is_symlink():
             raise MiniloraError(f"{entry} is a symbolic link: a checkpoint holds its own files")
-
-
-def _read_trainers(path: Path) -> Stored:
-    names = (STATE_NAME, *TORCH_FILES, SCALER_NAME)
-    present = [name for name in names if (path / name).is_file() and (path / name).stat().st_size]
-    if STATE_NAME not in present:
-        raise MiniloraError(f"{path} lacks {STATE_NAME}: HF Trainer was stopped while writing it")
-    contents = {name: read_bytes(path / name, LARGEST.get(name)) for name in present}
-    return _parsed(path, contents, None)
-
-
-def _parsed(path: Path, contents: dict[str, bytes], manifest: Manifest | None) -> Stored:
-    progress = parse_json(contents[STATE_NAME], path / STATE_NAME)
-    trainer_files.check_progress(progress, path / STATE_NAME)
-    parts = {
-        name: parse_torch(contents[name], path / name, trainer_files.NUMPY_GLOBALS)
-        for name in (*TORCH_FILES, SCALER_NAME)
-        if name in contents
-    }
-    if RNG_NAME in parts:
-        check_rng_state(parts[RNG_NAME], path / RNG_NAME)
-    if manifest is None:
-        adapter = peft_files.read_adapter(path)
-    else:
-        config, weights = contents[peft_files.CONFIG_NAME], contents[peft_files.WEIGHTS_NAME]
-        adapter = peft_files.parse_adapter(path, config, weights)
-    named = (parts.get(name) for name in (*TORCH_FILES, SCALER_NAME))
-    return Stored(path, manifest, adapter, progress, *named)
 
 
 def _checked_state(stored: Stored, training: Training) -> TrainState:
@@ -242,28 +223,22 @@ def _checked_state(stored: Stored, training: Training) -> TrainState:
         if stored.scaler is None:
             raise MiniloraError(f"{path} has no {SCALER_NAME}: it is of a run that was not float16")
         check_like(training.scaler.state_dict(), stored.scaler, path / SCALER_NAME)
-    log_history = stored.progress["log_history"]
+    timetable = training.timetable
     if stored.manifest is None:
-        state = trainer_files.state_of_progress(
-            stored.progress, training.timetable, path / STATE_NAME
-        )
+        state = trainer_files.state_of_progress(stored.progress, timetable, path / STATE_NAME)
         if stored.missing() or mask_stream(training.model) is not None:
             state.inexact_from = state.global_step
-    else:
-        state = TrainState(**stored.manifest.state, log_history=log_history)
-        _check_position(state, training.timetable, path)
-    return state
-
-
-def _check_position(state: TrainState, timetable: Timetable, path: Path) -> None:
-    """Refuse a position that is none in this data: skipping to it would find nothing, for ever."""
+        return state
+    state = TrainState(**stored.manifest.state, log_history=stored.progress["log_history"])
     length = timetable.steps_per_epoch
     is_whole = state.global_step == state.epoch * length + state.step_in_epoch
     if timetable.max_steps > 0 and not (is_whole and state.step_in_epoch <= length):
+        # Skipping to a position that is none in this data would find nothing, for ever.
         raise MiniloraError(
             f"{path} stands at step {state.step_in_epoch} of epoch {state.epoch} and step "
             f"{state.global_step} in all, where an epoch has {length}: it was edited"
         )
+    return state
 
 
 def _torch_bytes(value: Any) -> bytes:

@@ -146,7 +146,11 @@ def fit(training: Training, task: Any, config: TrainConfig, run: Callbacks) -> N
             ends = state.step_in_epoch == timetable.steps_per_epoch or is_finished(state, timetable)
             if ends:
                 end_epoch(training, config, run)
-            if saves_now(training, ends):
+            # A run that saves by steps saves at its very end, too.
+            at_end = timetable.save_each_epoch or (
+                timetable.save_steps and is_finished(state, timetable)
+            )
+            if is_due(timetable.save_steps, state) or (ends and at_end):
                 run.save()
                 saved_step = state.global_step
             if ends:
@@ -207,8 +211,7 @@ def log_loss(training: Training, run: Callbacks, grad_norm: float, learning_rate
     mean = state.loss_sum / (state.global_step - state.logged_step)
     state.loss_total += state.loss_sum
     state.loss_sum, state.logged_step = 0.0, state.global_step
-    row = {"loss": mean, "grad_norm": grad_norm, "learning_rate": learning_rate}
-    _log(training, run, row)
+    log(training, run, {"loss": mean, "grad_norm": grad_norm, "learning_rate": learning_rate})
 
 
 def evaluate_and_rank(training: Training, config: TrainConfig, run: Callbacks) -> None:
@@ -216,7 +219,7 @@ def evaluate_and_rank(training: Training, config: TrainConfig, run: Callbacks) -
     assert run.evaluate is not None
     state, best = training.state, config.best_metric()
     metrics = run.evaluate()
-    _log(training, run, metrics)
+    log(training, run, metrics)
     if best is None:
         return
     if best not in metrics:
@@ -232,6 +235,14 @@ def evaluate_and_rank(training: Training, config: TrainConfig, run: Callbacks) -
         state.stopped_early = patience is not None and state.evaluations_since_best >= patience
 
 
+def log(training: Training, run: Callbacks, values: dict[str, Any]) -> None:
+    """Add a row to the log, under Trainer's keys."""
+    state = training.state
+    epoch = epochs_done(state, training.timetable)
+    state.log_history.append({"step": state.global_step, "epoch": epoch, **values})
+    run.log(state.log_history[-1])
+
+
 def end_epoch(training: Training, config: TrainConfig, run: Callbacks) -> None:
     """What is due when an epoch, or the run in its midst, ends: evaluation, then the position."""
     state, timetable = training.state, training.timetable
@@ -239,14 +250,6 @@ def end_epoch(training: Training, config: TrainConfig, run: Callbacks) -> None:
         evaluate_and_rank(training, config, run)
     if state.step_in_epoch == timetable.steps_per_epoch:
         state.epoch, state.step_in_epoch = state.epoch + 1, 0
-
-
-def saves_now(training: Training, ends: bool) -> bool:
-    """Whether a checkpoint is due. A run that saves by steps saves at its very end, too."""
-    state, timetable = training.state, training.timetable
-    if timetable.save_steps > 0:
-        return is_due(timetable.save_steps, state) or is_finished(state, timetable)
-    return ends and timetable.save_each_epoch
 
 
 def is_due(every: int, state: TrainState) -> bool:
@@ -268,10 +271,3 @@ def epochs_done(state: TrainState, timetable: Timetable) -> float:
     """Trainer's `epoch`: passes over the data, the fraction counted in batches."""
     batches = min(state.step_in_epoch * timetable.batches_per_step, timetable.batches_per_epoch)
     return state.epoch + batches / timetable.batches_per_epoch
-
-
-def _log(training: Training, run: Callbacks, values: dict[str, Any]) -> None:
-    state = training.state
-    epoch = epochs_done(state, training.timetable)
-    state.log_history.append({"step": state.global_step, "epoch": epoch, **values})
-    run.log(state.log_history[-1])

@@ -26,12 +26,13 @@ from minilora import __version__
 from minilora.errors import MiniloraError
 from minilora.lora.config import LoraConfig, config_from_dict
 from minilora.lora.peft_files import CONFIG_NAME, WEIGHTS_NAME
-from minilora.reading import check_like, parse_json
+from minilora.reading import check_like, read_json
 from minilora.training.config import TrainConfig, train_config_from_dict
 from minilora.training.loop import TrainState
 from minilora.training.trainer_files import OPTIMIZER_NAME, RNG_NAME, SCHEDULER_NAME, STATE_NAME
 
 MANIFEST_NAME = "minilora.json"
+CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 SCHEMA_VERSION = 1
 
 FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")  # no path, no link out of the directory
@@ -128,9 +129,14 @@ class Manifest:
     files: dict[str, dict[str, Any]]  # name to size and sha256 of every other file
 
     @staticmethod
-    def parse(data: bytes, path: Path) -> "Manifest":
-        """The manifest in these bytes, read from `path`."""
-        document = parse_json(data, path)
+    def read(checkpoint: Path) -> "Manifest":
+        """The manifest of a checkpoint of ours."""
+        path = checkpoint / MANIFEST_NAME
+        if not path.is_file():
+            raise MiniloraError(
+                f"{checkpoint} has no {MANIFEST_NAME}, nor is it HF Trainer's: it is incomplete"
+            )
+        document = read_json(path)
         recorded = document.pop("sha256", None)
         if document.get("schema_version") != SCHEMA_VERSION:
             raise MiniloraError(
@@ -149,6 +155,12 @@ class Manifest:
         state.pop("epoch_ends", None)
         _check_state(state, path)
         _check_files(files, path)
+        step_name = f"checkpoint-{state['global_step']}"
+        if CHECKPOINT.fullmatch(checkpoint.name) and checkpoint.name != step_name:
+            raise MiniloraError(
+                f"{checkpoint} holds step {state['global_step']}: it was renamed; call it "
+                f"{step_name} again"
+            )
         record = RunRecord.from_json(document["run"], str(path)) if document["run"] else None
         return Manifest(state, record, document["environment"], files)
 

@@ -12,17 +12,11 @@ from minilora.errors import MiniloraError
 from minilora.files import set_aside
 from minilora.lora.config import BOOKKEEPING, LoraConfig
 from minilora.options import differences
-from minilora.training.checkpoint import (
-    CHECKPOINT,
-    Stored,
-    read_checkpoint,
-    restore,
-    sorted_checkpoints,
-)
+from minilora.training.checkpoint import Stored, read_checkpoint, restore, sorted_checkpoints
 from minilora.training.config import TrainConfig, reconcile, refuse_bending
 from minilora.training.loop import Training
 from minilora.training.progress import say
-from minilora.training.record import MANIFEST_NAME, RunRecord, warnings_of_elsewhere
+from minilora.training.record import CHECKPOINT, MANIFEST_NAME, RunRecord, warnings_of_elsewhere
 from minilora.training.run_directory import RUN_NAME, read_run
 from minilora.training.trainer_files import recorded_arguments
 
@@ -74,8 +68,7 @@ def plan_resume(
         record = read_run(output_dir)
     if stored is None and record is None:
         raise _nothing_to_resume(path)
-    config = lora = None
-    refusals, warnings = [], []
+    config, lora, refusals, warnings = None, None, [], []
     try:
         config, lora = _arguments(stored, record, train_arguments or {}, lora_arguments or {})
     except MiniloraError as error:
@@ -94,19 +87,13 @@ def plan_resume(
     return ResumePlan(output_dir, stored, record, config, lora, aside, refusals, warnings)
 
 
-def changed_inputs(
-    record: RunRecord, data_sha256: dict[str, str], model_sha256: str | None = None
-) -> list[str]:
-    """Which of a run's inputs are not what it began with, told by their fingerprints."""
-    arguments = dataclasses.asdict(record.arguments)
-    changed = [
-        f"{split} file ({arguments[f'{split}_file'] or 'packaged'})"
+def changed_inputs(record: RunRecord, data_sha256: dict[str, str]) -> list[str]:
+    """Which of a run's files are not what it began with, told by their fingerprints."""
+    return [
+        f"{split} file ({getattr(record.arguments, f'{split}_file') or 'packaged'})"
         for split, digest in record.data_sha256.items()
         if data_sha256.get(split) != digest
     ]
-    if model_sha256 not in (None, record.model_sha256):
-        changed.append(f"base model or adapter ({arguments['model_name_or_path'] or 'packaged'})")
-    return changed
 
 
 def check_same_inputs(plan: ResumePlan, record: RunRecord) -> None:
@@ -114,8 +101,10 @@ def check_same_inputs(plan: ResumePlan, record: RunRecord) -> None:
     if plan.record is None:
         return  # Trainer records neither
     began = dataclasses.replace(plan.record, arguments=record.arguments)
-    changed = changed_inputs(began, record.data_sha256, record.model_sha256)
-    if record.labels != plan.record.labels:
+    changed = changed_inputs(began, record.data_sha256)
+    if record.model_sha256 != began.model_sha256:
+        changed.append(f"base model ({record.arguments.model_name_or_path or 'packaged'})")
+    if record.labels != began.labels:
         changed.append("labels")
     if changed:
         raise MiniloraError(

@@ -72,9 +72,7 @@ class MetricsFile:
 
     def __init__(self, path: Path, log_history: list[dict[str, Any]]) -> None:
         """Begin with a checkpoint's rows: those that a killed run wrote after it are dropped."""
-        self.path = path
-        self.rows = log_history
-        self.has_failed = False
+        self.path, self.rows, self.has_failed = path, log_history, False
         self._try(self.write_all)
 
     def append(self, row: dict[str, Any]) -> None:
@@ -83,22 +81,22 @@ class MetricsFile:
 
     def write_all(self) -> None:
         """Write every row, durably. An `OSError` means that rows in no checkpoint would be lost."""
-        write_file(self.path, b"".join(map(_line, self.rows)))
+        lines = [json.dumps(row) + "\n" for row in self.rows]
+        write_file(self.path, "".join(lines).encode())
 
     def _append(self, row: dict[str, Any]) -> None:
         with self.path.open("ab") as file:
-            file.write(_line(row))
+            file.write((json.dumps(row) + "\n").encode())
 
     def _try(self, write: Callable[[], None]) -> None:
-        failed_before = self.has_failed
         try:
             write()
             self.has_failed = False
         except OSError as error:
-            self.has_failed = True
-            if not failed_before:
+            if not self.has_failed:
                 reason = f"cannot be written ({error.strerror}); the rows are kept for later"
                 say(f"warning: {self.path} {reason}")
+            self.has_failed = True
 
 
 class Saver:
@@ -115,41 +113,36 @@ class Saver:
 
     def save(self) -> None:
         """Write a checkpoint of the training as it stands, and rotate the older ones."""
-        state = self.training.state
+        step, limit = self.training.state.global_step, self.record.arguments.save_total_limit
         self.failure = None
         try:
             save_checkpoint(self.output_dir, self.training, self.record)
         except OSError as error:
-            ends = is_finished(state, self.training.timetable)
+            ends = is_finished(self.training.state, self.training.timetable)
             if ends or not sorted_checkpoints(self.output_dir):
                 raise
             self.failure = error
             is_there = isinstance(error, NotConfirmed)
-            step = state.global_step
             what = f"checkpoint-{step} is" if is_there else f"no checkpoint at step {step}:"
             say(f"warning: {what} {error.strerror}; training goes on")
             return
-        limit = self.record.arguments.save_total_limit
-        if limit is not None:
-            try:
-                rotate_checkpoints(self.output_dir, limit, state.best_step)
-            except OSError as error:
-                say(f"warning: an old checkpoint cannot be deleted: {error.strerror}")
+        try:
+            rotate_checkpoints(self.output_dir, limit, self.training.state.best_step)
+        except OSError as error:
+            say(f"warning: an old checkpoint cannot be deleted: {error.strerror}")
 
     def raise_failure(self) -> None:
-        """Raise what the last save failed with: the run ends, stopped by a signal perhaps, and
-        without its last checkpoint."""
+        """Raise what the last save failed with, if the run ends without its last checkpoint."""
         if self.failure is not None:
             raise self.failure
 
 
-def rotate_checkpoints(output_dir: Path, limit: int, best_step: int | None) -> None:
+def rotate_checkpoints(output_dir: Path, limit: int | None, best_step: int | None) -> None:
     """Delete the oldest checkpoints beyond `limit`, never the newest and never the best."""
     checkpoints = [path for path in sorted_checkpoints(output_dir) if not path.is_symlink()]
-    protected = {checkpoints[0].name, f"checkpoint-{best_step}"} if checkpoints else set()
-    removable = [path for path in checkpoints if path.name not in protected]
-    excess = len(checkpoints) - max(limit, len(checkpoints) - len(removable))
-    for path in removable[len(removable) - excess :] if excess > 0 else []:
+    excess = 0 if limit is None else len(checkpoints) - limit
+    oldest_first = [p for p in checkpoints[:0:-1] if p.name != f"checkpoint-{best_step}"]
+    for path in oldest_first[: max(excess, 0)]:
         remove_directory(path)
 
 
@@ -164,7 +157,3 @@ def advice_on_disk_errors(output_dir: Path) -> Iterator[None]:
         remedy = REMEDIES.get(error.errno or 0, "see to it")
         advice = f"{error.strerror}; no older checkpoint is lost: {remedy}, then {go_on}"
         raise OSError(error.errno, advice, error.filename or str(output_dir)) from error
-
-
-def _line(row: dict[str, Any]) -> bytes:
-    return (json.dumps(row) + "\n").encode()

@@ -73,7 +73,7 @@ def progress_bytes(training: Training, train_batch_size: int, output_dir: Path) 
         "trial_name": None,
         "trial_params": None,
     }
-    return (json.dumps(values, indent=2, sort_keys=True) + "\n").encode()
+    return (json.dumps(values, indent=2) + "\n").encode()
 
 
 def check_progress(values: dict[str, Any], place: Path) -> None:

@@ -4,7 +4,7 @@ import re
 from collections import Counter
 
 from minilora.bert.packaged import TRAIN_FILE, VALIDATION_FILE
-from minilora.bert.tables import read_rows
+from minilora.bert.rows import read_rows
 
 KINDS = {"plain", "negation", "mixed", "comparison", "irony"}
 # Word sets that overlap by more than this share are near-duplicates.

@@ -24,7 +24,7 @@ from minilora.files import exclusive, sweep_leftovers
 from minilora.training.loop import plan_timetable
 from minilora.training.optim import build_optimizer, build_scheduler
 from minilora.training.record import environment
-from minilora.training.resume import check_same_inputs, plan_resume, resumed_directory
+from minilora.training.resume import check_same_inputs, plan_resume
 from minilora.training.rng import seed_all
 from minilora.training.run import Run, fit_in_directory
 from minilora.training.run_directory import advice_on_disk_errors, new_output_dir
@@ -88,15 +88,13 @@ def build() -> Training:
 
 def run(output_dir: Path) -> int:
     """Go on, or start if there is nothing to go on from; save once more at the end."""
-    try:
-        resumed_directory(output_dir)
-        plan_resume(output_dir)
-        resumes = True
-    except MiniloraError:
-        resumes = False
     with advice_on_disk_errors(output_dir):
-        if not resumes:
+        try:
+            plan_resume(output_dir)
+            resumes = True
+        except MiniloraError:
             new_output_dir(output_dir)
+            resumes = False
         with exclusive(output_dir):
             sweep_leftovers(output_dir)
             plan = plan_resume(output_dir) if resumes else None

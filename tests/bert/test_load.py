@@ -12,18 +12,21 @@ import torch
 from transformers import AutoTokenizer, BertForMaskedLM, BertModel, set_seed
 
 from minilora import MiniloraError
-from minilora.bert.weights import (
+from minilora.bert.load import (
     PACKAGE,
-    load_classifier,
+    load_model,
     load_tokenizer,
     locate,
     longest_input,
     model_fingerprint,
     packaged_model,
+    recorded_labels,
+    save_tokenizer,
 )
+from minilora.bert.tasks import build_task
 from tests.conftest import tiny_classifier, tiny_config
 
-CLASSIFY = "sequence_classification"
+TASK = build_task("sequence_classification", ["a", "b"])
 
 
 def test_a_headless_model_gets_the_head_transformers_would_draw(tiny_model):
@@ -32,7 +35,7 @@ def test_a_headless_model_gets_the_head_transformers_would_draw(tiny_model):
     set_seed(3)
     expected = AutoModelForSequenceClassification.from_pretrained(tiny_model, num_labels=2)
     set_seed(3)
-    model, new = load_classifier(str(tiny_model), None, ["a", "b"], CLASSIFY)
+    model, new = load_model(str(tiny_model), None, TASK)
     assert new == ["classifier.bias", "classifier.weight"]
     assert model.config.id2label == {0: "a", 1: "b"}
     for (name, one), (_, other) in zip(
@@ -48,7 +51,7 @@ def test_a_missing_tensor_is_refused_by_name(tiny_model, tmp_path):
     del tensors["encoder.layer.1.output.dense.weight"]
     safetensors.torch.save_file(tensors, path, metadata={"format": "pt"})
     with pytest.raises(MiniloraError, match=r"lacks 1 tensors .*layer\.1\.output\.dense\.weight"):
-        load_classifier(str(tmp_path / "model"), None, ["a", "b"], CLASSIFY)
+        load_model(str(tmp_path / "model"), None, TASK)
 
 
 def test_an_unknown_tensor_is_refused_by_name(tiny_model, tmp_path):
@@ -57,24 +60,24 @@ def test_an_unknown_tensor_is_refused_by_name(tiny_model, tmp_path):
     tensors = safetensors.torch.load_file(path) | {"strange.weight": torch.zeros(2)}
     safetensors.torch.save_file(tensors, path, metadata={"format": "pt"})
     with pytest.raises(MiniloraError, match="does not know, such as strange.weight"):
-        load_classifier(str(tmp_path / "model"), None, ["a", "b"], CLASSIFY)
+        load_model(str(tmp_path / "model"), None, TASK)
 
 
 def test_a_masked_language_model_can_be_the_base(tmp_path):
     BertForMaskedLM(tiny_config()).save_pretrained(tmp_path)
-    _, new = load_classifier(str(tmp_path), None, ["a", "b"], CLASSIFY)
+    _, new = load_model(str(tmp_path), None, TASK)
     assert "bert.pooler.dense.weight" in new and "classifier.weight" in new
 
 
 def test_a_trained_head_with_other_labels_is_refused(tmp_path):
     tiny_classifier(num_labels=3).save_pretrained(tmp_path)
     with pytest.raises(MiniloraError, match="trained head of 3 labels .* the data 2"):
-        load_classifier(str(tmp_path), None, ["a", "b"], CLASSIFY)
+        load_model(str(tmp_path), None, TASK)
 
 
 def test_weights_are_float32_whatever_the_file_holds(tmp_path):
     BertModel(tiny_config()).to(torch.bfloat16).save_pretrained(tmp_path)
-    model, _ = load_classifier(str(tmp_path), None, ["a", "b"], CLASSIFY)
+    model, _ = load_model(str(tmp_path), None, TASK)
     assert {p.dtype for p in model.parameters()} == {torch.float32}
 
 
@@ -88,7 +91,7 @@ def test_weights_are_float32_whatever_the_file_holds(tmp_path):
 )
 def test_a_name_that_leads_nowhere_is_refused(name, message):
     with pytest.raises(MiniloraError, match=message):
-        load_classifier(locate(name).location, None, ["a", "b"], CLASSIFY)
+        load_model(locate(name).location, None, TASK)
 
 
 def test_a_directory_that_holds_nothing_usable_says_what_was_looked_for(tmp_path):
@@ -143,7 +146,7 @@ def test_every_layout_of_the_weights_is_the_same_model(tmp_path):
     assert (found["sharded"] / "model.safetensors.index.json").exists()
     fingerprints = set()
     for directory in found.values():
-        model, _ = load_classifier(locate(str(directory)).location, None, ["a", "b"], CLASSIFY)
+        model, _ = load_model(locate(str(directory)).location, None, TASK)
         fingerprints.add(model_fingerprint(model))
     assert len(fingerprints) == 1
 
@@ -163,7 +166,7 @@ def test_pickled_weights_cannot_run_code(tmp_path):
     directory = formats(tmp_path)["pickled"]
     torch.save({"weight": Payload()}, directory / "pytorch_model.bin")
     with pytest.raises(MiniloraError, match="cannot be loaded"):
-        load_classifier(str(directory), None, ["a", "b"], CLASSIFY)
+        load_model(str(directory), None, TASK)
     assert not (tmp_path / "ran").exists()
 
 
@@ -176,6 +179,25 @@ def test_the_fingerprint_is_of_the_encoder_alone(tmp_path):
     assert model_fingerprint(model) == expected
     model.bert.pooler.dense.bias.data[0] += 1e-3
     assert model_fingerprint(model) != expected
+
+
+def test_labels_are_the_configs_or_numbered(tmp_path):
+    tiny_classifier(num_labels=2, id2label={0: "bad", 1: "good"}).config.save_pretrained(tmp_path)
+    assert recorded_labels(str(tmp_path), None, 2) == ["bad", "good"]
+    assert recorded_labels(str(tmp_path), None, 3) == ["LABEL_0", "LABEL_1", "LABEL_2"]
+
+
+def test_a_regression_head_is_one_number(tiny_model):
+    model, new = load_model(str(tiny_model), None, build_task("regression"))
+    assert model.config.num_labels == 1 and model.config.problem_type == "regression"
+    assert model.classifier.weight.shape[0] == 1 and "classifier.weight" in new
+
+
+def test_a_tokenizer_that_cannot_be_written_is_an_os_error(tiny_model, tmp_path):
+    """Its library, in Rust, raises no such thing itself."""
+    (tmp_path / "tokenizer.json").mkdir()
+    with pytest.raises(OSError, match="directory"):
+        save_tokenizer(load_tokenizer(str(tiny_model), None), tmp_path)
 
 
 def test_longest_input_is_the_models(tiny_model):
@@ -230,7 +252,7 @@ def test_a_damaged_base_model_is_our_own_error(name, data, tiny_model, tmp_path)
     """Whatever transformers, or what it stands on, makes of it."""
     directory = damaged(tiny_model, tmp_path, name, data)
     with pytest.raises(MiniloraError, match="cannot be loaded"):
-        load_classifier(str(directory), None, ["a", "b"], CLASSIFY)
+        load_model(str(directory), None, TASK)
 
 
 @pytest.mark.parametrize("data", [b"[" * 100_000, b"{}", b"7", b"\xff"])
@@ -248,7 +270,9 @@ def test_code_that_comes_with_a_model_does_not_run(tiny_model, tmp_path):
     settings = {"model_type": "unheard_of", "auto_map": dict.fromkeys(classes, "own.Own")}
     (directory / "config.json").write_text(json.dumps(settings))
     with pytest.raises(MiniloraError, match="cannot be loaded"):
-        load_classifier(str(directory), None, ["a", "b"], CLASSIFY)
+        load_model(str(directory), None, TASK)
+    with pytest.raises(MiniloraError, match="cannot be loaded"):
+        recorded_labels(str(directory), None, 2)
     settings = {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": ["own.Own", "own.Own"]}}
     (directory / "tokenizer_config.json").write_text(json.dumps(settings))
     with contextlib.suppress(MiniloraError):

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from minilora import MiniloraError
-from minilora.bert.tables import read_rows
+from minilora.bert.rows import Columns, read_rows
 
 
 def write(tmp_path, name, text, encoding="utf-8"):
@@ -52,10 +52,10 @@ def test_pairs_are_found_by_name_and_by_position(tmp_path):
 
 def test_columns_can_be_given_by_name_and_by_number(tmp_path):
     path = write(tmp_path, "a.csv", "mood,body,about\ngood,hello,you\nbad,bye,me\n")
-    rows = read_rows(path, text_column="body", text_pair_column="about", label_column="mood")
+    rows = read_rows(path, Columns(text="body", pair="about", label="mood"))
     assert triples(rows) == [("hello", "you", "good"), ("bye", "me", "bad")]
     path = write(tmp_path, "b.tsv", "good\thello\nbad\tbye\n")
-    rows = read_rows(path, text_column="1", label_column="0")
+    rows = read_rows(path, Columns(text="1", label="0"))
     assert triples(rows) == [("hello", None, "good"), ("bye", None, "bad")]
 
 
@@ -98,10 +98,10 @@ def test_labels_are_optional_where_none_are_needed(tmp_path):
         (
             "a.tsv",
             "text\tlabel\nhello\t1\nbye\n",
-            r"a\.tsv, line 3: 1 fields where the header has 2",
+            r"a\.tsv, line 3: 1 fields where the first line has 2",
         ),
         ("a.csv", "text,label\nhello,1\nbye,1,0\n", r"a\.csv, line 3: 3 fields"),
-        ("a.tsv", "hello\t1\nbye\nend\t1\n", r"a\.tsv, line 2: no label"),
+        ("a.tsv", "hello\t1\nbye\nend\t1\n", r"a\.tsv, line 2: 1 fields where the first line has 2"),
         ("a.tsv", "text\tlabel\nhello\tnan\n", r"a\.tsv, line 2: the label is 'nan'"),
         ("a.tsv", "text\tlabel\nhello\t\nbye\t1\n", r"a\.tsv, line 2: the label is ''"),
         (
@@ -135,17 +135,17 @@ def test_a_missing_file_and_a_directory_are_refused(tmp_path):
     with pytest.raises(MiniloraError, match="cannot be read: No such file"):
         read_rows(tmp_path / "a.tsv")
     (tmp_path / "b.tsv").mkdir()
-    with pytest.raises(MiniloraError, match="cannot be read: Is a directory"):
+    with pytest.raises(MiniloraError, match="b.tsv is not a file"):
         read_rows(tmp_path / "b.tsv")
 
 
 def test_a_column_that_is_not_there_is_refused_with_those_that_are(tmp_path):
     path = write(tmp_path, "a.jsonl", '{"text": "a", "label": 1}')
     with pytest.raises(MiniloraError, match=r"no column 'body' \(--text_column\).*text, label"):
-        read_rows(path, text_column="body")
+        read_rows(path, Columns(text="body"))
     path = write(tmp_path, "a.tsv", "a\t1\nb\t0\n")
-    with pytest.raises(MiniloraError, match="no header with 'body'"):
-        read_rows(path, text_column="body")
+    with pytest.raises(MiniloraError, match=r"no column 'body' \(--text_column\).* 0, 1"):
+        read_rows(path, Columns(text="body"))
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,129 @@
+"""Classes: what labels mean, what they cost, how they are scored."""
+
+import numpy as np
+import pytest
+import sklearn.metrics
+import torch
+from transformers import AutoTokenizer
+
+from minilora import MiniloraError
+from minilora.bert.rows import Row
+from minilora.bert.tasks import build_task, task_class
+from tests.conftest import tiny_classifier
+
+NAME = "sequence_classification"
+
+
+def rows_of(labels, kinds=None):
+    kinds = kinds or [None] * len(labels)
+    numbered = enumerate(zip(labels, kinds, strict=True), start=2)
+    return [Row("text", None, label, kind, line) for line, (label, kind) in numbered]
+
+
+@pytest.fixture
+def ids(tiny_model):
+    """The ids that `labels` get where the classes are `names`."""
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+
+    def ids(labels, names):
+        arrays = build_task(NAME, names).encode(rows_of(labels), tokenizer, 8, "f")
+        return arrays["labels"].tolist()
+
+    return ids
+
+
+@pytest.mark.parametrize(
+    ("labels", "names"),
+    [
+        (["b", "a", "b"], ["a", "b"]),
+        (["10", "9", "-1"], ["-1", "9", "10"]),
+        (["1.0", "0.0"], ["0", "1"]),
+        (["1", "a"], ["1", "a"]),
+        (["False", "True"], ["False", "True"]),
+    ],
+)
+def test_ids_follow_the_sorted_names(labels, names, ids):
+    assert task_class(NAME).find_labels(rows_of(labels), "f") == names
+    assert ids(labels, names) == [names.index(label.removesuffix(".0")) for label in labels]
+
+
+def test_one_class_is_nothing_to_learn():
+    with pytest.raises(MiniloraError, match="a single label, 'a'"):
+        task_class(NAME).find_labels(rows_of(["a", "a"]), "f")
+
+
+@pytest.mark.parametrize("labels", [["0.5", "1.25"], [str(i) for i in range(200)]])
+def test_measurements_are_not_classes(labels):
+    with pytest.raises(MiniloraError, match="--task regression"):
+        task_class(NAME).find_labels(rows_of(labels), "f")
+
+
+def test_an_unknown_label_is_refused_with_its_line_and_the_known_ones(ids):
+    with pytest.raises(MiniloraError, match="f, line 3: label 'c' does not occur .* a, b"):
+        ids(["a", "c"], ["a", "b"])
+
+
+def test_rows_without_labels_can_be_encoded(ids):
+    assert len(ids([None, None], ["a", "b"])) == 2
+
+
+def test_the_loss_is_bitwise_transformers():
+    """The same operations as in BertForSequenceClassification.forward."""
+    model, task = tiny_classifier(num_labels=3).eval(), build_task(NAME, ["a", "b", "c"])
+    labels = torch.tensor([0, 1, 2, 0])
+    expected = model(input_ids=torch.arange(1, 17).reshape(4, 4), labels=labels)
+    batch = {"labels": labels}
+    assert torch.equal(task.loss(expected.logits, batch), expected.loss)
+    assert torch.equal(task.training_loss(expected.logits, batch), expected.loss)
+    assert task.loss_weight(batch) == 4
+
+
+def test_label_smoothing_is_trainers_up_to_rounding_and_only_for_training():
+    from transformers.trainer_pt_utils import LabelSmoother
+
+    logits, labels = torch.randn(5, 3), torch.tensor([0, 1, 2, 0, 1])
+    task, plain = (build_task(NAME, ["a", "b", "c"], smoothing) for smoothing in (0.1, 0.0))
+    expected = LabelSmoother(epsilon=0.1)({"logits": logits}, labels)
+    torch.testing.assert_close(task.training_loss(logits, {"labels": labels}), expected)
+    assert torch.equal(
+        task.loss(logits, {"labels": labels}), plain.loss(logits, {"labels": labels})
+    )
+
+
+def scored(names, logits, labels, kinds, sizes):
+    task = build_task(NAME, names)
+    scorer = task.scorer(rows_of([names[label] for label in labels], kinds))
+    order = torch.randperm(len(labels))  # a batch says itself which rows it is of
+    for rows in order.split(sizes):
+        scorer.add(logits[rows], {"labels": torch.tensor(labels)[rows], "row": rows})
+    return scorer
+
+
+@pytest.mark.parametrize("sizes", [50, 7, [1, 20, 29]], ids=str)
+def test_scores_of_batches_as_they_come_are_scikit_learns_of_the_whole(sizes):
+    draw = np.random.default_rng(3)
+    logits = torch.from_numpy(draw.normal(size=(50, 3)).astype(np.float32))
+    labels = draw.integers(0, 3, 50).tolist()
+    scorer = scored(["a", "b", "c"], logits, labels, ["x", "y"] * 25, sizes)
+    predicted, found = logits.argmax(-1).numpy(), scorer.metrics()
+    assert found["accuracy"] == sklearn.metrics.accuracy_score(labels, predicted)
+    for kind, rows in (("x", slice(0, None, 2)), ("y", slice(1, None, 2))):
+        expected = sklearn.metrics.accuracy_score(labels[rows], predicted[rows])
+        assert found[f"accuracy_{kind}"] == expected
+    assert np.array_equal(scorer.confusion, sklearn.metrics.confusion_matrix(labels, predicted))
+    assert list(found) == ["accuracy", "f1", "matthews", "accuracy_x", "accuracy_y"]
+
+
+def test_rows_of_no_kind_are_in_no_accuracy_by_kind():
+    found = scored(["a", "b"], torch.eye(2)[[0, 0, 1, 1]], [0, 1, 1, 1], ["x", "x", "y", None], 4)
+    by_kind = {name: value for name, value in found.metrics().items() if "_" in name}
+    assert by_kind == {"accuracy_x": 0.5, "accuracy_y": 1.0}
+
+
+def test_a_prediction_is_the_likeliest_label_and_torchs_softmax():
+    logits = torch.randn(6, 3) * 20
+    found = build_task(NAME, ["a", "b", "c"]).predictions(logits.numpy())
+    for row, expected in zip(found, logits.double().softmax(-1), strict=True):
+        assert list(row["probabilities"].values()) == pytest.approx(expected.tolist(), abs=1e-12)
+        assert row["label"] == "abc"[expected.argmax()] and row["score"] == expected.max()
+        assert list(row) == ["label", "score", "probabilities"]

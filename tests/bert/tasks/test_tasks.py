@@ -1,0 +1,27 @@
+"""The seam: whatever is a file of the folder is a whole task."""
+
+from pathlib import Path
+
+import pytest
+
+from minilora.bert import tasks
+from minilora.bert.tasks import Task, build_task, task_class
+
+NAMES = sorted(
+    path.stem for path in Path(tasks.__file__).parent.glob("*.py") if path.stem != "__init__"
+)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_file_is_a_task_of_its_name_that_fills_the_seam(name):
+    task = build_task(name, ["a", "b"])
+    assert task.name == task_class(name).name == name
+    seam = [*Task.__annotations__, *(part for part in vars(Task) if part[0] != "_")]
+    for part in seam:
+        assert hasattr(task, part), part
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_no_room_of_the_model_and_its_text_knows_a_tasks_name(name):
+    for path in Path(tasks.__file__).parent.parent.glob("*.py"):
+        assert f'"{name}"' not in path.read_text(), path

@@ -1,0 +1,101 @@
+"""The files of a run read together."""
+
+import hashlib
+
+import numpy as np
+import pytest
+from transformers import AutoTokenizer
+
+from minilora import MiniloraError
+from minilora.bert.packaged import TRAIN_FILE, VALIDATION_FILE
+from minilora.bert.rows import Columns, Row, read_rows
+from minilora.bert.splits import hold_out, read_splits, tokenize_splits
+from minilora.bert.tasks import build_task
+
+SPLITS = ("train", "validation", "test")
+
+
+@pytest.fixture
+def read(tmp_path):
+    """Reads splits from the given texts of tsv files."""
+
+    def read(task="sequence_classification", columns=Columns(), share=0.0, **texts):
+        files = dict.fromkeys(SPLITS)
+        for split, text in texts.items():
+            (tmp_path / f"{split}.tsv").write_text(text)
+            files[split] = str(tmp_path / f"{split}.tsv")
+        return read_splits(task, files, columns, share, seed=1)
+
+    return read
+
+
+TRAIN = "text\tlabel\n" + "".join(f"text {i}\t{'ab'[i % 2]}\n" for i in range(20))
+
+
+def test_a_held_out_share_is_a_partition_that_depends_on_the_seed():
+    rows = [Row(str(i), None, "a", None, i) for i in range(50)]
+    train, validation = hold_out(rows, 0.2, seed=1)
+    assert len(validation) == 10
+    assert sorted(row.line for row in train + validation) == list(range(50))
+    assert hold_out(rows, 0.2, seed=1) == (train, validation)
+    assert hold_out(rows, 0.2, seed=2) != (train, validation)
+    with pytest.raises(MiniloraError, match="leaves 0 for validation"):
+        hold_out(rows, 0.001, seed=1)
+
+
+def test_without_a_training_file_there_are_the_packaged_sentences(read):
+    splits = read()
+    assert splits.rows["train"] == read_rows(TRAIN_FILE)
+    assert splits.rows["validation"] == read_rows(VALIDATION_FILE)
+    assert splits.labels == ["negative", "positive"] and not splits.has_pairs()
+
+
+def test_each_split_has_its_rows_its_file_and_the_hash_of_that(read, tmp_path):
+    splits = read(train=TRAIN, test="text\tlabel\nmore\ta\n")
+    assert {split: len(rows) for split, rows in splits.rows.items()} == {"train": 20, "test": 1}
+    for split in ("train", "test"):
+        assert splits.files[split] == str(tmp_path / f"{split}.tsv")
+        data = (tmp_path / f"{split}.tsv").read_bytes()
+        assert splits.fingerprints[split] == hashlib.sha256(data).hexdigest()
+
+
+def test_the_validation_split_may_be_held_out_of_the_training_file(read):
+    splits = read(train=TRAIN, share=0.25)
+    assert len(splits.rows["train"]) == 15 and len(splits.rows["validation"]) == 5
+    assert splits.files["validation"] == splits.files["train"]
+    assert splits.fingerprints["validation"] == splits.fingerprints["train"]
+
+
+@pytest.mark.parametrize(("train", "test"), [("one", "two"), ("two", "one")])
+def test_splits_agree_on_pairs(read, train, test):
+    texts = {"one": "text\tlabel\nx\ta\ny\tb\n", "two": "text\tpair\tlabel\nx\tz\ta\ny\tz\tb\n"}
+    texts["two"] = texts["two"].replace("pair", "text_pair")
+    with pytest.raises(MiniloraError, match=rf"test\.tsv has {test} .*train\.tsv has {train}"):
+        read(train=texts[train], test=texts[test])
+    assert read(train=texts["two"], test=texts["two"]).has_pairs()
+
+
+def test_columns_hold_for_every_split(read):
+    text = "body\tmood\nx\ta\ny\tb\n"
+    splits = read(columns=Columns(text="body", label="mood"), train=text, validation=text)
+    assert [row.label for row in splits.rows["validation"]] == ["a", "b"]
+
+
+def test_numbers_need_no_names(read):
+    assert read("regression", train="text\tlabel\nx\t1.5\ny\t2\n").labels is None
+
+
+def test_a_label_that_training_does_not_know_is_refused_with_its_place(read, tiny_model):
+    splits = read(train=TRAIN, validation="text\tlabel\nx\ta\ny\tneutral\n")
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    task = build_task("sequence_classification", splits.labels)
+    with pytest.raises(MiniloraError, match=r"validation\.tsv, line 3: label 'neutral' .* a, b"):
+        tokenize_splits(splits, task, tokenizer, 8)
+
+
+def test_every_split_is_tokenised_with_its_labels(read, tiny_model):
+    splits = read(train=TRAIN, test="text\tlabel\nthe film\tb\n")
+    task = build_task("sequence_classification", splits.labels)
+    examples = tokenize_splits(splits, task, AutoTokenizer.from_pretrained(tiny_model), 8)
+    assert np.array_equal(examples["train"].labels, [0, 1] * 10)
+    assert examples["test"].labels.tolist() == [1]

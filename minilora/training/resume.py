@@ -16,7 +16,7 @@ from minilora.training.checkpoint import Stored, read_checkpoint, restore, sorte
 from minilora.training.config import TrainConfig, reconcile, refuse_bending
 from minilora.training.loop import Training
 from minilora.training.progress import say
-from minilora.training.record import CHECKPOINT, MANIFEST_NAME, RunRecord, warnings_of_elsewhere
+from minilora.training.record import CHECKPOINT, EXACTNESS, MANIFEST_NAME, RunRecord, environment
 from minilora.training.run_directory import RUN_NAME, read_run
 from minilora.training.trainer_files import recorded_arguments
 
@@ -83,7 +83,12 @@ def plan_resume(
             "one (--allow_inexact_resume goes on all the same)"
         )
     if stored is not None and stored.manifest is not None:
-        warnings = warnings_of_elsewhere(stored.manifest.environment)
+        recorded, here = stored.manifest.environment, environment()
+        warnings = [
+            f"{name} was {recorded.get(name)} and is {here[name]}: the resume may not be bit-exact"
+            for name in EXACTNESS
+            if recorded.get(name) != here[name]
+        ]
     return ResumePlan(output_dir, stored, record, config, lora, aside, refusals, warnings)
 
 

@@ -101,7 +101,11 @@ def test_labels_are_optional_where_none_are_needed(tmp_path):
             r"a\.tsv, line 3: 1 fields where the first line has 2",
         ),
         ("a.csv", "text,label\nhello,1\nbye,1,0\n", r"a\.csv, line 3: 3 fields"),
-        ("a.tsv", "hello\t1\nbye\nend\t1\n", r"a\.tsv, line 2: 1 fields where the first line has 2"),
+        (
+            "a.tsv",
+            "hello\t1\nbye\nend\t1\n",
+            r"a\.tsv, line 2: 1 fields where the first line has 2",
+        ),
         ("a.tsv", "text\tlabel\nhello\tnan\n", r"a\.tsv, line 2: the label is 'nan'"),
         ("a.tsv", "text\tlabel\nhello\t\nbye\t1\n", r"a\.tsv, line 2: the label is ''"),
         (

@@ -8,7 +8,7 @@ from transformers import AutoTokenizer
 
 from minilora import MiniloraError
 from minilora.bert.packaged import TRAIN_FILE, VALIDATION_FILE
-from minilora.bert.rows import Columns, Row, read_rows
+from minilora.bert.rows import USUAL, Columns, Row, read_rows
 from minilora.bert.splits import hold_out, read_splits, tokenize_splits
 from minilora.bert.tasks import build_task
 
@@ -19,7 +19,7 @@ SPLITS = ("train", "validation", "test")
 def read(tmp_path):
     """Reads splits from the given texts of tsv files."""
 
-    def read(task="sequence_classification", columns=Columns(), share=0.0, **texts):
+    def read(task="sequence_classification", columns=USUAL, share=0.0, **texts):
         files = dict.fromkeys(SPLITS)
         for split, text in texts.items():
             (tmp_path / f"{split}.tsv").write_text(text)

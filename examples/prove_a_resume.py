@@ -32,7 +32,8 @@ def losses(run: Path) -> list[float]:
 
 def main() -> None:
     flags = [
-        *sys.argv[1:], "--max_steps", str(STEPS), "--logging_steps", "1", "--save_strategy", "steps",
+        *sys.argv[1:], "--max_steps", str(STEPS), "--logging_steps", "1",
+        "--save_strategy", "steps",
         "--save_steps", "1", "--eval_strategy", "no",
     ]  # fmt: skip
     with tempfile.TemporaryDirectory() as directory:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:  # for editors and type checkers, what `_ROOMS` says
     from minilora.trained.compare import compare_directories
     from minilora.trained.directory import inspect_directory
     from minilora.trained.merge import write_merged_model
-    from minilora.trained.open_run import TrainedRun, open_run
+    from minilora.trained.opened import TrainedRun, open_run
     from minilora.trained.predict import predict_texts
     from minilora.trained.score import Scores, evaluate_file
     from minilora.training.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
@@ -41,7 +41,7 @@ _ROOMS = {
     "trained.compare": "compare_directories",
     "trained.directory": "inspect_directory",
     "trained.merge": "write_merged_model",
-    "trained.open_run": "TrainedRun open_run",
+    "trained.opened": "TrainedRun open_run",
     "trained.predict": "predict_texts",
     "trained.score": "Scores evaluate_file",
     "training.checkpoint": "latest_checkpoint load_checkpoint save_checkpoint",

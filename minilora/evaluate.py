@@ -16,7 +16,7 @@ def main() -> int:
     """Parse, score, print. Returns the exit code."""
     asked = parse_arguments(sys.argv[1:])
     with command.without_collection():  # the slow imports: torch and transformers
-        from minilora.trained.open_run import open_run
+        from minilora.trained.opened import open_run
         from minilora.trained.score import evaluate_file
 
     run = open_run(asked.path, asked.model_name_or_path, asked.device)
@@ -32,21 +32,12 @@ def main() -> int:
 
 
 def parse_arguments(arguments: list[str]) -> argparse.Namespace:
-    """The flags of this command."""
-    parser = command.Parser(
-        prog="python -m minilora.evaluate",
-        usage="%(prog)s OUT --file F [flags]",
-        description="Score what train wrote on a labelled file.",
-        allow_abbrev=False,
-    )
+    parser = command.Parser("python -m minilora.evaluate", usage=__doc__, allow_abbrev=False)
     command.add_run_arguments(parser)
-    parser.add_argument("--file", required=True, help="labelled: csv, tsv, json or jsonl")
+    add = parser.add_argument
+    add("--file", required=True, help="labelled: csv, tsv, json or jsonl")
     command.add_column_arguments(parser, "text_column", "text_pair_column", "label_column")
-    parser.add_argument(
-        "--confusion_matrix",
-        action="store_true",
-        help="print how often which class was taken for which",
-    )
+    add("--confusion_matrix", action="store_true", help="print which class was taken for which")
     return parser.parse_args(arguments)
 
 

@@ -176,8 +176,9 @@ def train(
 
 def read_data(config: TrainConfig) -> Splits:
     """Read every file of the run."""
-    named = (config.train_file, config.validation_file, config.test_file)
-    files = dict(zip(("train", "validation", "test"), named, strict=True))
+    files: dict[str, str | None] = {
+        name: getattr(config, f"{name}_file") for name in ("train", "validation", "test")
+    }
     columns = Columns(config.text_column, config.text_pair_column, config.label_column)
     splits = read_splits(config.task, files, columns, config.validation_split, config.seed)
     asked = config.best_metric() or config.eval_strategy not in (None, "no")

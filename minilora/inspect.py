@@ -3,8 +3,7 @@
     python -m minilora.inspect PATH [--tensors] [--json]
     python -m minilora.inspect --diff A B [--json]
 
-PATH: a run, a checkpoint (ours or HF Trainer's), a PEFT adapter, a model. Nothing in it is run or
-changed, and no model is loaded.
+PATH: a run, checkpoint (ours or HF Trainer's), adapter or model. Nothing is run, nothing changed.
 """
 
 import argparse
@@ -15,12 +14,11 @@ from typing import Any
 from minilora import command
 
 SHOWN = 20  # differences printed of each sort; --json has all of them
-TIMINGS = ("runtime", "per_second")
 SUMMARY = ("path", "kind", "verified", "problems", "position", "trainable", "resume")
 CONFIG = (
-    "model_type", "architectures", "hidden_size", "num_hidden_layers", "id2label",
-    "base_model_name_or_path", "r", "lora_alpha", "lora_dropout", "target_modules",
-    "modules_to_save", "use_dora", "use_rslora", "bias",
+    "model_type", "architectures", "hidden_size", "num_hidden_layers", "id2label", "r",
+    "lora_alpha", "lora_dropout", "target_modules", "modules_to_save", "use_dora", "use_rslora",
+    "bias", "base_model_name_or_path",
 )  # fmt: skip
 
 
@@ -46,13 +44,7 @@ def main() -> int:
 
 
 def parse_arguments(arguments: list[str]) -> argparse.Namespace:
-    """The flags of this command."""
-    parser = command.Parser(
-        prog="python -m minilora.inspect",
-        usage="%(prog)s (PATH | --diff A B) [flags]",
-        description="Say what a directory is, whether it verifies, and what a resume would do.",
-        allow_abbrev=False,
-    )
+    parser = command.Parser("python -m minilora.inspect", usage=__doc__, allow_abbrev=False)
     add = parser.add_argument
     add("path", metavar="PATH", nargs="?", help="a run, checkpoint, adapter or model")
     add("--diff", nargs=2, metavar=("A", "B"), help="in what two directories differ")
@@ -66,26 +58,19 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
 
 def directory_report(found: dict[str, Any], with_tensors: bool) -> list[str]:
     """Lines for a person, from what `inspect_directory` returns."""
-    config = found["config"] or {}
+    config, lines = found["config"] or {}, [f"{found['path']}: {found['kind']}"]
     shown = {name: config[name] for name in CONFIG if config.get(name) not in (None, False)}
-    lines = [f"{found['path']}: {found['what']}"]
-    named = {**(found["position"] or {}), **shown}
-    if found["labels"]:
-        named["labels"] = found["labels"]
+    named = {**(found["position"] or {}), **shown, "labels": found["labels"]}
+    named["trained parameters"] = found["trainable"] and f"{found['trainable']['parameters']:,}"
     for name, value in named.items():
-        lines.append(f"  {name}: {', '.join(value) if isinstance(value, list) else value}")
-    if found["trainable"]:
-        trained = found["trainable"]
-        share = f" of {trained['of']:,} ({trained['percent']:.4f}%)" if trained["of"] else ""
-        lines.append(f"  trained parameters: {trained['parameters']:,}{share}")
+        if value is not None:
+            lines.append(f"  {name}: {', '.join(value) if isinstance(value, list) else value}")
     lines.append(f"  tensors: {len(found['tensors'])}")
     for tensor in found["tensors"] if with_tensors else []:
         shape = "x".join(map(str, tensor["shape"]))
         norm = "not finite" if tensor["norm"] is None else f"{tensor['norm']:.6g}"
         lines.append(f"    {tensor['name']}  {shape}  {tensor['dtype']}  norm {norm}")
-    last = found["log"]["last"] or {}
-    values = {name: value for name, value in last.items() if not name.endswith(TIMINGS)}
-    lines.append(f"  log: {found['log']['rows']} rows, the last {json.dumps(values)}")
+    lines.append(f"  log: {found['log']['rows']} rows, the last {json.dumps(found['log']['last'])}")
     otherwise = "no" if found["problems"] else "nothing that has hashes"
     lines.append(f"  verified: {'every hash' if found['verified'] else otherwise}")
     lines += [f"  problem: {problem}" for problem in found["problems"]]

@@ -28,23 +28,13 @@ def main() -> int:
 
 def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     """The flags of this command, one run or several among them."""
-    parser = command.Parser(
-        prog="python -m minilora.merge",
-        usage="%(prog)s (OUT | --adapter A B --weights X Y) --output_dir MERGED [flags]",
-        description="Merge what train wrote into its base model: an ordinary model directory.",
-        allow_abbrev=False,
-    )
+    parser = command.Parser("python -m minilora.merge", usage=__doc__, allow_abbrev=False)
     add = parser.add_argument
     add("path", metavar="OUT", nargs="?", help="what train wrote, a checkpoint, or a PEFT adapter")
     add("--output_dir", required=True, metavar="MERGED", help="a new directory")
     add("--adapter", nargs="+", metavar="OUT", help="several of them, instead of one")
-    add(
-        "--weights",
-        nargs="+",
-        type=float,
-        metavar="X",
-        help="of each adapter: updates are scaled by it, heads averaged",
-    )
+    weights = "of each adapter: updates are scaled by it, heads averaged"
+    add("--weights", nargs="+", type=float, metavar="X", help=weights)
     add("--max_shard_size", default="5GB", metavar="SIZE", help="of one file (default: 5GB)")
     add("--dtype", default="float32", choices=DTYPES, help="of the weights (default: float32)")
     command.add_base_argument(parser)

@@ -24,7 +24,7 @@ def main() -> int:
         from minilora.files import new_lines
         from minilora.lora.merge import merge_adapter
         from minilora.trained import predict
-        from minilora.trained.open_run import open_run
+        from minilora.trained.opened import open_run
         from minilora.training.progress import say
 
     with new_lines(Path(asked.output) if asked.output else None) as write:
@@ -33,16 +33,15 @@ def main() -> int:
             columns = (asked.text_column, asked.text_pair_column)
             rows = predict.rows_of_file(run, Path(asked.file), *columns)
         elif asked.text is not None:
-            pair = (asked.text, asked.text_pair)
-            rows = predict.rows_of_texts([asked.text if asked.text_pair is None else pair])
+            text = asked.text if asked.text_pair is None else (asked.text, asked.text_pair)
+            rows = predict.rows_of_texts([text])
         else:
             rows = predict.rows_of_lines(sys.stdin.buffer)
-        is_exact = run.record.arguments.dtype == "float32"
-        if is_exact if asked.merge is None else asked.merge:
+        if asked.merge or (asked.merge is None and run.record.arguments.dtype == "float32"):
             merge_adapter(run.model)
         count, truncated, start = 0, 0, time.perf_counter()
-        windows = predict.predict_windows(run, rows, asked.per_device_eval_batch_size)
-        for predictions, cut in windows:
+        size = asked.per_device_eval_batch_size
+        for predictions, cut in predict.predict_windows(run, rows, size):
             for prediction in predictions:
                 write(json.dumps(prediction))
             count, truncated = count + len(predictions), truncated + cut
@@ -50,19 +49,13 @@ def main() -> int:
     if truncated:
         say(f"{truncated} of {count} texts were cut at {run.max_length} tokens")
     summary = {"predictions": count, "truncated": truncated, "predict_runtime": seconds}
-    summary["predict_samples_per_second"] = count / seconds
     print(json.dumps({**summary, "output": asked.output, "adapter": str(run.adapter)}))
     return 0
 
 
 def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     """The flags of this command, exactly one source of texts among them."""
-    parser = command.Parser(
-        prog="python -m minilora.predict",
-        usage="%(prog)s OUT (--text TEXT | --file F | -) [flags]",
-        description="Predict the labels of texts with what train wrote.",
-        allow_abbrev=False,
-    )
+    parser = command.Parser("python -m minilora.predict", usage=__doc__, allow_abbrev=False)
     command.add_run_arguments(parser)
     add = parser.add_argument
     add("stdin", metavar="-", nargs="?", choices=["-"], help="read stdin, one text per line")
@@ -71,19 +64,11 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     add("--file", help="csv, tsv, json or jsonl; labels are not looked at")
     command.add_column_arguments(parser, "text_column", "text_pair_column")
     add("--output", metavar="P.jsonl", help="a new file for the predictions; by default stdout")
-    add(
-        "--merge",
-        type=boolean,
-        metavar="BOOL",
-        help="fold the adapter into the weights first, which is faster; by default in float32, "
-        "for half precision would round the sum",
-    )
-    add(
-        "--per_device_eval_batch_size",
-        type=positive,
-        metavar="N",
-        help="texts in a batch; by default as in training",
-    )
+    # Half precision would round the sum.
+    merge = "fold the adapter into the weights first, which is faster; by default in float32"
+    add("--merge", type=boolean, metavar="BOOL", help=merge)
+    size = "by default as in training"
+    add("--per_device_eval_batch_size", type=positive, metavar="N", help=size)
     asked = parser.parse_intermixed_args(arguments)
     if sum(source is not None for source in (asked.stdin, asked.text, asked.file)) != 1:
         parser.error("give one source of texts: --text TEXT, --file F, or - for standard input")

@@ -167,7 +167,7 @@ class Finished:
 
 @pytest.fixture
 def command(monkeypatch, capfd):
-    """Runs `python -m minilora.<name> <flags>` in this process, which has imported torch already."""
+    """Runs `python -m minilora.<name> <flags>` in this process, which has torch imported."""
 
     def run(name: str, *flags) -> Finished:
         module = importlib.import_module(f"minilora.{name}")

@@ -1,4 +1,4 @@
-"""Whatever `--model_name_or_path` names: a base, a merged model, an adapter, a run, a checkpoint."""
+"""Whatever `--model_name_or_path` names: a base, a merged model, an adapter, a run, checkpoints."""
 
 import json
 import os
@@ -196,7 +196,7 @@ def test_a_hub_id_of_a_model_or_of_an_adapter_is_taken_from_the_cache(
 
 
 def test_an_adapter_that_changed_since_is_refused_on_a_resume(first, tmp_path, sentences):
-    """Whether there is a checkpoint already or the run would start again from the changed adapter."""
+    """Whether there is a checkpoint already or it would begin anew from the changed adapter."""
     copy = shutil.copytree(first, tmp_path / "adapter", ignore=shutil.ignore_patterns("check*"))
     arguments = {
         "model_name_or_path": str(copy), "train_file": str(sentences[0]), "max_steps": 2,

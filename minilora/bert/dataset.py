@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerBase
 
 from minilora.bert import token_cache
 from minilora.bert.rows import Row
-from minilora.bert.tasks import Task
+from minilora.bert.tasks import Batch, Task
 
 # Rows per call of the tokenizer: enough to use all its threads, few enough to keep the bar moving.
 TOKENIZE_CHUNK = 1000
@@ -30,27 +30,22 @@ TOKENIZE_CHUNK = 1000
 class Examples:
     """N tokenised examples, end to end."""
 
-    input_ids: np.ndarray
-    """(total tokens,) int32"""
+    input_ids: np.ndarray  # (total tokens,) int32
+    # (total tokens,) int8: 0 in the first text, 1 in the second; None if the model takes none.
     token_type_ids: np.ndarray | None
-    """(total tokens,) int8: 0 in the first text, 1 in the second; None if the model takes none."""
-    offsets: np.ndarray
-    """(N + 1,) int64: example i is input_ids[offsets[i]:offsets[i + 1]]."""
+    offsets: np.ndarray  # (N + 1,) int64: example i is input_ids[offsets[i]:offsets[i + 1]]
+    # (N,) int64 class ids or float32 values. (A task that labels tokens would lay its labels end to
+    # end as input_ids are, and the collate functions would slice and pad them likewise.)
     labels: np.ndarray
-    """(N,) int64 class ids or float32 values. (A task that labels tokens would lay its labels end
-    to end as input_ids are, and the collate functions would slice and pad them likewise.)"""
-    row: np.ndarray
-    """(N,) int64: which row of the file each example is of; a task may make several of one."""
-    truncated: int
-    """How many examples were longer than max_length."""
+    row: np.ndarray  # (N,) int64: of which row of the file; a task may make several of one
+    truncated: int  # how many were longer than max_length
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
 
 
-Batch = dict[str, Tensor]
+# (examples, indices (B,)) to a batch, whose "labels" and "row" (B,) are in indices' order.
 Collate = Callable[[Examples, np.ndarray], Batch]
-"""(examples, indices (B,)) to a batch, whose "labels" and "row" (B,) are in indices' order."""
 
 
 def tokenize(
@@ -58,11 +53,8 @@ def tokenize(
 ) -> Examples:
     """Tokenise `rows`, with a progress bar, or take what an earlier run made of them.
 
-    Rows without labels, which are to be predicted, are not kept for a later run.
-
-    Args:
-        max_length: tokens of an example, special tokens included.
-        place: the rows' file, for errors.
+    Rows without labels, which are to be predicted, are not kept. `max_length` counts the special
+    tokens, too; `place` is the rows' file, for errors.
     """
     labelled = rows[0].label is not None
     entry = token_cache.entry_of(rows, task, tokenizer, max_length) if labelled else None
@@ -116,13 +108,10 @@ def collate_padded(examples: Examples, indices: np.ndarray, pad_token_id: int) -
 
 
 def epoch_order(count: int, seed: int, epoch: int) -> np.ndarray:
-    """The order of `count` examples in epoch `epoch`: (count,) int64.
-
-    That of accelerate's `SeedableRandomSampler`, and so of HF Trainer: torch's permutation from
-    seed + epoch.
+    """The order of `count` examples in an epoch, (count,) int64: torch's permutation from seed +
+    epoch, as accelerate's `SeedableRandomSampler` draws it, and so HF Trainer.
     """
-    generator = torch.Generator().manual_seed(seed + epoch)
-    return torch.randperm(count, generator=generator).numpy()
+    return torch.randperm(count, generator=torch.Generator().manual_seed(seed + epoch)).numpy()
 
 
 def epoch_batches(
@@ -135,8 +124,7 @@ def epoch_batches(
 ) -> Callable[[int, int], Iterator[list[Batch]]]:
     """A function of (epoch, steps to skip) to the batches of each optimizer step of that epoch.
 
-    The last step of an epoch may have fewer batches, and its last batch fewer examples; nothing is
-    dropped.
+    The last step may have fewer batches, and its last batch fewer examples; nothing is dropped.
     """
 
     def steps(epoch: int, skip: int) -> Iterator[list[Batch]]:

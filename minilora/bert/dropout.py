@@ -14,8 +14,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-WORDS_PER_DRAW = 4  # of 16 of the generator's 64 bits
-
 
 class MaskStream:
     """A stream of dropout masks: numpy's SFC64 (Chris Doty-Humphrey's), seeded."""
@@ -31,7 +29,7 @@ class MaskStream:
     def keep(self, shape: torch.Size, p: float) -> Tensor:
         """A mask of `shape`, uint8: 0 with probability p, else 1."""
         count = math.prod(shape)
-        draws = self.generator.random_raw(-(-count // WORDS_PER_DRAW))
+        draws = self.generator.random_raw(-(-count // 4))
         words = torch.from_numpy(draws.view(np.int16)[:count]).view(shape)
         # Dropped are the lowest p * 2^16 words, so that p is exact to 2^-17; words are signed.
         lowest_kept = round(p * 2**16) - 2**15

@@ -20,18 +20,14 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from minilora.bert.dataset import Batch, Examples, collate_padded
+from minilora.bert.dataset import Examples, collate_padded
 from minilora.bert.packing import Layout, attention, collate_packed, layout_of
+from minilora.bert.tasks import Batch
 
-# config.model_type of the encoders built like BERT; whether they number positions from the padding
-# id on (fairseq's convention).
-FAMILIES = {
-    "bert": False,
-    "camembert": True,
-    "electra": False,
-    "roberta": True,
-    "xlm-roberta": True,
-}
+# The encoders built like BERT, by config.model_type; those of fairseq number positions from the
+# padding id on.
+FAIRSEQ = ("camembert", "roberta", "xlm-roberta")
+FAMILIES = ("bert", "electra", *FAIRSEQ)
 BLOCKS = ("attention", "attention.self", "attention.output", "intermediate", "output")
 
 
@@ -66,9 +62,10 @@ class Packed(nn.Module):
 
     def forward(self, batch: Batch) -> Tensor:
         """Logits (B, C), in the order of the batch's labels."""
-        layout = layout_of(batch["lengths"])
+        encoder: Any = self.model.base_model
+        layout: Layout = layout_of(batch["lengths"])  # pyright: ignore
         x = embedded(self.model, batch)
-        *layers, last = self.model.base_model.encoder.layer
+        *layers, last = encoder.encoder.layer
         for layer in layers:
             if layer.gradient_checkpointing and layer.training:
                 x = layer._gradient_checkpointing_func(encoder_layer, layer, x, layout)
@@ -94,7 +91,7 @@ def can_pack(model: PreTrainedModel) -> bool:
 def embedded(model: Any, batch: Batch) -> Tensor:
     """The embeddings of the row: (N, D)."""
     encoder, types, positions = model.base_model, batch.get("token_type_ids"), batch["position_ids"]
-    if FAMILIES[model.config.model_type]:
+    if model.config.model_type in FAIRSEQ:
         # `RobertaEmbeddings.create_position_ids_from_input_ids`: a padding token, even inside a
         # text, has the padding's own position and is not counted.
         counted = batch["input_ids"] != model.config.pad_token_id
@@ -112,22 +109,14 @@ def embedded(model: Any, batch: Batch) -> Tensor:
 def encoder_layer(layer: Any, x: Tensor, layout: Layout, first_only: bool = False) -> Tensor:
     """One layer: (N, D) -> (N, D), or, `first_only`, -> (B, D)."""
     rows = x[layout.first] if first_only else x
-    projections = layer.attention.self
-    context = attention(
-        projections.query(rows),
-        projections.key(x),
-        projections.value(x),
-        layout,
-        projections.num_attention_heads,
-        projections.dropout,
-    )
+    own = layer.attention.self
+    q, k, v = own.query(rows), own.key(x), own.value(x)
+    context = attention(q, k, v, layout, own.num_attention_heads, own.dropout)
     rows = layer.attention.output(context, rows)  # LayerNorm(rows + dropout(W context + b))
     return layer.output(layer.intermediate(rows), rows)  # (N, D) -> (N, 4 D) -> (N, D)
 
 
 def classified(model: Any, first: Tensor) -> Tensor:
     """The head's logits (B, C) of the first tokens (B, D); heads take the first of (B, 1, D)."""
-    pooler = getattr(model.base_model, "pooler", None)
-    if pooler is None:
-        return model.classifier(first[:, None])
-    return model.classifier(model.dropout(pooler(first[:, None])))
+    x, pooler = first[:, None], getattr(model.base_model, "pooler", None)
+    return model.classifier(x if pooler is None else model.dropout(pooler(x)))

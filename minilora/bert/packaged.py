@@ -1,14 +1,10 @@
-"""The sentences that ship with minilora: short opinions in English, positive or negative, written
-for this project.
+"""The sentences that ship with minilora: short opinions in English, written for this project.
 
-    train.tsv  validation.tsv        text, label (positive, negative), kind, with a header
-
-The kinds say what makes a sentence hard: plain, negation, mixed (praise and blame, one prevailing),
-comparison, irony.
+Two files of text, label (positive, negative) and kind, with a header. The kind says what makes a
+sentence hard: plain, negation, mixed (praise and blame, one prevailing), comparison, irony.
 """
 
 from pathlib import Path
 
-DIRECTORY = Path(__file__).parent / "sentences"
-TRAIN_FILE = DIRECTORY / "train.tsv"
-VALIDATION_FILE = DIRECTORY / "validation.tsv"
+TRAIN_FILE = Path(__file__).parent / "sentences" / "train.tsv"
+VALIDATION_FILE = TRAIN_FILE.with_name("validation.tsv")

@@ -11,7 +11,6 @@ B sequences of a batch, b of a bucket; N tokens of the row, n of a bucket, T of 
 sequence; D hidden, H heads, d = D / H.
 """
 
-import itertools
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,7 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minilora.bert.dataset import Batch, Examples, token_positions
+from minilora.bert.dataset import Examples, token_positions
+from minilora.bert.tasks import Batch
 
 # More buckets waste less padding and cost more calls; 4 was fastest of 1, 2, 4 and 8 on sentences
 # in random order. Where one bucket would be padding by less than a tenth, as after sorting, it is
@@ -32,16 +32,12 @@ NEGLIGIBLE_PADDING = 0.1
 class Bucket:
     """Neighbouring sequences of the row that are attended together."""
 
-    count: int
-    """b"""
-    length: int
-    """T"""
-    tokens: int
-    """n"""
-    index: Tensor | None
-    """(n,) int64: each token's place among the b * T padded ones; None where nothing is padded."""
-    padding: Tensor | None
-    """(b, 1, T): -inf at padding, else 0; None where nothing is padded."""
+    count: int  # b
+    length: int  # T
+    tokens: int  # n
+    # Where something is padded:
+    index: Tensor | None  # (n,) int64: each token's place among the b * T padded ones
+    padding: Tensor | None  # (b, 1, T): -inf at padding, else 0
 
 
 @dataclass(frozen=True)
@@ -49,14 +45,8 @@ class Layout:
     """Where the sequences of a packed row lie."""
 
     buckets: list[Bucket]
-    lengths: Tensor
-    """(B,) int64, ascending."""
-    first: Tensor
-    """(B,) int64: the row index of each sequence's first token."""
-
-    def first_tokens(self) -> list[Bucket]:
-        """The buckets of a row that holds nothing but each sequence's first token."""
-        return [Bucket(bucket.count, 1, bucket.count, None, None) for bucket in self.buckets]
+    lengths: Tensor  # (B,) int64, ascending
+    first: Tensor  # (B,) int64: the row index of each sequence's first token
 
 
 def collate_packed(
@@ -66,11 +56,8 @@ def collate_packed(
 
     input_ids, position_ids and, if the model takes them, token_type_ids are (N,); lengths (B,), in
     the row's order; place (B,): where in that order each example is; labels and row (B,), in the
-    batch's order.
-
-    Args:
-        multiple: N is filled up to a multiple of this. oneDNN prepares its bfloat16 products for
-            each new shape and keeps what it prepared: fewer shapes need less memory.
+    batch's order. N is filled up to a `multiple`: oneDNN prepares its bfloat16 products for each
+    new shape and keeps what it prepared, so that fewer shapes need less memory.
     """
     lengths = examples.offsets[indices + 1] - examples.offsets[indices]
     order = np.argsort(lengths, kind="stable")
@@ -93,6 +80,7 @@ def collate_packed(
     return batch
 
 
+@torch.compiler.disable  # numpy, on the host
 def layout_of(lengths: Tensor) -> Layout:
     """The layout of a row whose sequences have these lengths (B,), ascending."""
     on_host = lengths.cpu().numpy()
@@ -100,9 +88,7 @@ def layout_of(lengths: Tensor) -> Layout:
     padding = 1 - on_host.sum() / (on_host[-1] * len(on_host))
     count = 1 if padding < NEGLIGIBLE_PADDING else min(BUCKETS, len(on_host))
     edges = np.linspace(0, len(on_host), count + 1).round().astype(int)
-    buckets = [
-        _bucket(on_host[low:high], lengths.device) for low, high in itertools.pairwise(edges)
-    ]
+    buckets = [_bucket(part, lengths.device) for part in np.split(on_host, edges[1:-1])]
     return Layout(buckets, lengths, torch.from_numpy(starts).to(lengths.device))
 
 
@@ -110,16 +96,10 @@ def _bucket(lengths: np.ndarray, device: torch.device) -> Bucket:
     count, longest, tokens = len(lengths), int(lengths[-1]), int(lengths.sum())
     if lengths[0] == longest:
         return Bucket(count, longest, tokens, None, None)
-    index = token_positions(np.arange(len(lengths)) * longest, lengths)
     real = np.arange(longest) < lengths[:, None]  # (b, T)
-    padding = np.where(real, 0.0, -np.inf).astype(np.float32)[:, None]  # (b, T) -> (b, 1, T)
-    return Bucket(
-        count,
-        longest,
-        tokens,
-        torch.from_numpy(index).to(device),
-        torch.from_numpy(padding).to(device),
-    )
+    index = torch.from_numpy(np.flatnonzero(real)).to(device)
+    padding = torch.zeros(real.shape).masked_fill_(torch.from_numpy(~real), -torch.inf)
+    return Bucket(count, longest, tokens, index, padding[:, None].to(device))
 
 
 def attention(
@@ -131,19 +111,22 @@ def attention(
     A query (B, D) is of the first tokens alone, and so is the result. Scores and probabilities are
     float32 whatever the row's dtype: oneDNN's bfloat16 products of such small matrices are slower.
     """
-    queries = layout.first_tokens() if len(query) < len(key) else layout.buckets
-    if _has_kernel(query, dropout):
+    # torch's variable-length kernel is for CUDA, for half precision, without dropout.
+    drops = dropout.training and dropout.p > 0  # pyright: ignore[reportOperatorIssue]
+    if query.is_cuda and query.dtype in (torch.float16, torch.bfloat16) and not drops:
         return _by_kernel(query, key, value, layout, heads)
-    parts = (_split(query, queries), _split(key, layout.buckets), _split(value, layout.buckets))
+    buckets = queries = layout.buckets
+    if len(query) < len(key):
+        queries = [Bucket(bucket.count, 1, bucket.count, None, None) for bucket in buckets]
+    q_parts = _to_heads(query, queries, heads)
+    k_parts, v_parts = _to_heads(key, buckets, heads), _to_heads(value, buckets, heads)
     found = []
-    for of_query, of_key, *rows in zip(queries, layout.buckets, *parts, strict=True):
-        q = _to_heads(rows[0], of_query, heads)  # (n, D) -> (b * H, T, d)
-        k, v = _to_heads(rows[1], of_key, heads), _to_heads(rows[2], of_key, heads)
+    for of_query, bucket, q, k, v in zip(queries, buckets, q_parts, k_parts, v_parts, strict=True):
         scale = q.shape[-1] ** -0.5
-        if of_key.padding is None:
+        if bucket.padding is None:
             scores = torch.bmm(q, k.transpose(1, 2)).mul_(scale)  # (b * H, T, T)
         else:
-            padding = of_key.padding.repeat_interleave(heads, dim=0)  # (b, 1, T) -> (b * H, 1, T)
+            padding = bucket.padding.repeat_interleave(heads, dim=0)  # (b, 1, T) -> (b * H, 1, T)
             scores = torch.baddbmm(padding, q, k.transpose(1, 2), alpha=scale)
         probabilities = dropout(torch.softmax(scores, dim=-1))
         found.append(_from_heads(torch.bmm(probabilities, v), of_query, heads))
@@ -151,19 +134,18 @@ def attention(
     return F.pad(result, (0, 0, 0, len(query) - len(result)))  # the filler attends to nothing
 
 
-def _split(row: Tensor, buckets: list[Bucket]) -> list[Tensor]:
-    # Not a slice for each bucket: their backward passes would each fill and add a row of zeros.
+def _to_heads(row: Tensor, buckets: list[Bucket], heads: int) -> list[Tensor]:
+    # (N, D) -> (b * H, T, d) of each bucket, float32. One split, not a slice for each bucket: the
+    # slices' backward passes would each fill and add a row of zeros.
     sizes = [bucket.tokens for bucket in buckets]
-    return list(row.split([*sizes, len(row) - sum(sizes)]))[: len(buckets)]
-
-
-def _to_heads(rows: Tensor, bucket: Bucket, heads: int) -> Tensor:
-    # (n, D) -> (b * T, D) -> (b * H, T, d), float32
-    if bucket.index is not None:
-        padded = rows.new_zeros(bucket.count * bucket.length, rows.shape[1])
-        rows = padded.index_copy_(0, bucket.index, rows)
-    split = rows.view(bucket.count, bucket.length, heads, -1).transpose(1, 2)
-    return split.to(torch.float32).reshape(bucket.count * heads, bucket.length, -1)
+    found = []
+    for bucket, x in zip(buckets, row.split([*sizes, len(row) - sum(sizes)]), strict=False):
+        if bucket.index is not None:  # (n, D) -> (b * T, D)
+            padded = x.new_zeros(bucket.count * bucket.length, x.shape[1])
+            x = padded.index_copy_(0, bucket.index, x)
+        x = x.view(bucket.count, bucket.length, heads, -1).transpose(1, 2).to(torch.float32)
+        found.append(x.reshape(bucket.count * heads, bucket.length, -1))
+    return found
 
 
 def _from_heads(x: Tensor, bucket: Bucket, heads: int) -> Tensor:
@@ -173,21 +155,16 @@ def _from_heads(x: Tensor, bucket: Bucket, heads: int) -> Tensor:
     return rows if bucket.index is None else rows.index_select(0, bucket.index)
 
 
-def _has_kernel(query: Tensor, dropout: nn.Module) -> bool:
-    # torch's variable-length kernel is for CUDA, for half precision, without dropout.
-    drops = dropout.training and dropout.p > 0  # pyright: ignore[reportOperatorIssue]
-    return query.is_cuda and query.dtype in (torch.float16, torch.bfloat16) and not drops
-
-
 def _by_kernel(query: Tensor, key: Tensor, value: Tensor, layout: Layout, heads: int) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
     ends = F.pad(layout.lengths.cumsum(0), (1, 0)).to(torch.int32)  # (B + 1,)
-    query_ends, longest = ends, max(bucket.length for bucket in layout.buckets)
-    query_longest = longest
+    longest = max(bucket.length for bucket in layout.buckets)
+    query_ends, query_longest = ends, longest
     if len(query) < len(key):
         query_ends, query_longest = torch.arange(len(ends)).to(ends), 1
     q, k, v = (x.view(len(x), heads, -1) for x in (query, key, value))  # (N, D) -> (N, H, d)
-    result = varlen_attn(q, k, v, query_ends, ends, query_longest, longest)
+    scale = q.shape[-1] ** -0.5
+    result = varlen_attn(q, k, v, query_ends, ends, query_longest, longest, scale=scale)
     assert isinstance(result, Tensor)
     return result.reshape(len(query), -1)

@@ -12,6 +12,7 @@ makes it one, too, and nothing else does in a file of a single column.
 """
 
 import csv
+import io
 import json
 import math
 from dataclasses import dataclass
@@ -33,8 +34,7 @@ USUAL_NAMES = {
     "label": ["label", "labels", "class", "target", "score", "sentiment"],
     "kind": ["kind"],
 }  # fmt: skip
-Usual = dict[str, list[str]]
-FLAGS = {"text": "text_column", "pair": "text_pair_column", "label": "label_column"}
+FLAGS = {"text": "--text_column", "pair": "--text_pair_column", "label": "--label_column"}
 
 
 @dataclass(frozen=True)
@@ -43,11 +43,9 @@ class Row:
 
     text: str
     pair: str | None
-    label: str | None
-    """None where labels were not asked for."""
+    label: str | None  # None where labels were not asked for
     kind: str | None
-    line: int
-    """Counted from 1; in a json array, the number of the object."""
+    line: int  # from 1; in a json array, the number of the object
 
 
 @dataclass(frozen=True)
@@ -60,30 +58,33 @@ class Columns:
 
 
 USUAL = Columns()
+Lines = list[tuple[int, list[str]]]  # (line, its fields)
 Records = list[tuple[int, dict[str, Any]]]  # (line, value by column)
 
 
 def read_rows(path: Path, columns: Columns = USUAL, labelled: bool = True) -> list[Row]:
     """All rows of a file, in its order.
 
-    Args:
-        labelled: whether each row has a label. If not, none is looked for, and a headerless file
-            has its text first and its second text, if any, next.
+    If not `labelled`, no label is looked for, and a headerless file has its text first and its
+    second text, if any, next.
     """
-    text = _decoded(path)
-    if path.suffix.lower() in (".json", ".jsonl"):
-        records, usual = _objects(path, text), USUAL_NAMES
+    suffix = path.suffix.lower()
+    if suffix not in SUFFIXES:
+        raise MiniloraError(f"{path} has the suffix {suffix!r}; allowed are {', '.join(SUFFIXES)}")
+    data = read_bytes(path)
+    try:
+        text = data.decode("utf-8-sig")  # Excel writes a byte order mark
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise _bad(path, line, "not UTF-8; convert the file, for example with iconv") from None
+    if suffix in (".json", ".jsonl"):
+        records = _objects(path, text)
     else:
-        records, usual = _lines(path, text, columns, labelled)
+        lines = _csv_lines(path, text) if suffix == ".csv" else _tsv_lines(text)
+        records, columns = _by_column(path, lines, columns, labelled)
     if not records:
         raise MiniloraError(f"{path} is empty: it holds no example")
-    usual = dict(usual)
-    if columns.text is not None:
-        # One text, if no pair is named, too: a "passage" beside a "review" is not asked for.
-        usual["pair"] = []
-    if not labelled:
-        del usual["label"]
-    found = _find_columns(path, records, columns, usual)
+    found = _find_columns(path, records, columns, labelled)
     return [_row(path, line, record, found) for line, record in records]
 
 
@@ -91,66 +92,54 @@ def _bad(path: Path, line: int, what: str) -> MiniloraError:
     return MiniloraError(f"{path}, line {line}: {what}")
 
 
-def _decoded(path: Path) -> str:
-    if path.suffix.lower() not in SUFFIXES:
-        allowed = ", ".join(SUFFIXES)
-        raise MiniloraError(f"{path} has the suffix {path.suffix!r}; allowed are {allowed}")
-    data = read_bytes(path)
-    try:
-        return data.decode("utf-8-sig")  # Excel writes a byte order mark
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        what = "not UTF-8; convert the file, for example with iconv"
-        raise _bad(path, line, what) from None
-
-
-def _lines(path: Path, text: str, asked: Columns, labelled: bool) -> tuple[Records, Usual]:
-    rows = _tsv_lines(text) if path.suffix.lower() == ".tsv" else _csv_lines(path, text)
-    if not rows:
-        return [], USUAL_NAMES
-    names, usual = rows[0][1], USUAL_NAMES
-    for line, fields in rows:
-        if len(fields) != len(names):
-            what = f"{len(fields)} fields where the first line has {len(names)}"
-            raise _bad(path, line, what)
-    if _is_header(names, [fields[-1] for _, fields in rows[1:]], asked, labelled):
-        rows = rows[1:]
-    else:
-        usual = _usual_places(path, len(names), asked, labelled)
-        names = [str(number) for number in range(len(names))]
-    return [(line, dict(zip(names, fields, strict=True))) for line, fields in rows], usual
-
-
-def _tsv_lines(text: str) -> list[tuple[int, list[str]]]:
+def _not_blank(text: str) -> list[tuple[int, str]]:
     # Not str.splitlines, which also splits at characters that occur inside sentences (U+2028,
     # U+0085).
-    lines = enumerate(text.split("\n"), start=1)
-    return [(number, line.rstrip("\r").split("\t")) for number, line in lines if line.strip()]
+    return [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
 
 
-def _csv_lines(path: Path, text: str) -> list[tuple[int, list[str]]]:
+def _tsv_lines(text: str) -> Lines:
+    return [(number, line.rstrip("\r").split("\t")) for number, line in _not_blank(text)]
+
+
+def _csv_lines(path: Path, text: str) -> Lines:
     # The default refuses texts over 131,072 characters.
     csv.field_size_limit(max(csv.field_size_limit(), len(text)))
-    reader = csv.reader(iter([line + "\n" for line in text.split("\n")]), strict=True)
-    rows, start = [], 1
+    reader = csv.reader(io.StringIO(text), strict=True)
+    lines, start = [], 1
     try:
         for fields in reader:
             if fields:
-                rows.append((start, fields))
+                lines.append((start, fields))
             start = reader.line_num + 1
     except csv.Error as error:
         raise _bad(path, start, f"not valid csv: {error}") from None
-    return rows
+    return lines
+
+
+def _by_column(path: Path, lines: Lines, asked: Columns, labelled: bool) -> tuple[Records, Columns]:
+    # The records, and the columns asked for, by number where there is no header.
+    if not lines:
+        return [], asked
+    names = lines[0][1]
+    for line, fields in lines:
+        if len(fields) != len(names):
+            raise _bad(path, line, f"{len(fields)} fields where the first line has {len(names)}")
+    if _is_header(names, [fields[-1] for _, fields in lines[1:]], asked, labelled):
+        lines = lines[1:]
+    else:
+        asked = _by_number(path, len(names), asked, labelled)
+        names = [str(number) for number in range(len(names))]
+    return [(line, dict(zip(names, fields, strict=True))) for line, fields in lines], asked
 
 
 def _is_header(first: list[str], last_below: list[str], asked: Columns, labelled: bool) -> bool:
     if asked != USUAL:
-        given = {column for column in (asked.text, asked.pair, asked.label) if column is not None}
-        named = {column for column in given if not column.isdecimal()}
+        given = (asked.text, asked.pair, asked.label)
+        named = {column for column in given if column is not None and not column.isdecimal()}
         return bool(named) and named <= set(first)
     named_as_usual = any(name.lower() in USUAL_NAMES["text"] for name in first)
     if not labelled and (named_as_usual or len(first) == 1):
-        # A single column of texts: only a usual name tells a header from a text.
         return named_as_usual
     are_numbers = all(map(is_number, [first[-1], *last_below]))
     return first[-1] not in last_below and not are_numbers
@@ -164,74 +153,70 @@ def is_number(value: str) -> bool:
         return False
 
 
-def _usual_places(path: Path, width: int, asked: Columns, labelled: bool) -> Usual:
+def _by_number(path: Path, width: int, asked: Columns, labelled: bool) -> Columns:
     texts = width - 1 if labelled else min(width, 2)
     if asked == USUAL and not 1 <= texts <= 2:
         raise MiniloraError(
             f"{path} has no header and {width} fields where a text or two and a label are "
-            f"expected: say which is which with --{', --'.join(FLAGS.values())} (numbers from 0)"
+            f"expected: say which is which with {', '.join(FLAGS.values())} (numbers from 0)"
         )
-    pair = ["1"] if asked == USUAL and texts == 2 else []
-    return {"text": ["0"], "pair": pair, "label": [str(width - 1)]}
+    text = "0" if asked.text is None else asked.text
+    label = str(width - 1) if asked.label is None else asked.label
+    return Columns(text, "1" if asked == USUAL and texts == 2 else asked.pair, label)
 
 
 def _objects(path: Path, text: str) -> Records:
-    if path.suffix.lower() == ".json":
-        array = _parsed(path, 1, text)
+    is_array, records = path.suffix.lower() == ".json", []
+    for line, part in [(1, text)] if is_array else _not_blank(text):
+        try:
+            records.append((line, json.loads(part)))
+        except (ValueError, RecursionError) as error:
+            raise _bad(path, line, f"not valid JSON: {error}") from None
+    if is_array:
+        array = records[0][1]
         if not isinstance(array, list):
-            found = type(array).__name__
-            raise MiniloraError(f"{path} holds a JSON {found}: it must be an array of objects")
+            raise MiniloraError(f"{path} holds a JSON {type(array).__name__}, not an array")
         records = list(enumerate(array, start=1))
-    else:
-        lines = enumerate(text.split("\n"), start=1)
-        records = [(number, _parsed(path, number, line)) for number, line in lines if line.strip()]
     for line, record in records:
         if not isinstance(record, dict):
-            found = type(record).__name__
-            raise _bad(path, line, f"a JSON {found} where an object is expected")
+            raise _bad(path, line, f"a JSON {type(record).__name__} where an object is expected")
     return records
 
 
-def _parsed(path: Path, line: int, text: str) -> Any:
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise _bad(path, line, f"not valid JSON: {error}") from None
-
-
-def _find_columns(path: Path, records: Records, asked: Columns, usual: Usual) -> dict[str, str]:
+def _find_columns(path: Path, records: Records, asked: Columns, labelled: bool) -> dict[str, str]:
     names = list(dict.fromkeys(name for _, record in records for name in record))
-    lower = {name.lower(): name for name in reversed(names)}
+    listed, lower = ", ".join(names), {name.lower(): name for name in reversed(names)}
     found = {}
-    for role, candidates in usual.items():
+    for role, usual in USUAL_NAMES.items():
+        if role == "label" and not labelled:
+            continue
         given, flag = getattr(asked, role, None), FLAGS.get(role)
         if given is not None and given not in names:
-            raise MiniloraError(
-                f"{path} has no column {given!r} (--{flag}); its columns are {', '.join(names)}"
-            )
-        column = given or next((lower[name] for name in candidates if name in lower), None)
+            raise MiniloraError(f"{path} has no column {given!r} ({flag}); it has {listed}")
+        if role == "pair" and asked.text is not None:
+            usual = []  # with the text named, a "passage" beside a "review" is not asked for
+        column = given or next((lower[name] for name in usual if name in lower), None)
         if column is not None:
             found[role] = column
         elif role in ("text", "label"):
             raise MiniloraError(
-                f"{path} has none of the usual columns ({', '.join(candidates)}); its columns are "
-                f"{', '.join(names)}: say which with --{flag}"
+                f"{path} has none of the usual columns ({', '.join(usual)}); its columns are "
+                f"{listed}: say which with {flag}"
             )
     return found
 
 
 def _row(path: Path, line: int, record: dict[str, Any], columns: dict[str, str]) -> Row:
-    values: dict[str, str | None] = dict.fromkeys(USUAL_NAMES)
+    values = {}
     for role, column in columns.items():
         if column not in record:
-            has = f"the line has the fields {', '.join(record)}"
-            raise _bad(path, line, f"no {role} (column {column!r}); {has}")
+            raise _bad(path, line, f"no {role} (column {column!r}); it has {', '.join(record)}")
         value = record[column]
         if value is None or isinstance(value, dict | list):
             raise _bad(path, line, f"the {role} is {value!r}; it must be text or a number")
         values[role] = str(value).lower() if isinstance(value, bool) else str(value)
-    text, label = values["text"], values["label"]
-    assert text is not None
+    label = values.get("label")
     if label is not None and label.strip().lower() in ("", "nan"):
         raise _bad(path, line, f"the label is {label!r}; every example needs one")
-    return Row(text, values["pair"], label and label.strip(), values["kind"], line)
+    label = label and label.strip()
+    return Row(values["text"], values.get("pair"), label, values.get("kind"), line)

@@ -20,11 +20,8 @@ class Splits:
 
     rows: dict[str, list[Row]]
     files: dict[str, str]
-    """Where each split came from, for errors."""
-    fingerprints: dict[str, str]
-    """SHA-256 of each split's file."""
-    labels: list[str] | None
-    """What the task's ids mean; None where they are no names."""
+    fingerprints: dict[str, str]  # SHA-256 of each split's file
+    labels: list[str] | None  # what the task's ids mean; None where they are no names
 
     def has_pairs(self) -> bool:
         """Whether each row is a pair of texts; all splits agree."""
@@ -32,33 +29,26 @@ class Splits:
 
 
 def read_splits(
-    task_name: str,
-    files: dict[str, str | None],
-    columns: Columns,
-    validation_split: float,
-    seed: int,
+    task_name: str, files: dict[str, str | None], columns: Columns, held_out: float, seed: int
 ) -> Splits:
-    """Read every file of a run and fix what its labels mean.
+    """Read every file of a run, by default the packaged sentences, and fix what its labels mean.
 
-    Args:
-        files: split to path; without a "train" file, the packaged sentences.
-        validation_split: share of the training rows to hold out as the validation split; 0 for none.
+    `held_out` is the share of the training rows to take for the validation split; 0 for none.
     """
     if files["train"] is None:
         files = {**files, "train": str(packaged.TRAIN_FILE)}
         files["validation"] = files["validation"] or str(packaged.VALIDATION_FILE)
     given = {split: path for split, path in files.items() if path is not None}
     rows = {split: read_rows(Path(path), columns) for split, path in given.items()}
-    if validation_split > 0:
-        rows["train"], rows["validation"] = hold_out(rows["train"], validation_split, seed)
+    if held_out > 0:
+        rows["train"], rows["validation"] = hold_out(rows["train"], held_out, seed)
         given["validation"] = given["train"]
     for split, path in given.items():
-        has_pairs, train_has = (rows[name][0].pair is not None for name in (split, "train"))
-        if has_pairs != train_has:
+        has_pairs = rows[split][0].pair is not None
+        if has_pairs != (rows["train"][0].pair is not None):
             one, other = ("two texts", "one") if has_pairs else ("one text", "two")
-            raise MiniloraError(
-                f"{path} has {one} a row, {given['train']} has {other}: name --text_pair_column"
-            )
+            disagree = f"{path} has {one} a row, {given['train']} has {other}"
+            raise MiniloraError(f"{disagree}: name --text_pair_column")
     labels = task_class(task_name).find_labels(rows["train"], given["train"])
     fingerprints = {split: file_fingerprint(Path(path)) for split, path in given.items()}
     return Splits(rows, given, fingerprints, labels)
@@ -68,9 +58,8 @@ def hold_out(rows: list[Row], share: float, seed: int) -> tuple[list[Row], list[
     """Hold out `share` of the rows at random: (train, validation), both in the file's order."""
     held_out = round(len(rows) * share)
     if not 0 < held_out < len(rows):
-        raise MiniloraError(
-            f"validation_split={share} of {len(rows)} examples leaves {held_out} for validation"
-        )
+        of_rows = f"validation_split={share} of {len(rows)} examples"
+        raise MiniloraError(f"{of_rows} leaves {held_out} for validation")
     chosen = set(np.random.default_rng(seed).permutation(len(rows))[:held_out].tolist())
     train = [row for index, row in enumerate(rows) if index not in chosen]
     return train, [row for index, row in enumerate(rows) if index in chosen]
@@ -80,10 +69,10 @@ def tokenize_splits(
     splits: Splits, task: Task, tokenizer: PreTrainedTokenizerBase, max_length: int
 ) -> dict[str, Examples]:
     """Each split as flat token arrays with its labels."""
-    return {
-        split: tokenize(rows, task, tokenizer, max_length, splits.files[split])
-        for split, rows in splits.rows.items()
-    }
+    examples = {}
+    for split, rows in splits.rows.items():
+        examples[split] = tokenize(rows, task, tokenizer, max_length, splits.files[split])
+    return examples
 
 
 def file_fingerprint(path: Path) -> str:

@@ -11,24 +11,13 @@ from minilora.errors import MiniloraError
 from minilora.reading import first_line
 
 
-def stored_tensors(location: str, device: str = "cpu") -> Iterator[tuple[str, Tensor]]:
-    """(name, tensor) of each weight of a model, file by file; on "meta", without the values.
-
-    Pickled weights are read with `weights_only=True`, which cannot run code.
-    """
+def stored_tensors(location: str) -> Iterator[tuple[str, Tensor]]:
+    """(name, tensor) of each weight of a model, file by file; pickled ones cannot run code."""
     for file in _weight_files(location):
         try:
-            yield from load_state_dict(file, map_location=device, weights_only=True).items()
+            yield from load_state_dict(file, map_location="cpu", weights_only=True).items()
         except Exception as error:  # damaged bytes fail in many ways, none of them ours
             raise MiniloraError(f"{file} cannot be read safely: {first_line(error)}") from None
-
-
-def parameter_count(location: str) -> int | None:
-    """How many numbers a model's weights hold; None where there are none on this machine."""
-    try:
-        return sum(tensor.numel() for _, tensor in stored_tensors(location, "meta")) or None
-    except MiniloraError:
-        return None
 
 
 def _weight_files(location: str) -> list[str]:
@@ -36,14 +25,11 @@ def _weight_files(location: str) -> list[str]:
     for name in WEIGHT_FILES:
         try:
             file = cached_file(
-                location,
-                name,
-                local_files_only=True,
-                _raise_exceptions_for_missing_entries=False,
-                _raise_exceptions_for_connection_errors=False,
+                location, name, local_files_only=True, _raise_exceptions_for_missing_entries=False
             )
             if file is not None and name.endswith(".index.json"):
-                return get_checkpoint_shard_files(location, file, local_files_only=True)[0]
+                shards, _ = get_checkpoint_shard_files(location, file, local_files_only=True)
+                return shards or []
         except Exception as error:  # no hub id; a damaged index
             raise MiniloraError(f"{location}: {name} is damaged: {first_line(error)}") from None
         if file is not None:

@@ -17,8 +17,6 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 from transformers import PreTrainedTokenizerBase
-from transformers.tokenization_utils_base import TruncationStrategy
-from transformers.utils import PaddingStrategy
 
 from minilora.bert.rows import Row
 from minilora.bert.tasks import Task
@@ -34,11 +32,9 @@ def entry_of(
     """Where the arrays of these rows are kept; None for a slow tokenizer, whose state is code."""
     if not tokenizer.is_fast:
         return None
-    # A call leaves truncation and padding in the state: here the same before and after the first.
-    tokenizer.set_truncation_and_padding(  # pyright: ignore[reportAttributeAccessIssue]
-        PaddingStrategy.DO_NOT_PAD, TruncationStrategy.LONGEST_FIRST, max_length, 0, None, None
-    )
-    state = tokenizer.backend_tokenizer.to_str()  # pyright: ignore[reportAttributeAccessIssue]
+    # A call leaves truncation and padding in the state: this one, the same whatever was before.
+    tokenizer("", truncation=True, max_length=max_length)
+    state = tokenizer.backend_tokenizer.to_str()  # pyright: ignore
     names = [type(tokenizer).__name__, tokenizer.model_input_names, tokenizer.truncation_side]
     texts = [[row.text, row.pair, row.label] for row in rows]
     key = json.dumps([FORMAT, task.name, task.labels, max_length, names, state, texts])

@@ -39,8 +39,8 @@ class Adapters:
     # Base parameters that an adapter changes in place (biases it trains, weights pissa and olora
     # reduce), each with its value in the plain model.
     originals: list[tuple[nn.Parameter, Tensor]] = field(default_factory=list)
-    # While merged: what was replaced, as (base layer, name, parameter).
-    unmerged: list[tuple[nn.Module, str, nn.Parameter]] | None = None
+    # While merged: what was replaced, as (name, parameter).
+    unmerged: list[tuple[str, nn.Parameter]] | None = None
 
 
 def add_adapter(model: nn.Module, config: LoraConfig, adapter_name: str = "default") -> list[str]:
@@ -51,23 +51,22 @@ def add_adapter(model: nn.Module, config: LoraConfig, adapter_name: str = "defau
     for `set_adapter`. `config` is not changed. New modules take over the train/eval mode of what
     they wrap (PEFT's always start in train mode, peft#3753). After an error the model is as it was.
     """
-    check_not_merged(model, "add an adapter")
-    adapters = getattr(model, "minilora_adapters", None) or Adapters()
+    is_first = not hasattr(model, "minilora_adapters")
+    adapters = Adapters() if is_first else adapters_of(model, "add an adapter")
     _check_addable(adapters, config, adapter_name)
     config = targets.resolve_config(model, config)
     names = targets.target_names(model, config)
     saved = targets.saved_names(model, config)
     tokens = targets.trainable_tokens(model, config)
 
-    first, unchanged = not adapters.configs, len(adapters.originals)
-    if first:
+    if is_first:
         parameters = model.named_parameters(remove_duplicate=False)
         adapters.base_requires_grad = {name: p.requires_grad for name, p in parameters}
         model.requires_grad_(False)
     adapters.configs[adapter_name] = config
     model.minilora_adapters = adapters  # pyright: ignore[reportArgumentType]
+    originals = _originals(model, config, names)
     try:
-        _keep_originals(model, config, names)
         for name in names:
             base = _base_module(model, name)
             kind = LoRALinear if isinstance(base, nn.Linear) else LoRAEmbedding
@@ -80,20 +79,22 @@ def add_adapter(model: nn.Module, config: LoraConfig, adapter_name: str = "defau
             _attach(model, name, TrainableTokens, adapter_name, rows)
             _attach_tied_output(model, name)
     except BaseException:
-        for parameter, value in adapters.originals[unchanged:]:
+        for parameter, value in originals:
             parameter.data = value
-        del adapters.originals[unchanged:]
-        remove_adapter(model, adapter_name)
+        delete_adapter(model, adapter_name)
         raise
-    set_active(model, (adapter_name,) if first else adapters.active)
+    adapters.originals += originals
+    set_active(model, (adapter_name,) if is_first else adapters.active)
     return names
 
 
-def adapters_of(model: nn.Module) -> Adapters:
-    """The record of the model's adapters; it is an error if it has none."""
+def adapters_of(model: nn.Module, action: str | None = None) -> Adapters:
+    """The record of the model's adapters, if it has any; an `action` needs them not merged."""
     adapters = getattr(model, "minilora_adapters", None)
     if not isinstance(adapters, Adapters):
         raise MiniloraError("this model has no adapter: call add_adapter or load_adapter first")
+    if action is not None and adapters.unmerged is not None:
+        raise MiniloraError(f"cannot {action} while adapters are merged: call unmerge_adapter")
     return adapters
 
 
@@ -143,10 +144,9 @@ def set_adapter(model: nn.Module, adapter_name: str | list[str]) -> None:
 
     Several updates add up. Only one of them may have `modules_to_save`: a head is not two heads.
     """
-    adapters = adapters_of(model)
+    adapters = adapters_of(model, "switch adapters")
     names = (adapter_name,) if isinstance(adapter_name, str) else tuple(adapter_name)
     check_known(adapters.configs, names)
-    check_not_merged(model, "switch adapters")
     heads = [name for name in names if adapters.configs[name].modules_to_save]
     if len(heads) > 1:
         raise MiniloraError(f"adapters {heads} each have modules_to_save: only one can be active")
@@ -154,12 +154,25 @@ def set_adapter(model: nn.Module, adapter_name: str | list[str]) -> None:
 
 
 def delete_adapter(model: nn.Module, adapter_name: str) -> None:
-    """Take an adapter out; if it alone was active, the first one left becomes so."""
-    adapters = adapters_of(model)
+    """Take an adapter out; if it alone was active, the first one left becomes so.
+
+    With the last one the plain model is back, bit for bit.
+    """
+    adapters = adapters_of(model, "delete an adapter")
     check_known(adapters.configs, [adapter_name])
-    check_not_merged(model, "delete an adapter")
-    remove_adapter(model, adapter_name)
-    if adapters.configs:
+    del adapters.configs[adapter_name]
+    for name, layer in list(adapter_layers(model)):
+        if adapter_name in layer.adapters:
+            del layer.adapters[adapter_name]
+        if not layer.adapters:
+            model.set_submodule(name, layer.base_layer)
+    if not adapters.configs:
+        for parameter, value in adapters.originals:
+            parameter.data = value
+        for name, parameter in model.named_parameters(remove_duplicate=False):
+            parameter.requires_grad_(adapters.base_requires_grad.get(name, parameter.requires_grad))
+        del model.minilora_adapters
+    elif adapter_name in adapters.active:
         remaining = tuple(name for name in adapters.active if name != adapter_name)
         set_active(model, remaining or (next(iter(adapters.configs)),))
 
@@ -172,8 +185,7 @@ def disable_adapter(model: nn.Module) -> Iterator[None]:
     if the body raises. (PEFT's makes frozen adapters trainable on the way out, peft#3447, and
     leaves a merged model unmerged.)
     """
-    adapters = adapters_of(model)
-    check_not_merged(model, "disable adapters")
+    adapters = adapters_of(model, "disable adapters")
     active = adapters.active
     requires_grad = [(p, p.requires_grad) for p in model.parameters()]
     adapted = [(p, p.data) for p, _ in adapters.originals]
@@ -191,8 +203,8 @@ def disable_adapter(model: nn.Module) -> Iterator[None]:
 
 
 def set_fused(model: nn.Module, fused: bool) -> None:
-    """Whether linear layers compute their updates in the trainer's order or in PEFT's."""
-    for _, layer in adapter_layers(model):
+    """Whether linear layers compute their updates in minilora's order or in PEFT's."""
+    for layer in model.modules():
         if isinstance(layer, LoRALinear):
             layer.fused = fused
 
@@ -201,44 +213,8 @@ def check_known(known: Iterable[str], names: Iterable[str]) -> None:
     """Refuse names of adapters that are not there, and no name at all."""
     unknown = [name for name in names if name not in known]
     if unknown or not names:
-        wanted = unknown or "nothing"
-        raise MiniloraError(f"no adapter named {wanted}; this model has {', '.join(known)}")
-
-
-def check_not_merged(model: nn.Module, what: str) -> None:
-    """Refuse to do `what` while adapters are merged."""
-    adapters = getattr(model, "minilora_adapters", None)
-    if isinstance(adapters, Adapters) and adapters.unmerged is not None:
-        raise MiniloraError(f"cannot {what} while adapters are merged: call unmerge_adapter first")
-
-
-def remove_adapter(model: nn.Module, adapter_name: str) -> None:
-    """Take one adapter out; with the last one the plain model is back, bit for bit."""
-    configs = adapters_of(model).configs
-    configs.pop(adapter_name, None)
-    for name, layer in list(adapter_layers(model)):
-        if adapter_name in layer.adapters:
-            del layer.adapters[adapter_name]
-        if not layer.adapters:
-            replace_module(model, name, layer.base_layer)
-    if not configs:
-        restore_plain_model(model)
-
-
-def restore_plain_model(model: nn.Module) -> None:
-    """When the last wrapper is gone: the original values and trainability, and no record."""
-    adapters = adapters_of(model)
-    for parameter, value in adapters.originals:
-        parameter.data = value
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        parameter.requires_grad_(adapters.base_requires_grad.get(name, parameter.requires_grad))
-    del model.minilora_adapters
-
-
-def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
-    """Put `module` where `name` points to."""
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, module)
+        there = ", ".join(known)
+        raise MiniloraError(f"no adapter named {unknown or 'nothing'}; this model has {there}")
 
 
 def _check_addable(adapters: Adapters, config: LoraConfig, adapter_name: str) -> None:
@@ -246,25 +222,23 @@ def _check_addable(adapters: Adapters, config: LoraConfig, adapter_name: str) ->
         raise MiniloraError(f"adapter {adapter_name!r} exists: delete it, or take another name")
     # It becomes a part of modules' names; ModuleDict refuses its own methods' ("keys", ...).
     if not adapter_name or "." in adapter_name or hasattr(nn.ModuleDict(), adapter_name):
-        raise MiniloraError(
-            f"adapter name {adapter_name!r} cannot be a module's name: take letters, digits and _"
-        )
+        problem = "cannot be a module's name: take letters, digits and _"
+        raise MiniloraError(f"adapter name {adapter_name!r} {problem}")
     others = [name for name, other in adapters.configs.items() if other.bias != "none"]
     if config.bias != "none" and others:
-        raise MiniloraError(
-            f"bias={config.bias!r}: adapter {others[0]!r} trains the biases already, and one can"
-        )
+        raise MiniloraError(f"bias={config.bias!r}: adapter {others[0]!r} trains the biases")
 
 
-def _keep_originals(model: nn.Module, config: LoraConfig, names: list[str]) -> None:
+def _originals(
+    model: nn.Module, config: LoraConfig, names: list[str]
+) -> list[tuple[nn.Parameter, Tensor]]:
     changed: list[nn.Parameter] = []
     if str(config.init_lora_weights).startswith(("pissa", "olora")):
         changed += [_base_module(model, name).weight for name in names]
     if config.bias != "none":
         changed += [p for name, p in model.named_parameters() if f".{name}".endswith(".bias")]
-    originals = adapters_of(model).originals
-    kept = {id(parameter) for parameter, _ in originals}
-    originals += [(p, p.detach().clone()) for p in changed if id(p) not in kept]
+    kept = {id(parameter) for parameter, _ in adapters_of(model).originals}
+    return [(p, p.detach().clone()) for p in changed if id(p) not in kept]
 
 
 def _base_module(model: nn.Module, name: str) -> Any:
@@ -281,19 +255,16 @@ def _attach(
     wrapper: Any = module if isinstance(module, kind) else kind(module)
     wrapper.adapters[adapter_name] = adapter
     wrapper.train(wrapper.base_layer.training)
-    replace_module(model, name, wrapper)
+    model.set_submodule(name, wrapper)
 
 
 def _attach_tied_output(model: nn.Module, name: str) -> None:
-    tokens = model.get_submodule(name)
-    assert isinstance(tokens, TrainableTokens)
+    tokens: Any = model.get_submodule(name)
     for output_name, output in list(targets.plain_modules(model)):
         if getattr(output, "weight", None) is not tokens.weight:
             continue
         if isinstance(output, LoRALinear):
-            raise MiniloraError(
-                f"trainable_token_indices: the output layer {output_name!r} shares the embeddings' "
-                "weight and target_modules adapts it, too: leave it out of target_modules"
-            )
+            problem = "shares its weight with the embeddings: leave it out of target_modules"
+            raise MiniloraError(f"trainable_token_indices: output layer {output_name!r} {problem}")
         if isinstance(output, nn.Linear):
-            replace_module(model, output_name, TiedOutput(output, tokens))
+            model.set_submodule(output_name, TiedOutput(output, tokens))

@@ -13,9 +13,13 @@ from torch import Tensor, nn
 class Magnitude(nn.Module):
     """m of one adapter; a module, because parameters of modules stand after those of A and B."""
 
-    def __init__(self, value: Tensor) -> None:
+    def __init__(self, weight: Tensor, delta: Tensor) -> None:
         super().__init__()
-        self.weight = nn.Parameter(value)
+        self.weight = nn.Parameter(torch.linalg.norm(weight + delta, dim=1))
+
+    def scale(self, weight: Tensor, delta: Tensor) -> Tensor:
+        """m / ||W + delta||, (out_features,); the norm without a gradient, as in section 4.3."""
+        return self.weight / torch.linalg.norm(weight + delta, dim=1).detach()
 
     def forward(
         self, x: Tensor, result: Tensor | None, base: nn.Linear, lora: nn.Module, scaling: float
@@ -27,19 +31,9 @@ class Magnitude(nn.Module):
         # PEFT's way to (B A)^T; it costs more than a matrix product.
         identity = torch.eye(base.in_features, device=x.device, dtype=x.dtype)
         weight = base.weight.to(x.dtype)
-        scale = dora_scale(self.weight, weight, scaling * lora(identity).T.to(x.dtype)).view(1, -1)
+        scale = self.scale(weight, scaling * lora(identity).T.to(x.dtype)).view(1, -1)
         if result is None:
             result = F.linear(x, weight)
         elif base.bias is not None:
             result = result - base.bias
         return (scale - 1) * result + scale * lora(x) * scaling
-
-
-def weight_norm(weight: Tensor, delta: Tensor) -> Tensor:
-    """||W + delta|| of each row: (out_features, in_features) twice -> (out_features,)."""
-    return torch.linalg.norm(weight + delta, dim=1)
-
-
-def dora_scale(magnitude: Tensor, weight: Tensor, delta: Tensor) -> Tensor:
-    """m / ||W + delta||, (out_features,); the norm without a gradient, as in section 4.3."""
-    return magnitude / weight_norm(weight, delta).detach()

@@ -1,14 +1,13 @@
 """LoRA for embeddings: a low-rank update of all rows, or some rows trained in full.
 
-The shape is that of `layer.py`: `EmbeddingLora` and `TokenRows` are one adapter of one embedding;
-`LoRAEmbedding`, `TrainableTokens` and `TiedOutput` hold a frozen layer and its adapters.
+As in `layer.py`, one class is an adapter of one embedding, another holds the layer and adapters.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minilora.lora.dora import dora_scale
+from minilora.lora.dora import Magnitude
 
 
 class EmbeddingLora(nn.Module):
@@ -20,7 +19,7 @@ class EmbeddingLora(nn.Module):
         # Parameters, no layers, in PEFT's order: A, B, magnitude.
         self.lora_embedding_A = nn.Parameter(torch.randn(r, base_layer.num_embeddings))
         self.lora_embedding_B = nn.Parameter(torch.randn(base_layer.embedding_dim, r))
-        self.lora_magnitude_vector: nn.Parameter | None = None  # (embedding_dim,), with use_dora
+        self.lora_magnitude_vector: Magnitude | None = None  # (embedding_dim,), with use_dora
 
     def delta_weight(self) -> Tensor:
         """scaling * (B A)^T, the change to E: (num_embeddings, embedding_dim)."""
@@ -32,7 +31,7 @@ class EmbeddingLora(nn.Module):
         if self.lora_magnitude_vector is None:
             return weight + delta.to(weight.dtype), bias
         # The norm runs over an embedding's columns, as over a linear layer's rows.
-        scale = dora_scale(self.lora_magnitude_vector, weight.T, delta.T)
+        scale = self.lora_magnitude_vector.scale(weight.T, delta.T)
         return (scale * (weight + delta)).to(weight.dtype), bias
 
 
@@ -41,7 +40,6 @@ class LoRAEmbedding(nn.Module):
 
     Shapes: ids (...), y (..., embedding_dim). A starts at zero and B normal, the other way round
     than in a linear layer. As in PEFT, `lora_dropout` has no effect: ids cannot be dropped.
-
     Source: peft 0.21 `lora.Embedding`, after microsoft/LoRA `loralib.Embedding`.
     """
 
@@ -52,7 +50,7 @@ class LoRAEmbedding(nn.Module):
         self.active_adapters: tuple[str, ...] = ()
 
     def forward(self, ids: Tensor) -> Tensor:
-        result = self.base_layer(ids)  # (...) -> (..., embedding_dim)
+        result = self.base_layer(ids)
         dtype = result.dtype
         for name in self.active_adapters:
             if name in self.adapters:
@@ -67,7 +65,7 @@ class LoRAEmbedding(nn.Module):
         if magnitude is None:
             return result + added * lora.scaling
         product = (A.T @ B.T).T  # (embedding_dim, num_embeddings)
-        scale = dora_scale(magnitude, self.base_layer.weight.T, lora.scaling * product)
+        scale = magnitude.scale(self.base_layer.weight.T, lora.scaling * product)
         return scale * result + scale * added * lora.scaling
 
     @property
@@ -112,7 +110,7 @@ class TrainableTokens(nn.Module):
 
     def active_weight(self) -> Tensor:
         """E with the rows in place: (num_embeddings, embedding_dim)."""
-        weight: Tensor = self.base_layer.weight
+        weight = self.weight
         for name in self.active_adapters:
             if name in self.adapters:
                 weight, _ = self.adapters[name].merged(weight, None)
@@ -126,9 +124,8 @@ class TrainableTokens(nn.Module):
 class TiedOutput(nn.Module):
     """A masked language model's output layer, which shares its weight with `TrainableTokens`.
 
-    It reads the same rows and has no tensors of its own, on disk neither. Shapes: x (...,
-    embedding_dim), output (..., num_embeddings). PEFT 0.21's tied `TrainableTokensLayer` leaves the
-    bias out; here it stays.
+    It reads the same rows and has no tensors of its own, on disk neither: (..., embedding_dim) ->
+    (..., num_embeddings). PEFT 0.21's tied `TrainableTokensLayer` leaves the bias out.
     """
 
     def __init__(self, base_layer: nn.Linear, tokens: TrainableTokens) -> None:
@@ -147,7 +144,7 @@ class TiedOutput(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        return self._tokens[0].base_layer.weight
+        return self._tokens[0].weight
 
     @property
     def bias(self) -> Tensor | None:

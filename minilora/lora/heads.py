@@ -1,5 +1,7 @@
 """Modules trained in full beside LoRA, usually the task's head."""
 
+from typing import Any
+
 from torch import Tensor, nn
 
 # task_type -> names under which a head trained from scratch may hang. "score" is other families'
@@ -12,10 +14,7 @@ TASK_HEADS = {
 
 
 class ModulesToSave(nn.Module):
-    """A module and, for each adapter that trains it in full, a copy, which takes its place.
-
-    On disk the copy bears the original's name.
-    """
+    """A module and, for each adapter that trains it in full, a copy, which takes its place."""
 
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__()
@@ -25,8 +24,8 @@ class ModulesToSave(nn.Module):
 
     def module_for(self, names: tuple[str, ...]) -> nn.Module:
         """The copy of the last of the adapters `names` that has one; with none, the original."""
-        copies = [name for name in names if name in self.adapters]
-        return self.adapters[copies[-1]] if copies else self.base_layer
+        copies = [self.adapters[name] for name in names if name in self.adapters]
+        return [self.base_layer, *copies][-1]
 
     def forward(self, *args, **kwargs):
         return self.module_for(self.active_adapters)(*args, **kwargs)
@@ -56,8 +55,5 @@ def _arguments_to_float32(module: nn.Module, arguments: tuple[Tensor, ...]) -> t
     return tuple(argument.float() for argument in arguments)
 
 
-def _result_to_base_dtype(
-    module: nn.Module, arguments: tuple[Tensor, ...], result: Tensor
-) -> Tensor:
-    assert isinstance(module, ModulesToSave)
+def _result_to_base_dtype(module: Any, arguments: tuple[Tensor, ...], result: Tensor) -> Tensor:
     return result.to(next(module.base_layer.parameters()).dtype)

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minilora.errors import MiniloraError
-from minilora.lora.dora import Magnitude, dora_scale
+from minilora.lora.dora import Magnitude
 
 
 class Lora(nn.Module):
@@ -51,7 +51,7 @@ class Lora(nn.Module):
         if self.lora_magnitude_vector is None:
             weight = weight + delta.to(weight.dtype)
         else:
-            scale = dora_scale(self.lora_magnitude_vector.weight, weight, delta).view(-1, 1)
+            scale = self.lora_magnitude_vector.scale(weight, delta).view(-1, 1)
             weight = (scale * (weight + delta)).to(weight.dtype)
         if self.lora_B.bias is not None:
             if bias is None:
@@ -85,9 +85,9 @@ class LoRALinear(nn.Module):
         """`result`, the base layer's output for x, plus scaling * B A dropout(x) of one adapter."""
         magnitude = lora.lora_magnitude_vector
         if self.fused and magnitude is None and lora.lora_B.bias is None:
-            # The trainer's order: each row's r numbers are scaled, not its out_features, the sum is
-            # part of the product, and over a bfloat16 base only A and B are converted. Gradients
-            # reach the float32 A and B; the optimizer never sees a rounded one.
+            # minilora's order, of training by default: each row's r numbers are scaled, not its
+            # out_features, the sum is part of the product, and over a bfloat16 base only A and B
+            # are converted. Gradients reach the float32 A and B; the optimizer sees none rounded.
             dtype, shape = result.dtype, result.shape
             A, B = lora.lora_A.weight.to(dtype), lora.lora_B.weight.to(dtype)
             out_features, r = B.shape

@@ -5,17 +5,17 @@ update to its own rows. A head, of which each adapter has its own, is computed p
 """
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from minilora.errors import MiniloraError
-from minilora.lora.adapters import adapter_layers, adapters_of, check_known, check_not_merged
-from minilora.lora.embedding import LoRAEmbedding, TiedOutput
+from minilora.lora.adapters import adapter_layers, adapters_of, check_known
+from minilora.lora.embedding import LoRAEmbedding
 from minilora.lora.heads import ModulesToSave
 from minilora.lora.layer import LoRALinear
 from minilora.lora.targets import AdapterLayer
@@ -33,40 +33,37 @@ def adapter_names(model: nn.Module, names: list[str]) -> Iterator[None]:
 
     Not a keyword argument, as PEFT has it: models swallow an unknown one without a word.
     """
-    adapters = adapters_of(model)
+    adapters = adapters_of(model, "mix adapters")
     check_known([*adapters.configs, BASE], names)
-    check_not_merged(model, "mix adapters")
     if adapters.originals:
-        raise MiniloraError(
-            "an adapter of this model changes its base weights (bias, pissa or olora): rows of one "
-            "batch cannot have different ones; use set_adapter"
-        )
+        problem = "an adapter changes the base weights (bias, pissa or olora): use set_adapter"
+        raise MiniloraError(f"{problem}; rows of one batch cannot have different ones")
     places = torch.arange(len(names))
     rows = {name: places[[other == name for other in names]] for name in names}
-    with contextlib.ExitStack() as stack:
-        _replace_forward(stack, model, partial(_checked_forward, model, model.forward, len(names)))
-        for _, layer in adapter_layers(model):
-            forward = _mixed_head if isinstance(layer, ModulesToSave) else _mixed_layer
-            _replace_forward(stack, layer, partial(forward, layer, rows))
+    layers = [layer for _, layer in adapter_layers(model)]
+    outer = [vars(layer).get("forward") for layer in layers]  # inside another such block
+    check = partial(_check_batch, len(names))
+    handle = model.register_forward_pre_hook(check, with_kwargs=True)
+    for layer in layers:
+        forward = _mixed_head if isinstance(layer, ModulesToSave) else _mixed_layer
+        layer.forward = partial(forward, layer, rows)
+    try:
         yield
+    finally:
+        handle.remove()
+        for layer, forward in zip(layers, outer, strict=True):
+            del layer.forward
+            if forward is not None:
+                layer.forward = forward
 
 
-def _replace_forward(stack: contextlib.ExitStack, module: nn.Module, forward: Callable) -> None:
-    if "forward" in vars(module):  # inside another such block
-        stack.callback(setattr, module, "forward", module.forward)
-    else:
-        stack.callback(delattr, module, "forward")
-    module.forward = forward
-
-
-def _checked_forward(model: nn.Module, forward: Callable, count: int, *args: Any, **kwargs: Any):
-    check_not_merged(model, "mix adapters")
+def _check_batch(count: int, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+    adapters_of(model, "mix adapters")
     inputs = [kwargs.get("input_ids"), kwargs.get("inputs_embeds"), *args]
     batch = next((x for x in inputs if isinstance(x, Tensor)), None)
     if batch is None or len(batch) != count:
         found = "no batch of tensors" if batch is None else f"a batch of {len(batch)} rows"
         raise MiniloraError(f"adapter_names has {count} names and the model was given {found}")
-    return forward(*args, **kwargs)
 
 
 def _mixed_layer(layer: AdapterLayer, rows: dict[str, Tensor], x: Tensor) -> Tensor:
@@ -77,30 +74,25 @@ def _mixed_layer(layer: AdapterLayer, rows: dict[str, Tensor], x: Tensor) -> Ten
     for name, indices in rows.items():
         if name in layer.adapters and layer.active_adapters:  # none is active while disabled
             indices = indices.to(x.device)
-            updated = _updated(layer, name, x[indices], result[indices])
+            lora: Any = layer.adapters[name]
+            if isinstance(layer, LoRALinear | LoRAEmbedding):
+                updated = layer.update(lora, x[indices], result[indices])
+            else:
+                weight, _ = lora.merged(layer.weight, None)
+                updated = functional_call(layer.base_layer, {"weight": weight}, x[indices])
             result = result.to(updated.dtype).index_copy(0, indices, updated)
     return result.to(dtype)
-
-
-def _updated(layer: AdapterLayer, name: str, x: Tensor, result: Tensor) -> Tensor:
-    if isinstance(layer, LoRALinear | LoRAEmbedding):
-        return layer.update(layer.adapters[name], x, result)  # pyright: ignore[reportArgumentType]
-    weight, _ = layer.adapters[name].merged(layer.weight, None)
-    if isinstance(layer, TiedOutput):
-        return F.linear(x, weight, layer.bias)
-    return F.embedding(x, weight, padding_idx=layer.base_layer.padding_idx)
 
 
 def _mixed_head(head: ModulesToSave, rows: dict[str, Tensor], *args: Any, **kwargs: Any) -> Tensor:
     if not head.active_adapters:
         return head.base_layer(*args, **kwargs)
-    order = torch.cat(list(rows.values()))
+    order, outputs = torch.cat(list(rows.values())), []
 
     def own(indices: Tensor, value: Any) -> Any:
         is_batch = isinstance(value, Tensor) and value.ndim > 0 and len(value) == len(order)
         return value[indices.to(value.device)] if is_batch else value
 
-    outputs = []
     for name, indices in rows.items():
         named = {key: own(indices, value) for key, value in kwargs.items()}
         outputs.append(head.module_for((name,))(*[own(indices, x) for x in args], **named))

@@ -29,16 +29,8 @@ from torch import Tensor, nn
 from minilora import reading
 from minilora.errors import MiniloraError
 from minilora.files import make_directory, write_file
-from minilora.lora.adapters import (
-    adapter_layers,
-    adapters_of,
-    add_adapter,
-    check_known,
-    check_not_merged,
-    remove_adapter,
-    set_active,
-    trained_biases,
-)
+from minilora.lora import adapters
+from minilora.lora.adapters import adapters_of
 from minilora.lora.config import LoraConfig, config_from_dict, config_to_dict, differing_fields
 from minilora.lora.embedding import TiedOutput
 
@@ -69,13 +61,12 @@ class StoredAdapter:
 
 
 def save_adapter(model: nn.Module, path: str | Path, adapter_name: str = "default") -> None:
-    """Write what `PeftModel.save_pretrained` writes, the same bytes every time.
+    """Write what `PeftModel.save_pretrained` writes, the same bytes every time, merged or not.
 
     Each file is complete or absent and has the permissions the umask gives (safetensors' own writer
-    leaves 0600). An adapter not called "default" goes to `path/<adapter_name>/`, as in PEFT. While
-    merged, too: merging does not change A and B.
+    leaves 0600). An adapter not called "default" goes to `path/<adapter_name>/`, as in PEFT.
     """
-    directory = _directory_of(path, adapter_name)
+    directory = Path(path) if adapter_name == "default" else Path(path) / adapter_name
     if directory.exists() and not directory.is_dir():
         raise MiniloraError(f"{directory} is a file: give a directory to save the adapter in")
     files = adapter_files(model, adapter_name)
@@ -92,35 +83,44 @@ def load_adapter(
     """Read an adapter directory written by minilora or PEFT and return the keys loaded from it.
 
     If the model has no adapter of that name, one is added as the file's config says, without
-    disturbing torch's generator; it is active if it is the model's first. If it has one, the values
-    are copied into its parameters, so that an optimizer holding them stays valid.
+    disturbing torch's generator. If it has one, the values are copied into its parameters, so that
+    an optimizer holding them stays valid.
 
     Each field of the config is honoured or refused, no key may be missing, none unexpected, each
     shape must be right; after an error the model is as it was. Values are converted to the
     parameters' dtype. `is_trainable=False` freezes the adapter, as PEFT does.
     """
-    check_not_merged(model, "load an adapter")
+    is_plain = not hasattr(model, "minilora_adapters")
+    is_new = is_plain or adapter_name not in adapters_of(model, "load an adapter").configs
     stored = read_adapter(path, adapter_name)
-    record = getattr(model, "minilora_adapters", None)
-    is_new = record is None or adapter_name not in record.configs
     if is_new:
         with torch.random.fork_rng(devices=[]):
-            add_adapter(model, stored.config, adapter_name)
+            adapters.add_adapter(model, stored.config, adapter_name)
     try:
         assign_adapter(model, stored, adapter_name)
     except BaseException:
         if is_new:
-            remove_adapter(model, adapter_name)
+            adapters.delete_adapter(model, adapter_name)
         raise
     record = adapters_of(model)
     record.configs[adapter_name].inference_mode = not is_trainable
-    set_active(model, record.active)
+    adapters.set_active(model, record.active)
     return sorted(stored.tensors)
 
 
 def adapter_state_dict(model: nn.Module, adapter_name: str = "default") -> dict[str, Tensor]:
     """The adapter's tensors (not copies) under PEFT's on-disk keys."""
-    return {key: p.detach() for key, p in _keyed_parameters(model, adapter_name).items()}
+    configs = adapters_of(model).configs
+    adapters.check_known(configs, [adapter_name])
+    found: dict[str, Tensor] = {}
+    for name, layer in adapters.adapter_layers(model):
+        # A tied output layer reads the rows that its embedding brings along.
+        if adapter_name in layer.adapters and not isinstance(layer, TiedOutput):
+            for key, parameter in layer.adapters[adapter_name].named_parameters():
+                found[f"{PREFIX}{name}.{ON_DISK.get(key, key)}"] = parameter.detach()
+    for name, parameter in adapters.trained_biases(model, configs[adapter_name].bias):
+        found[f"{PREFIX}{name}"] = parameter.detach()
+    return found
 
 
 def adapter_files(model: nn.Module, adapter_name: str = "default") -> dict[str, bytes]:
@@ -143,7 +143,7 @@ def adapter_files(model: nn.Module, adapter_name: str = "default") -> dict[str, 
 
 def find_adapter(path: str | Path, adapter_name: str = "default") -> Path:
     """The directory of an adapter: `path/<adapter_name>` if it has a config, else `path`."""
-    named = _directory_of(path, adapter_name)
+    named = Path(path) if adapter_name == "default" else Path(path) / adapter_name
     for directory in (named, Path(path)):
         if (directory / CONFIG_NAME).is_file():
             return directory
@@ -167,9 +167,7 @@ def read_adapter(path: str | Path, adapter_name: str = "default") -> StoredAdapt
     if weights.is_file():
         return _stored(directory, config, reading.read_safetensors(weights))
     if not pickled.is_file():
-        raise MiniloraError(
-            f"{directory} has a config but no weights: neither {WEIGHTS_NAME} nor {PICKLE_NAME}"
-        )
+        raise MiniloraError(f"{directory} has neither {WEIGHTS_NAME} nor {PICKLE_NAME}")
     tensors = reading.read_torch(pickled)
     items = tensors.items() if isinstance(tensors, dict) else [(None, None)]
     if not all(isinstance(key, str) and isinstance(tensor, Tensor) for key, tensor in items):
@@ -186,7 +184,7 @@ def parse_adapter(directory: Path, config: bytes, weights: bytes) -> StoredAdapt
 
 def check_adapter(model: nn.Module, stored: StoredAdapter, adapter_name: str = "default") -> None:
     """Refuse a stored adapter that is another than the model's: by config, keys, shapes, dtypes."""
-    parameters = _keyed_parameters(model, adapter_name)
+    tensors = adapter_state_dict(model, adapter_name)
     ours = adapters_of(model).configs[adapter_name]
     differing = [
         f"{name}: {theirs!r} in the file, {here!r} here"
@@ -196,20 +194,19 @@ def check_adapter(model: nn.Module, stored: StoredAdapter, adapter_name: str = "
     place = stored.directory
     if differing:
         raise MiniloraError(f"{place / CONFIG_NAME} is of another adapter: {'; '.join(differing)}")
-    lacking, extra = parameters.keys() - stored.tensors.keys(), stored.tensors.keys() - parameters
+    lacking, extra = tensors.keys() - stored.tensors.keys(), stored.tensors.keys() - tensors.keys()
     for what, keys in (("lacks", lacking), ("has unexpected", extra)):
         if keys:
             more = f" and {len(keys) - 1} more" if len(keys) > 1 else ""
             raise MiniloraError(f"{place}: the adapter {what} tensor {min(keys)}{more}")
-    reading.check_like(parameters, stored.tensors, place)
+    reading.check_like(tensors, stored.tensors, place)
 
 
-@torch.no_grad()
 def assign_adapter(model: nn.Module, stored: StoredAdapter, adapter_name: str = "default") -> None:
     """Check a stored adapter, then copy its values into the model's."""
     check_adapter(model, stored, adapter_name)
-    for key, parameter in _keyed_parameters(model, adapter_name).items():
-        parameter.copy_(stored.tensors[key])
+    for key, tensor in adapter_state_dict(model, adapter_name).items():
+        tensor.copy_(stored.tensors[key])
 
 
 def _stored(directory: Path, config: LoraConfig, tensors: dict[str, Tensor]) -> StoredAdapter:
@@ -219,8 +216,7 @@ def _stored(directory: Path, config: LoraConfig, tensors: dict[str, Tensor]) -> 
         path = directory / CONFIG_NAME
         raise MiniloraError(f"{path} asks for rank {highest}; no tensor of the file is that large")
     found = {key: tensor for key, tensor in tensors.items() if not JUNK.search(key)}
-    # PEFT up to 0.6 had no base_layer: a trained bias was "...query.bias", which PEFT 0.21 silently
-    # ignores.
+    # PEFT up to 0.6 had no base_layer: a trained bias was "...query.bias", which 0.21 just ignores.
     for key in tensors:
         module = key.removesuffix(".bias")
         if module != key and f"{module}.lora_A.weight" in found:
@@ -228,29 +224,10 @@ def _stored(directory: Path, config: LoraConfig, tensors: dict[str, Tensor]) -> 
     return StoredAdapter(directory, config, found)
 
 
-def _keyed_parameters(model: nn.Module, adapter_name: str) -> dict[str, nn.Parameter]:
-    configs = adapters_of(model).configs
-    check_known(configs, [adapter_name])
-    found: dict[str, nn.Parameter] = {}
-    for name, layer in adapter_layers(model):
-        # A tied output layer reads the rows that its embedding brings along.
-        if adapter_name in layer.adapters and not isinstance(layer, TiedOutput):
-            for key, parameter in layer.adapters[adapter_name].named_parameters():
-                found[f"{PREFIX}{name}.{ON_DISK.get(key, key)}"] = parameter
-    for name, parameter in trained_biases(model, configs[adapter_name].bias):
-        found[f"{PREFIX}{name}"] = parameter
-    return found
-
-
-def _directory_of(path: str | Path, adapter_name: str) -> Path:
-    return Path(path) if adapter_name == "default" else Path(path) / adapter_name
-
-
 def _model_card(config: LoraConfig) -> bytes:
     base = config.base_model_name_or_path
     # The Hub takes only its own ids here; a local directory would be refused.
-    named = [f"base_model: {base}"] if base and not Path(base).exists() else []
+    named = f"base_model: {base}\n" if base and not Path(base).exists() else ""
+    head = f"---\n{named}library_name: peft\ntags:\n- lora\n- minilora\n---\n"
     numbers = f"r={config.r}, lora_alpha={config.lora_alpha}"
-    body = f"A LoRA adapter ({numbers}) for `{base}`, written by minilora."
-    head = ["---", *named, "library_name: peft", "tags:", "- lora", "- minilora", "---"]
-    return "\n".join([*head, "", body, ""]).encode()
+    return f"{head}\nA LoRA adapter ({numbers}) for `{base}`, written by minilora.\n".encode()

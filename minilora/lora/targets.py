@@ -23,74 +23,71 @@ Wrapper = AdapterLayer | ModulesToSave
 # config.model_type -> modules adapted when target_modules is None: the attention's query and value,
 # as in section 4.2 of the paper and in PEFT's table, where that has an entry.
 QUERY_AND_VALUE = ("albert", "bert", "camembert", "electra", "layoutlm", "roberta", "xlm-roberta")
-DEFAULT_TARGETS = {
-    **{family: ["query", "value"] for family in QUERY_AND_VALUE},
-    "deberta": ["in_proj"],
-    "deberta-v2": ["query_proj", "value_proj"],
-    "distilbert": ["q_lin", "v_lin"],
-    "mpnet": ["attn.q", "attn.v"],
+DEFAULT_TARGETS = dict.fromkeys(QUERY_AND_VALUE, ("query", "value")) | {
+    "deberta": ("in_proj",),
+    "deberta-v2": ("query_proj", "value_proj"),
+    "distilbert": ("q_lin", "v_lin"),
+    "mpnet": ("attn.q", "attn.v"),
 }
 
 
 def resolve_config(model: nn.Module, config: LoraConfig) -> LoraConfig:
     """A copy of `config` with what it leaves to the model filled in, as PEFT writes it."""
     targets = config.target_modules
-    modules_to_save = [*(config.modules_to_save or []), *TASK_HEADS.get(config.task_type or "", [])]
+    saved = [*(config.modules_to_save or []), *TASK_HEADS.get(config.task_type or "", [])]
     if isinstance(targets, str) and targets.lower() == "all-linear":
-        targets = all_linear(model, modules_to_save)
+        # All but the output embeddings and the head. (PEFT adds the head of token classification
+        # and question answering to modules_to_save only after matching, and then fails on them.)
+        output = getattr(model, "get_output_embeddings", lambda: None)()
+        targets = [
+            name
+            for name, m in plain_modules(model)
+            if isinstance(m, nn.Linear | LoRALinear) and m is not output
+            if not _is_saved(name, saved)
+        ]
     elif targets is None:
         family = getattr(getattr(model, "config", None), "model_type", None)
         if family not in DEFAULT_TARGETS:
-            raise MiniloraError(
-                f"target_modules is not set and model type {family!r} has no default (known: "
-                f"{', '.join(DEFAULT_TARGETS)}): name the modules; {_this_model_has(model)}"
-            )
-        targets = DEFAULT_TARGETS[family]
-    base = config.base_model_name_or_path or getattr(model, "name_or_path", None) or None
+            problem = f"target_modules is not set and model type {family!r} has no default"
+            known = f"(known: {', '.join(DEFAULT_TARGETS)})"
+            raise MiniloraError(f"{problem} {known}: name the modules; {_this_model_has(model)}")
+        targets = list(DEFAULT_TARGETS[family])
     # PEFT's hint for its AutoPeftModel, written only where task_type does not tell the class.
     kind = {"base_model_class": type(model).__name__, "parent_library": type(model).__module__}
+    base = config.base_model_name_or_path or getattr(model, "name_or_path", None) or None
     return dataclasses.replace(
         copy.deepcopy(config),
         target_modules=targets,
-        modules_to_save=list(dict.fromkeys(modules_to_save)) or None,
+        modules_to_save=list(dict.fromkeys(saved)) or None,
         base_model_name_or_path=base,
         auto_mapping=config.auto_mapping or (kind if config.task_type is None else None),
     )
 
 
-def all_linear(model: nn.Module, modules_to_save: list[str]) -> list[str]:
-    """Names of every linear layer but the output embeddings and the head, in `modules_to_save`."""
-    # PEFT adds the head of token classification and question answering to modules_to_save only
-    # after matching, and then fails on them.
-    output_embeddings = getattr(model, "get_output_embeddings", lambda: None)()
-    return [
-        name
-        for name, module in plain_modules(model)
-        if isinstance(module, nn.Linear | LoRALinear)
-        and module is not output_embeddings
-        and not _is_saved(name, modules_to_save)
-    ]
-
-
 def target_names(model: nn.Module, config: LoraConfig) -> list[str]:
     """The modules that a resolved config adapts, in `named_modules` order: that of PEFT's draws."""
-    matched: list[str] = []
-    for name, module in plain_modules(model):
-        left_out = is_named(name, config.exclude_modules or [])
-        if left_out or _is_saved(name, config.modules_to_save or []) or not is_target(name, config):
-            continue
-        if not isinstance(module, nn.Linear | nn.Embedding | LoRALinear | LoRAEmbedding):
-            raise MiniloraError(
-                f"target_modules matches {name!r}, a {type(module).__name__}: LoRA adapts "
-                f"nn.Linear and nn.Embedding; {_this_model_has(model)}"
-            )
-        matched.append(name)
+    left_out, saved = config.exclude_modules or [], config.modules_to_save or []
+    modules = dict(plain_modules(model))
+    matched = [
+        name
+        for name in modules
+        if is_target(name, config) and not is_named(name, left_out) and not _is_saved(name, saved)
+    ]
+    for name in matched:
+        if not isinstance(modules[name], nn.Linear | nn.Embedding | LoRALinear | LoRAEmbedding):
+            problem = f"matches {name!r}, a {type(modules[name]).__name__}"
+            allowed = f"LoRA adapts nn.Linear and nn.Embedding; {_this_model_has(model)}"
+            raise MiniloraError(f"target_modules {problem}: {allowed}")
     if not matched:
-        raise MiniloraError(
-            f"target_modules={config.target_modules!r} matches nothing to adapt; "
-            f"{_this_model_has(model)}"
-        )
-    _warn_unused(model, config, matched)
+        problem = f"target_modules={config.target_modules!r} matches nothing to adapt"
+        raise MiniloraError(f"{problem}; {_this_model_has(model)}")
+    if left_out and not any(is_named(name, left_out) for name in modules):
+        warnings.warn(f"exclude_modules={left_out!r} excludes nothing in this model", stacklevel=3)
+    for field in ("rank_pattern", "alpha_pattern"):
+        keys = getattr(config, field)
+        unused = [key for key in keys if not any(_is_key(key, name) for name in matched)]
+        if unused:
+            warnings.warn(f"{field} keys {unused} match no adapted module", stacklevel=3)
     return matched
 
 
@@ -182,14 +179,3 @@ def _is_key(key: str, name: str) -> bool:
 def _is_saved(name: str, modules_to_save: list[str]) -> bool:
     # The module itself, and everything inside it.
     return any(f".{saved}." in f".{name}." for saved in modules_to_save)
-
-
-def _warn_unused(model: nn.Module, config: LoraConfig, matched: list[str]) -> None:
-    left_out = config.exclude_modules
-    if left_out and not any(is_named(name, left_out) for name, _ in plain_modules(model)):
-        warnings.warn(f"exclude_modules={left_out!r} excludes nothing in this model", stacklevel=4)
-    for field in ("rank_pattern", "alpha_pattern"):
-        keys = getattr(config, field)
-        unused = [key for key in keys if not any(_is_key(key, name) for name in matched)]
-        if unused:
-            warnings.warn(f"{field} keys {unused} match no adapted module", stacklevel=4)

@@ -8,38 +8,35 @@ import torch
 from torch import Tensor
 
 from minilora.trained.directory import Directory
+from minilora.training.checkpoint import TORCH_FILES, Stored
 from minilora.training.evaluation import TIMING_KEYS
-from minilora.training.trainer_files import OPTIMIZER_NAME, RNG_NAME, SCHEDULER_NAME
 
 
 def compare_directories(a: str | Path, b: str | Path) -> dict[str, Any]:
     """Every difference between two runs, checkpoints, adapters or models, timings aside. Arguments,
     log entries and the states of a checkpoint are compared where both have any.
 
-    Returns:
-        tensors: of each that differs, its name with max_abs and relative (the norm of the
-        difference over that in `a`; None if that is 0), or what (only in one, another shape).
-        equal_tensors: how many are bitwise equal. arguments: name, a, b. log: step, name, a, b.
+    Of a tensor that differs, relative is the norm of the difference over that in `a`, or None if
+    that is 0; what stands for both numbers where there are none (only in one, another shape).
     """
     sides = [Directory(Path(path)).read() for path in (a, b)]
-    tensors, states = [side.tensors for side in sides], [_states(side) for side in sides]
-    if all(states):
-        tensors = [one | state for one, state in zip(tensors, states, strict=True)]
-    differences = [
-        {"name": name, **difference}
-        for name in tensors[0] | tensors[1]
-        if (difference := _difference(*(side.get(name) for side in tensors)))
-    ]
-    logs = [_log_entries(side.log) for side in sides]
+    tensors: list[dict[str, Any]] = [side.tensors for side in sides]
+    checkpoints = [side.checkpoint for side in sides if side.checkpoint]
+    if len(checkpoints) == len(sides):
+        tensors = [one | _states(of) for one, of in zip(tensors, checkpoints, strict=True)]
+    names = tensors[0] | tensors[1]
+    found = {name: _difference(*(side.get(name) for side in tensors)) for name in names}
+    differences = [{"name": name, **values} for name, values in found.items() if values]
     settings = [{**side.settings, "config": side.config or {}} for side in sides]
     shared = (settings[0].keys() & settings[1].keys()) - {"result"}  # which the log has
-    flat = [dict(_flat("", {name: side[name] for name in shared})) for side in settings]
+    arguments = [dict(_flat("", {name: side[name] for name in shared})) for side in settings]
+    logs = [_log_entries(side.log) for side in sides]
     return {
         "a": str(a),
         "b": str(b),
         "tensors": differences,
-        "equal_tensors": len(tensors[0] | tensors[1]) - len(differences),
-        "arguments": [{"name": name, **values} for name, values in _unequal(*flat)],
+        "equal_tensors": len(names) - len(differences),
+        "arguments": [{"name": name, **values} for name, values in _unequal(*arguments)],
         "log": [
             {"step": step, "name": name, **values}
             for (step, name), values in (_unequal(*logs) if all(logs) else ())
@@ -47,13 +44,9 @@ def compare_directories(a: str | Path, b: str | Path) -> dict[str, Any]:
     }
 
 
-def _states(directory: Directory) -> dict[str, Any]:
-    stored = directory.checkpoint
-    if stored is None:
-        return {}
-    states = {OPTIMIZER_NAME: stored.optimizer, SCHEDULER_NAME: stored.scheduler}
-    states[RNG_NAME] = stored.generators
-    return dict(entry for name, state in states.items() for entry in _flat(f"{name}: ", state))
+def _states(stored: Stored) -> dict[str, Any]:
+    parts = (stored.optimizer, stored.scheduler, stored.generators, stored.scaler)
+    return dict(_flat("", dict(zip(TORCH_FILES, parts, strict=True))))
 
 
 def _log_entries(rows: list[dict[str, Any]]) -> dict[tuple[int, str], Any]:

@@ -1,11 +1,7 @@
 """A trained adapter folded into its base model and written as an ordinary model directory.
 
-    MERGED/
-      config.json  model.safetensors      as transformers saves them, id2label included; above
-                                          `max_shard_size`, in several files and an index
-      tokenizer files
-
-Nothing in it needs minilora: transformers' `from_pretrained` loads it.
+As transformers saves it, tokenizer and label names included: `from_pretrained` loads it, and
+nothing in it needs minilora.
 """
 
 from pathlib import Path
@@ -17,7 +13,7 @@ from minilora.errors import MiniloraError
 from minilora.files import new_directory
 from minilora.lora.merge import combine_adapters, merge_and_unload
 from minilora.lora.peft_files import load_adapter
-from minilora.trained.open_run import load_base, read_record
+from minilora.trained.opened import load_base, read_record
 from minilora.training.config import DTYPES
 from minilora.training.record import RunRecord
 
@@ -30,14 +26,11 @@ def write_merged_model(
     dtype: str = "float32",
     model_name_or_path: str | None = None,
 ) -> Path:
-    """Merge one run, or several with weights, and write the model to `output_dir`: all of it, or
-    nothing. Returns the directory.
+    """Merge one run, or several on the same base model and with the same labels, and write the
+    model to `output_dir`: all of it, or nothing. Returns the directory.
 
-    Args:
-        paths: runs, checkpoints or adapters on the same base model, with the same labels.
-        weights: one for each path, as for `combine_adapters`; needed if there are several.
-        dtype: of the written weights; sums are taken in the base's.
-        model_name_or_path: the base model, if it has moved.
+    Several need `weights`, one each, as for `combine_adapters`. Sums are taken in the base's dtype,
+    and written in `dtype`.
     """
     if dtype not in DTYPES:
         raise MiniloraError(f"dtype is {dtype!r}; it must be one of {', '.join(DTYPES)}")
@@ -66,9 +59,6 @@ def _check_together(found: list[tuple[Path, RunRecord]]) -> None:
     (first, expected), *others = found
     for adapter, record in others:
         if (record.arguments.task, record.labels) != (expected.arguments.task, expected.labels):
-            raise MiniloraError(
-                f"{adapter} predicts {record.labels or 'a number'}, {first} "
-                f"{expected.labels or 'a number'}: only adapters with the same labels can be merged"
-            )
+            raise MiniloraError(f"{adapter} predicts other labels than {first}")
         if len({record.model_sha256, expected.model_sha256} - {""}) > 1:
             raise MiniloraError(f"{adapter} is an adapter for another base model than {first}")

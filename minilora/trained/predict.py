@@ -1,12 +1,12 @@
 """Texts to labels with probabilities.
 
-Texts are taken in windows of a few thousand: a window is tokenised, sorted by length (so that
-batches hold little padding), predicted, and put back in the order it came in. Of a stream, however
-long, only one window is in memory at a time.
+Texts are taken in windows: a window is tokenised, sorted by length (so that batches hold little
+padding), predicted, and put back in the order it came in. Of a stream, however long, only one
+window is in memory at a time.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from tqdm import tqdm
 from minilora.bert.dataset import Examples, to_device, tokenize
 from minilora.bert.rows import Columns, Row, read_rows
 from minilora.errors import MiniloraError
-from minilora.trained.open_run import TrainedRun
+from minilora.trained.opened import TrainedRun
 from minilora.training.evaluation import evaluation_mode
 
 # A window ends at so many texts, or characters, whichever comes first.
@@ -31,11 +31,8 @@ def predict_texts(
     """{"index", "label", "score", "probabilities"} of each text, or pair of texts, in their order;
     for regression {"index", "score"} with the value as the score.
 
-    A prediction depends on the batch size and on the other texts by float rounding only. Texts are
-    taken as they are needed: an endless stream is fine.
-
-    Args:
-        batch_size: by default training's per_device_eval_batch_size.
+    A prediction depends on the batch size (by default training's for evaluation) and on the other
+    texts by float rounding only. Texts are taken as they are needed: an endless stream is fine.
     """
     for predictions, _ in predict_windows(run, rows_of_texts(texts), batch_size):
         yield from predictions
@@ -58,15 +55,13 @@ def rows_of_lines(stream: Iterable[bytes]) -> Iterator[Row]:
         yield Row(text.rstrip("\r\n"), None, None, None, number)
 
 
-def rows_of_file(
-    run: TrainedRun, file: Path, text_column: str | None = None, text_pair_column: str | None = None
-) -> list[Row]:
+def rows_of_file(run: TrainedRun, file: Path, text: str | None, pair: str | None) -> list[Row]:
     """The texts of a file, in columns called as in training unless given here; labels are not
     looked at, and second texts only where training had them.
     """
     config = run.record.arguments
-    text, pair = text_column or config.text_column, text_pair_column or config.text_pair_column
-    rows = read_rows(file, Columns(text, pair), labelled=False)
+    columns = Columns(text or config.text_column, pair or config.text_pair_column)
+    rows = read_rows(file, columns, labelled=False)
     if run.record.pairs is False:
         return [dataclasses.replace(row, pair=None) for row in rows]
     return rows
@@ -75,25 +70,22 @@ def rows_of_file(
 def predict_windows(
     run: TrainedRun, rows: Iterable[Row], batch_size: int | None = None
 ) -> Iterator[tuple[list[dict[str, Any]], int]]:
-    """The same for rows, window by window: the predictions of a few thousand texts, and how many of
-    these were longer than the model takes, and were cut.
+    """The same for rows, window by window: its predictions, and how many of its texts were longer
+    than the model takes, and were cut.
     """
     size = batch_size or run.record.arguments.per_device_eval_batch_size
-    total = len(rows) if isinstance(rows, list) else None
-    done = 0
+    total, done = len(rows) if isinstance(rows, list) else None, 0
     with tqdm(total=total, desc="predicting", unit=" texts", leave=False, delay=1) as bar:
         for window in _windows(rows):
-            _check_pairs(run, window)
+            check_pairs(run, window)
             examples = tokenize(window, run.task, run.tokenizer, run.max_length, "tokenizing")
-            predictions = run.task.predictions(_logits(run, examples, size, bar.update))
+            predictions = run.task.predictions(_logits(run, examples, size, bar))
             numbered = [{"index": done + i, **row} for i, row in enumerate(predictions)]
             yield numbered, examples.truncated
             done += len(window)
 
 
-def _logits(
-    run: TrainedRun, examples: Examples, batch_size: int, advance: Callable[[int], object]
-) -> np.ndarray:
+def _logits(run: TrainedRun, examples: Examples, batch_size: int, bar: tqdm) -> np.ndarray:
     """Logits (N, C) in the examples' order, computed in batches of similar length."""
     order = np.argsort(np.diff(examples.offsets), kind="stable")
     found = []
@@ -102,7 +94,7 @@ def _logits(
             indices = order[start : start + batch_size]
             batch = to_device(run.forward.collate(examples, indices), run.device)
             found.append(run.forward(batch).float().cpu().numpy())
-            advance(len(indices))
+            bar.update(len(indices))
     return np.concatenate(found)[np.argsort(order)]
 
 
@@ -118,12 +110,11 @@ def _windows(rows: Iterable[Row]) -> Iterator[list[Row]]:
         yield window
 
 
-def _check_pairs(run: TrainedRun, window: list[Row]) -> None:
-    pairs = run.record.pairs
-    if pairs is None:
-        pairs = window[0].pair is not None
-    for row in window:
+def check_pairs(run: TrainedRun, rows: list[Row]) -> None:
+    """Refuse pairs where training had single texts, and the other way round."""
+    pairs = rows[0].pair is not None if run.record.pairs is None else run.record.pairs
+    has, trained = ("no", "pairs") if pairs else ("a", "single texts")
+    for row in rows:
         if (row.pair is not None) != pairs:
-            what = "has no second text" if pairs else "has a second text"
-            trained = "pairs" if pairs else "single texts"
-            raise MiniloraError(f"text {row.line} {what}; the run was trained on {trained}")
+            what = f"text {row.line} has {has} second text"
+            raise MiniloraError(f"{what}; the run was trained on {trained}: name the columns?")

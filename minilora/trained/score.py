@@ -7,8 +7,8 @@ import numpy as np
 
 from minilora.bert.dataset import batches_in_order, tokenize
 from minilora.bert.rows import Columns, read_rows
-from minilora.errors import MiniloraError
-from minilora.trained.open_run import TrainedRun
+from minilora.trained.opened import TrainedRun
+from minilora.trained.predict import check_pairs
 from minilora.training.evaluation import evaluate_model
 from minilora.training.progress import say
 
@@ -17,10 +17,8 @@ from minilora.training.progress import say
 class Scores:
     """What a model is worth on a labelled file."""
 
-    metrics: dict[str, float]
-    """eval_loss, eval_accuracy, ..., under training's names, timing keys last."""
-    confusion: np.ndarray | None
-    """Counts (C, C), row the true class, column the predicted one; None for regression."""
+    metrics: dict[str, float]  # eval_loss, eval_accuracy, ...: training's names, timing keys last
+    confusion: np.ndarray | None  # counts (C, C), true class by predicted; None for regression
 
 
 def evaluate_file(
@@ -33,21 +31,17 @@ def evaluate_file(
     """Score `run` on a labelled file, its columns called as in training unless given here. On
     training's validation file, on the same device: bitwise the numbers that training recorded.
     """
-    config, pairs = run.record.arguments, run.record.pairs
+    config = run.record.arguments
     columns = Columns(
         text_column or config.text_column,
         text_pair_column or config.text_pair_column,
         label_column or config.label_column,
     )
     rows = read_rows(Path(file), columns)
-    if pairs not in (None, rows[0].pair is not None):
-        there, here = ("two texts", "one") if pairs else ("one text", "two")
-        raise MiniloraError(f"{file} has {here} a row, training had {there}: name the columns")
+    check_pairs(run, rows)
     examples = tokenize(rows, run.task, run.tokenizer, run.max_length, str(file))
-    if examples.truncated:
-        say(
-            f"{file}: {examples.truncated} of {len(rows)} texts were cut at {run.max_length} tokens"
-        )
+    if cut := examples.truncated:
+        say(f"{file}: {cut} of {len(rows)} texts were cut at {run.max_length} tokens")
     size, shown = config.per_device_eval_batch_size, f"evaluating {Path(file).name}"
     batches = batches_in_order(examples, size, run.forward.collate, run.device, shown)
     scorer = run.task.scorer(rows)

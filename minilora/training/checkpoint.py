@@ -29,17 +29,11 @@ from minilora.training.config import TrainConfig
 from minilora.training.loop import Training, TrainState
 from minilora.training.record import CHECKPOINT, MANIFEST_NAME, Manifest, RunRecord, manifest_bytes
 from minilora.training.rng import check_rng_state, mask_stream, rng_state, set_rng_state
-from minilora.training.trainer_files import (
-    OPTIMIZER_NAME,
-    RNG_NAME,
-    SCALER_NAME,
-    SCHEDULER_NAME,
-    STATE_NAME,
-    TRAINING_ARGS_NAME,
-)
+from minilora.training.trainer_files import OPTIMIZER_NAME, RNG_NAME, SCALER_NAME, SCHEDULER_NAME
 
+STATE_NAME = trainer_files.STATE_NAME
 TORCH_FILES = (OPTIMIZER_NAME, SCHEDULER_NAME, RNG_NAME, SCALER_NAME)  # as in `Stored`
-LARGEST = {STATE_NAME: trainer_files.MAX_STATE_BYTES}
+LARGEST = {STATE_NAME: trainer_files.MAX_STATE_BYTES}  # of a file read whole
 
 
 @dataclass(frozen=True)
@@ -128,7 +122,7 @@ def read_checkpoint(path: str | Path) -> Stored:
             parts[name] = parse_torch(data, path / name, trainer_files.NUMPY_GLOBALS)
     if RNG_NAME in parts:
         check_rng_state(parts[RNG_NAME], path / RNG_NAME)
-    progress = parse_json(contents[STATE_NAME], path / STATE_NAME)
+    progress = parse_json(contents[STATE_NAME], path / STATE_NAME, LARGEST[STATE_NAME])
     trainer_files.check_progress(progress, path / STATE_NAME)
     if manifest is None:
         adapter = peft_files.read_adapter(path)
@@ -186,7 +180,8 @@ def sorted_checkpoints(output_dir: str | Path) -> list[Path]:
 
 def is_trainer_checkpoint(path: Path) -> bool:
     """Whether HF Trainer wrote this checkpoint."""
-    return is_written(path / TRAINING_ARGS_NAME) and not (path / MANIFEST_NAME).exists()
+    is_ours = (path / MANIFEST_NAME).exists()
+    return not is_ours and is_written(path / trainer_files.TRAINING_ARGS_NAME)
 
 
 def is_written(path: Path) -> bool:

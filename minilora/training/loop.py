@@ -185,7 +185,7 @@ def training_step(
             "from the last checkpoint"
         )
     scale = scaler.get_scale()
-    scaler.step(training.optimizer)
+    scaler.step(training.optimizer)  # optimizer.step(), unless a scaled gradient overflowed
     scaler.update()
     if scaler.get_scale() >= scale:
         training.scheduler.step()

@@ -108,7 +108,9 @@ def check_same_inputs(plan: ResumePlan, record: RunRecord) -> None:
     began = dataclasses.replace(plan.record, arguments=record.arguments)
     changed = changed_inputs(began, record.data_sha256)
     if record.model_sha256 != began.model_sha256:
-        changed.append(f"base model ({record.arguments.model_name_or_path or 'packaged'})")
+        changed.append(
+            f"base model or adapter ({record.arguments.model_name_or_path or 'packaged'})"
+        )
     if record.labels != began.labels:
         changed.append("labels")
     if changed:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from minilora.training.evaluation import Batch
-from minilora.training.loop import Callbacks, Training, fit, mean_loss
+from minilora.training.loop import Callbacks, Training, fit, log, mean_loss
 from minilora.training.progress import TrainingBar
 from minilora.training.record import RunRecord
 from minilora.training.resume import ResumePlan, carry_out
@@ -45,11 +45,6 @@ def fit_in_directory(
         carry_out(plan, training)
     state = training.state
     metrics_file = MetricsFile(output_dir / METRICS_NAME, state.log_history)
-    # The packaged sentences show what training adds.
-    at_start = config.eval_on_start or config.train_file is None
-    if run.evaluate is not None and at_start and not state.log_history:
-        state.log_history.append({"step": 0, "epoch": 0.0, **run.evaluate()})
-        metrics_file.append(state.log_history[-1])
     saver = Saver(output_dir, training, run.record)
     with TrainingBar(training.timetable.max_steps, state.global_step) as bar:
         callbacks = Callbacks(
@@ -60,6 +55,10 @@ def fit_in_directory(
             should_stop=should_stop,
             progress=bar.advance,
         )
+        # The packaged sentences show what training adds.
+        at_start = config.eval_on_start or config.train_file is None
+        if run.evaluate is not None and at_start and state.global_step == 0:
+            log(training, callbacks, run.evaluate())
         fit(training, run.task, config, callbacks)
     metrics_file.write_all()
     saver.raise_failure()

@@ -152,7 +152,8 @@ def advice_on_disk_errors(output_dir: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        begun = os.path.isfile(output_dir / RUN_NAME)
+        places = (output_dir, output_dir.parent)  # a checkpoint may be what is resumed
+        begun = any(os.path.isfile(place / RUN_NAME) for place in places)
         go_on = f"--resume_from_checkpoint {output_dir}" if begun else "start the run again"
         remedy = REMEDIES.get(error.errno or 0, "see to it")
         advice = f"{error.strerror}; no older checkpoint is lost: {remedy}, then {go_on}"

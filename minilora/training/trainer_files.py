@@ -48,9 +48,13 @@ def progress_bytes(training: Training, train_batch_size: int, output_dir: Path) 
     """
     state, timetable = training.state, training.timetable
     best = None if state.best_step is None else str(output_dir / f"checkpoint-{state.best_step}")
-    control = dict.fromkeys(("should_epoch_stop", "should_evaluate", "should_log"), False)
-    control["should_save"] = True
-    control["should_training_stop"] = 0 < timetable.max_steps <= state.global_step
+    control = {
+        "should_epoch_stop": False,
+        "should_evaluate": False,
+        "should_log": False,
+        "should_save": True,
+        "should_training_stop": 0 < timetable.max_steps <= state.global_step,
+    }
     values = {
         "best_global_step": state.best_step,
         "best_metric": state.best_metric,

@@ -242,3 +242,15 @@ def test_bfloat16_agrees_with_float32_to_its_precision(targets):
     for ours, theirs in zip(found[2], exact[2], strict=True):
         assert ours.dtype == torch.float32
         assert (ours - theirs).norm() < 0.05 * theirs.norm()
+
+
+@pytest.mark.slow
+def test_a_compiled_walk_agrees():
+    forward = Packed(adapted(classifier()), PAD)
+    examples, indices = examples_of(LENGTHS["ragged"]), np.arange(11)
+    expected = loss_and_gradients(forward, examples, indices)
+    forward.compile()
+    found = loss_and_gradients(forward, examples, indices)
+    torch.testing.assert_close(found[0], expected[0])
+    for ours, theirs in zip(found[2], expected[2], strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)

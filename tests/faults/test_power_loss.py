@@ -1,5 +1,5 @@
-"""The order of the fsyncs, proved on what strace recorded: wherever the power goes, every checkpoint
-in sight is whole, and the last one whose save had returned is in sight.
+"""The order of the fsyncs, proved on what strace recorded: wherever the power goes, every
+checkpoint in sight is whole, and the last one whose save had returned is in sight.
 """
 
 from collections.abc import Callable

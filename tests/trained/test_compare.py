@@ -33,8 +33,8 @@ def test_a_changed_tensor_is_named_with_the_size_of_the_change(finished_run, tmp
 def test_two_checkpoints_differ_in_adapter_optimizer_schedule_and_generators(finished_run):
     found = compare_directories(finished_run / "checkpoint-3", finished_run / "checkpoint-6")
     names = {difference["name"] for difference in found["tensors"]}
-    assert {QUERY, "optimizer.pt: state.0.exp_avg", "scheduler.pt: last_epoch"} <= names
-    assert "rng_state.pth: mask_stream" in names
+    assert {QUERY, "optimizer.pt.state.0.exp_avg", "scheduler.pt.last_epoch"} <= names
+    assert "rng_state.pth.mask_stream" in names
     assert found["arguments"] == []
     assert {entry["step"] for entry in found["log"]} == {4, 5, 6}
 

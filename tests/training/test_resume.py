@@ -544,6 +544,16 @@ def test_a_loop_of_ones_own_resumes_exactly(tmp_path):
         fine_tune(TrainConfig(resume_from_checkpoint=str(tmp_path)))
 
 
+def test_the_checkpoint_of_a_very_long_run_is_read(tmp_path):
+    """Its log alone is larger than any other JSON file that is read."""
+    training = own_loop()
+    rows = [{"step": step, "epoch": 0.5, "loss": 0.1} for step in range(60_000)]
+    training.state.log_history = rows
+    path = save_checkpoint(tmp_path, training)
+    assert (path / "trainer_state.json").stat().st_size > 4_000_000
+    assert load_checkpoint(path, own_loop()).log_history == rows
+
+
 def test_the_loss_scale_is_part_of_a_checkpoint(tmp_path):
     """Of a float16 run, which needs a GPU; the scaler itself works on a CPU, too."""
     path = save_checkpoint(tmp_path, own_loop(scale=1024.0))

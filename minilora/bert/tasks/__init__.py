@@ -11,13 +11,16 @@ from typing import Any, Protocol
 
 import numpy as np
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from minilora.bert.rows import Row
 
+Arrays = dict[str, np.ndarray]
+Batch = dict[str, Tensor]
+
 
 class Scorer(Protocol):
-    def add(self, logits: Tensor, batch: dict[str, Tensor]) -> None: ...
+    def add(self, logits: Tensor, batch: Batch) -> None: ...
     def metrics(self) -> dict[str, float]: ...
 
 
@@ -30,39 +33,30 @@ class Task(Protocol):
 
     def __init__(self, labels: list[str] | None, label_smoothing: float) -> None: ...
 
+    # What the labels of the training rows mean.
     @staticmethod
-    def find_labels(rows: list[Row], path: str) -> list[str] | None:
-        """What the labels of the training rows mean."""
+    def find_labels(rows: list[Row], path: str) -> list[str] | None: ...
 
-    def configure(self, config: Any, location: str) -> None:
-        """Give transformers' config the head's size and labels; refuse a trained head of others."""
+    # Gives transformers' config the head's size and labels; refuses a trained head of others.
+    def configure(self, config: Any, location: str) -> None: ...
 
+    # What `encode_texts` says. A row may become several examples. Labels are made last: those of
+    # tokens or answers need the tokens' places in the text.
     def encode(
-        self, rows: list[Row], tokenizer: PreTrainedTokenizerBase, max_length: int, place: str
-    ) -> dict[str, np.ndarray]:
-        """What `encode_texts` says. A row may become several examples. Labels are made last: those
-        of tokens or answers need the tokens' places in the text."""
-        ...
+        self, rows: list[Row], tokenizer: Tokenizer, max_length: int, place: str
+    ) -> Arrays: ...
 
-    def training_loss(self, logits: Tensor, batch: dict[str, Tensor]) -> Tensor:
-        """The mean that is minimised, label smoothing included."""
-        ...
+    # The mean that is minimised, label smoothing included; the mean that is reported; what they are
+    # means over: examples, or, for a task that labels tokens, those.
+    def training_loss(self, logits: Tensor, batch: Batch) -> Tensor: ...
+    def loss(self, logits: Tensor, batch: Batch) -> Tensor: ...
+    def loss_weight(self, batch: Batch) -> int: ...
 
-    def loss(self, logits: Tensor, batch: dict[str, Tensor]) -> Tensor:
-        """The mean that is reported."""
-        ...
+    # Takes batches as they come, with float32 logits on the CPU, and never keeps them all.
+    def scorer(self, rows: list[Row]) -> Scorer: ...
 
-    def loss_weight(self, batch: dict[str, Tensor]) -> int:
-        """What they are means over: examples, or for a task that labels tokens, those."""
-        ...
-
-    def scorer(self, rows: list[Row]) -> Scorer:
-        """Takes batches as they come, with float32 logits on the CPU, and never keeps them all."""
-        ...
-
-    def predictions(self, logits: np.ndarray) -> list[dict[str, Any]]:
-        """What to say of each example."""
-        ...
+    # What to say of each example.
+    def predictions(self, logits: np.ndarray) -> list[dict[str, Any]]: ...
 
 
 def build_task(name: str, labels: list[str] | None = None, label_smoothing: float = 0.0) -> Task:
@@ -77,21 +71,17 @@ def task_class(name: str) -> type[Task]:
 
 
 def encode_texts(
-    rows: list[Row], labels: np.ndarray, tokenizer: PreTrainedTokenizerBase, max_length: int
-) -> dict[str, np.ndarray]:
+    rows: list[Row], labels: np.ndarray, tokenizer: Tokenizer, max_length: int
+) -> Arrays:
     """One example for each row, with its label; the longer text of a pair is truncated first.
 
-    The arrays of `dataset.Examples`, of n examples: `lengths` (n,) instead of offsets, `row` counted
-    from the first of `rows`, `truncated` (n,).
+    The arrays of `dataset.Examples` for n examples, with `lengths` (n,) for its offsets,
+    `truncated` (n,), and `row` counted from the first of `rows`.
     """
-    with_types = "token_type_ids" in tokenizer.model_input_names
+    texts = [row.text for row in rows]
+    pairs = None if rows[0].pair is None else [row.pair or "" for row in rows]
     encoded: Any = tokenizer(
-        [row.text for row in rows],
-        None if rows[0].pair is None else [row.pair or "" for row in rows],
-        truncation=True,
-        max_length=max_length,
-        return_attention_mask=False,
-        return_token_type_ids=with_types,
+        texts, pairs, truncation=True, max_length=max_length, return_attention_mask=False
     )
     lengths = np.array([len(ids) for ids in encoded["input_ids"]])
     arrays = {
@@ -99,11 +89,10 @@ def encode_texts(
         "lengths": lengths,
         "labels": labels,
         "row": np.arange(len(rows)),
-        # Those that fill max_length exactly count, too: telling the two apart would mean tokenising
-        # twice, and this is only for a warning.
+        # Those that just fill it, too: telling the two apart would mean tokenising twice.
         "truncated": lengths == max_length,
     }
-    if with_types:
+    if "token_type_ids" in encoded:  # the model takes them
         types = chain.from_iterable(encoded["token_type_ids"])
         arrays["token_type_ids"] = np.fromiter(types, dtype=np.int8)
     return arrays

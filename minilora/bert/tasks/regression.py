@@ -5,11 +5,11 @@ from typing import Any
 import numpy as np
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerBase
+from transformers import AutoModelForSequenceClassification
 
 from minilora.bert.metrics import regression_metrics
 from minilora.bert.rows import Row, is_number
-from minilora.bert.tasks import encode_texts
+from minilora.bert.tasks import Arrays, Batch, Tokenizer, encode_texts
 from minilora.errors import MiniloraError
 
 
@@ -31,24 +31,21 @@ class Regression:
         config.num_labels = 1
         config.problem_type = "regression"
 
-    def encode(
-        self, rows: list[Row], tokenizer: PreTrainedTokenizerBase, max_length: int, place: str
-    ) -> dict[str, np.ndarray]:
+    def encode(self, rows: list[Row], tokenizer: Tokenizer, max_length: int, place: str) -> Arrays:
         for row in rows:
             if row.label is not None and not is_number(row.label):
-                raise MiniloraError(
-                    f"{place}, line {row.line}: label {row.label!r} is not a finite number"
-                )
+                found = f"{place}, line {row.line}: label {row.label!r}"
+                raise MiniloraError(f"{found} is not a finite number")
         labels = np.array([float(row.label or 0) for row in rows], dtype=np.float32)
         return encode_texts(rows, labels, tokenizer, max_length)
 
-    def training_loss(self, logits: Tensor, batch: dict[str, Tensor]) -> Tensor:
+    def training_loss(self, logits: Tensor, batch: Batch) -> Tensor:
         return self.loss(logits, batch)
 
-    def loss(self, logits: Tensor, batch: dict[str, Tensor]) -> Tensor:
+    def loss(self, logits: Tensor, batch: Batch) -> Tensor:
         return F.mse_loss(logits.squeeze(-1), batch["labels"])
 
-    def loss_weight(self, batch: dict[str, Tensor]) -> int:
+    def loss_weight(self, batch: Batch) -> int:
         return len(batch["labels"])
 
     def scorer(self, rows: list[Row]) -> "ValueScorer":
@@ -65,7 +62,7 @@ class ValueScorer:
         self.predictions: list[np.ndarray] = []
         self.labels: list[np.ndarray] = []
 
-    def add(self, logits: Tensor, batch: dict[str, Tensor]) -> None:
+    def add(self, logits: Tensor, batch: Batch) -> None:
         self.predictions.append(logits.squeeze(-1).numpy())
         self.labels.append(batch["labels"].cpu().numpy())
 

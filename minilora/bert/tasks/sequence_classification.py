@@ -6,15 +6,14 @@ from typing import Any
 import numpy as np
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerBase
+from transformers import AutoModelForSequenceClassification
 
 from minilora.bert.metrics import classification_metrics
 from minilora.bert.rows import Row, is_number
-from minilora.bert.tasks import encode_texts
+from minilora.bert.tasks import Arrays, Batch, Tokenizer, encode_texts
 from minilora.errors import MiniloraError
 
-# Above this many classes, and more classes than a tenth of the examples, the labels are hardly
-# classes.
+# Labels of more values than this, and than a tenth of the examples, are hardly classes.
 MANY_CLASSES = 50
 
 
@@ -36,15 +35,13 @@ class SequenceClassification:
         """The classes in ascending order, numerically if all are integers."""
         names = {_class_name(row.label or "") for row in rows}
         if len(names) < 2:
-            raise MiniloraError(
-                f"{path} has a single label, {names.pop()!r}: nothing to tell apart"
-            )
+            only = f"{path} has a single label, {names.pop()!r}"
+            raise MiniloraError(f"{only}: nothing to tell apart")
         are_fractions = all(is_number(name) and not _is_integer(name) for name in names)
         if are_fractions or len(names) > max(MANY_CLASSES, len(rows) / 10):
-            raise MiniloraError(
-                f"{path} has {len(names)} different labels in {len(rows)} examples, such as "
-                f"{min(names)!r}: use --task regression for measurements, or check --label_column"
-            )
+            found = f"{len(names)} different labels in {len(rows)} examples, such as {min(names)!r}"
+            hint = "use --task regression for measurements, or check --label_column"
+            raise MiniloraError(f"{path} has {found}: {hint}")
         return sorted(names, key=int) if all(map(_is_integer, names)) else sorted(names)
 
     def configure(self, config: Any, location: str) -> None:
@@ -53,33 +50,29 @@ class SequenceClassification:
             raise MiniloraError(
                 f"{location} has a trained head of {config.num_labels} labels "
                 f"({', '.join(config.id2label.values())}), the data {len(self.labels)} "
-                f"({', '.join(self.labels[:20])}): use data with its labels, or the model without a head"
+                f"({', '.join(self.labels[:20])}): use data with its labels, or a model without it"
             )
         config.id2label = dict(enumerate(self.labels))  # and with it num_labels
         config.label2id = {label: index for index, label in enumerate(self.labels)}
         config.problem_type = "single_label_classification"
 
-    def encode(
-        self, rows: list[Row], tokenizer: PreTrainedTokenizerBase, max_length: int, place: str
-    ) -> dict[str, np.ndarray]:
+    def encode(self, rows: list[Row], tokenizer: Tokenizer, max_length: int, place: str) -> Arrays:
         ids = {name: index for index, name in enumerate(self.labels)}
         for row in rows:
             if row.label is not None and _class_name(row.label) not in ids:
-                known = ", ".join(self.labels[:20])
-                raise MiniloraError(
-                    f"{place}, line {row.line}: label {row.label!r} does not occur in the training "
-                    f"data, which has {known}"
-                )
+                unknown = f"{place}, line {row.line}: label {row.label!r}"
+                known = f"the training data, which has {', '.join(self.labels[:20])}"
+                raise MiniloraError(f"{unknown} does not occur in {known}")
         labels = [0 if row.label is None else ids[_class_name(row.label)] for row in rows]
         return encode_texts(rows, np.array(labels, dtype=np.int64), tokenizer, max_length)
 
-    def training_loss(self, logits: Tensor, batch: dict[str, Tensor]) -> Tensor:
+    def training_loss(self, logits: Tensor, batch: Batch) -> Tensor:
         return F.cross_entropy(logits, batch["labels"], label_smoothing=self.label_smoothing)
 
-    def loss(self, logits: Tensor, batch: dict[str, Tensor]) -> Tensor:
+    def loss(self, logits: Tensor, batch: Batch) -> Tensor:
         return F.cross_entropy(logits, batch["labels"])
 
-    def loss_weight(self, batch: dict[str, Tensor]) -> int:
+    def loss_weight(self, batch: Batch) -> int:
         return len(batch["labels"])
 
     def scorer(self, rows: list[Row]) -> "ClassScorer":
@@ -91,10 +84,8 @@ class SequenceClassification:
         probabilities = (exponentials / exponentials.sum(axis=-1, keepdims=True)).tolist()
         found = []
         for best, row in zip(logits.argmax(axis=-1), probabilities, strict=True):
-            by_label = dict(zip(self.labels, row, strict=True))
-            found.append(
-                {"label": self.labels[best], "score": row[best], "probabilities": by_label}
-            )
+            label, by_label = self.labels[best], dict(zip(self.labels, row, strict=True))
+            found.append({"label": label, "score": row[best], "probabilities": by_label})
         return found
 
 
@@ -106,7 +97,7 @@ class ClassScorer:
         self.kinds = kinds
         self.correct: dict[str | None, list[bool]] = defaultdict(list)
 
-    def add(self, logits: Tensor, batch: dict[str, Tensor]) -> None:
+    def add(self, logits: Tensor, batch: Batch) -> None:
         predicted, labels = logits.numpy().argmax(axis=-1), batch["labels"].cpu().numpy()
         np.add.at(self.confusion, (labels, predicted), 1)
         for row, correct in zip(batch["row"].tolist(), predicted == labels, strict=True):

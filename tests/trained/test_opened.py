@@ -11,7 +11,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, Bert
 import minilora
 from minilora import MiniloraError, TrainConfig, fine_tune, open_run
 from minilora.lora.adapters import set_fused
-from minilora.trained.open_run import read_record
+from minilora.trained.opened import read_record
 from tests.conftest import tiny_config
 
 TEXTS = ["it was good", "so dull and bad", "the long story"]
@@ -133,7 +133,7 @@ def test_an_adapter_without_a_classifying_head_is_refused(tiny_model, tmp_path):
     model = BertModel.from_pretrained(tiny_model)
     theirs = peft.get_peft_model(model, peft.LoraConfig(task_type="FEATURE_EXTRACTION"))
     theirs.save_pretrained(tmp_path)
-    with pytest.raises(MiniloraError, match="has no head .classifier or score. that classifies"):
+    with pytest.raises(MiniloraError, match="has no head .classifier or score."):
         open_run(tmp_path)
 
 

@@ -15,20 +15,13 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from minilora import starting_model
 from minilora.bert.forward import Packed, Padded
 from minilora.bert.load import load_tokenizer, longest_input, pad_token_id, recorded_labels
 from minilora.bert.tasks import Task, build_task
 from minilora.errors import MiniloraError
 from minilora.lora.heads import train_heads_in_float32
 from minilora.lora.peft_files import CONFIG_NAME, StoredAdapter, load_adapter, read_adapter
-from minilora.starting_model import (
-    base_of,
-    chosen_device,
-    input_length,
-    load_starting_model,
-    ready,
-    resolve_modes,
-)
 from minilora.trained.directory import kind_of
 from minilora.training.checkpoint import latest_checkpoint, read_checkpoint
 from minilora.training.config import TrainConfig
@@ -44,18 +37,13 @@ HEAD = re.compile(r"\.(classifier|score)\.(out_proj\.)?(lora_B\.)?weight$")
 class TrainedRun:
     """A trained adapter on its base model, ready to predict."""
 
-    adapter: Path
-    """The directory that holds it."""
-    record: RunRecord
-    """Of a foreign adapter, of which nothing is recorded: what its files tell, and defaults."""
-    model: PreTrainedModel
-    """In eval mode, on `device`; the adapter is attached, not merged."""
+    adapter: Path  # the directory that holds it
+    record: RunRecord  # of a foreign adapter: what its files tell, and defaults
+    model: PreTrainedModel  # in eval mode, on `device`; the adapter is attached, not merged
     tokenizer: PreTrainedTokenizerBase
     task: Task
-    forward: Packed | Padded
-    """Makes batches and runs the model as in training."""
-    max_length: int
-    """Tokens kept of each text, special tokens included."""
+    forward: Packed | Padded  # makes batches and runs the model as in training
+    max_length: int  # tokens kept of each text, special tokens included
     device: torch.device
 
 
@@ -63,35 +51,26 @@ def open_run(
     path: str | Path, model_name_or_path: str | None = None, device: str | None = None
 ) -> TrainedRun:
     """Load what `train` wrote to `path`, one of its checkpoints, or any PEFT adapter, on its base
-    model.
-
-    Args:
-        model_name_or_path: the base model, if it is no longer where the files say.
-        device: by default the recorded one, or cuda where there is one.
+    model: `model_name_or_path`, if it is no longer where the files say. The device is by default
+    the recorded one, or cuda where there is one.
     """
     adapter, record = read_record(Path(path), model_name_or_path)
     config = record.arguments
-    placed = chosen_device(device or config.device)
+    placed = starting_model.chosen_device(device or config.device)
     if config.dtype == "float16" and placed.type == "cpu":
         # A run of a GPU's float16 is as good in float32 where there is none.
         config = dataclasses.replace(config, dtype="float32")
-    config = resolve_modes(config, placed)
+    config = starting_model.resolve_modes(config, placed)
     model, tokenizer = load_base(adapter, record)
     model.to(getattr(torch, config.dtype))
     load_adapter(model, adapter)
     if config.dtype != "float32":
         train_heads_in_float32(model)
-    forward = ready(config, model.eval(), pad_token_id(tokenizer), placed)
-    return TrainedRun(
-        adapter,
-        dataclasses.replace(record, arguments=config),
-        model,
-        tokenizer,
-        build_task(config.task, record.labels),
-        forward,
-        input_length(config.max_length, longest_input(model, tokenizer)),
-        placed,
-    )
+    forward = starting_model.ready(config, model.eval(), pad_token_id(tokenizer), placed)
+    length = starting_model.input_length(config.max_length, longest_input(model, tokenizer))
+    record = dataclasses.replace(record, arguments=config)
+    task = build_task(config.task, record.labels)
+    return TrainedRun(adapter, record, model, tokenizer, task, forward, length, placed)
 
 
 def read_record(path: Path, model_name_or_path: str | None = None) -> tuple[Path, RunRecord]:
@@ -102,23 +81,17 @@ def read_record(path: Path, model_name_or_path: str | None = None) -> tuple[Path
     if kind == "incomplete checkpoint":
         raise MiniloraError(f"{path} is an incomplete checkpoint: give another one")
     if kind == "model":
-        raise MiniloraError(
-            f"{path} holds a model and no adapter ({CONFIG_NAME}): load it with transformers, for "
-            f'example pipeline("text-classification", "{path}")'
-        )
+        raise MiniloraError(f"{path} holds a model and no adapter: load it with transformers")
     if kind == "run":
         record = read_run(path)
         if not (path / CONFIG_NAME).is_file():  # the last file of an adapter to be written
             adapter = latest_checkpoint(path)
             if adapter is None:
-                raise MiniloraError(
-                    f"{path} has no adapter yet, neither final nor in a checkpoint: "
-                    f"python -m minilora.train --resume_from_checkpoint {path}"
-                )
+                go_on = f"python -m minilora.train --resume_from_checkpoint {path}"
+                raise MiniloraError(f"{path} has no adapter yet: {go_on}")
             say(f"{path} is not finished: this is {adapter.name}")
     elif kind == "checkpoint":
-        manifest = read_checkpoint(path).manifest
-        record = manifest and manifest.record
+        record = read_checkpoint(path).record
     if record is None:
         return path, _record_of_foreign(read_adapter(path), model_name_or_path)
     if model_name_or_path is not None:
@@ -129,18 +102,16 @@ def read_record(path: Path, model_name_or_path: str | None = None) -> tuple[Path
 
 def load_base(adapter: Path, record: RunRecord) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The plain model that the adapter was trained on, and the tokenizer."""
-    # A head that is drawn anew will be replaced by the adapter's: the caller's generator is left
-    # alone.
+    # A head drawn anew will be replaced by the adapter's: the caller's generator is left alone.
     with torch.random.fork_rng(devices=[]):
         task = build_task(record.arguments.task, record.labels)
-        start = load_starting_model(record.arguments, task)
+        start = starting_model.load_starting_model(record.arguments, task)
     # Behind the base's fingerprint stands that of the adapter which the run went on from, if any.
     expected, found = record.model_sha256.partition(" ")[0], start.sha256.partition(" ")[0]
     if expected not in ("", found):
         raise MiniloraError(
             f"{adapter} is an adapter for another base model than {start.base.location} "
-            f"(fingerprint {expected[:12]}, not {found[:12]}): give the one it was "
-            "trained on with --model_name_or_path"
+            f"(fingerprint {expected[:12]}, not {found[:12]}): give --model_name_or_path"
         )
     saved_beside = (adapter / "tokenizer_config.json").is_file()
     return start.model, load_tokenizer(str(adapter), None) if saved_beside else start.tokenizer
@@ -149,11 +120,9 @@ def load_base(adapter: Path, record: RunRecord) -> tuple[PreTrainedModel, PreTra
 def _record_of_foreign(adapter: StoredAdapter, name: str | None) -> RunRecord:
     sizes = [tensor.shape[0] for key, tensor in adapter.tensors.items() if HEAD.search(key)]
     if not sizes:
-        raise MiniloraError(
-            f"{adapter.directory} has no head (classifier or score) that classifies texts: it is "
-            "for another task"
-        )
-    name, revision = name or base_of(adapter.directory)[0].location, adapter.config.revision
+        raise MiniloraError(f"{adapter.directory} has no head (classifier or score) for texts")
+    revision = adapter.config.revision
+    name = name or starting_model.base_of(adapter.directory)[0].location
     labels = None if sizes[0] == 1 else recorded_labels(name, revision, sizes[0])
     task = "regression" if labels is None else "sequence_classification"
     arguments = TrainConfig(model_name_or_path=name, model_revision=revision, task=task)

@@ -226,7 +226,10 @@ def evaluate_and_rank(training: Training, config: TrainConfig, run: Callbacks) -
         computed = ", ".join(name for name in metrics if not name.endswith(TIMING_KEYS))
         raise MiniloraError(f"metric_for_best_model: there is no {best}; computed are {computed}")
     sign = 1 if config.best_is_greatest() else -1
-    if state.best_metric is None or sign * metrics[best] > sign * state.best_metric:
+    is_first = state.best_metric is None and math.isfinite(metrics[best])  # NaN is no best
+    if is_first or (
+        state.best_metric is not None and sign * metrics[best] > sign * state.best_metric
+    ):
         state.best_metric, state.best_step = metrics[best], state.global_step
         state.evaluations_since_best = 0
     else:

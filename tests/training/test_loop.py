@@ -199,6 +199,13 @@ def test_the_best_metric_is_remembered_with_its_step():
     assert run(config=smallest, epochs=4, evaluations=[3, 1, 2, 1])[0].best_step == 10
 
 
+def test_a_metric_that_is_no_number_is_never_the_best():
+    """It could not be written down, and nothing is greater than it."""
+    state, _, _ = run(config=BEST, epochs=3, evaluations=[math.nan, 2, math.nan])
+    assert (state.best_metric, state.best_step) == (2, 10)
+    assert run(config=BEST, epochs=1, evaluations=[math.inf])[0].best_metric is None
+
+
 def test_early_stopping_counts_evaluations_without_a_better_one():
     config = {**BEST, "early_stopping_patience": 2}
     state, _, saved = run(config=config, epochs=9, evaluations=[1, 2, 1, 2, 9, 9, 9])

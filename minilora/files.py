@@ -57,9 +57,13 @@ def write_file(path: Path, data: bytes) -> None:
 def commit_directory(path: Path, files: Mapping[str, bytes]) -> None:
     """Create the directory `path` holding `files`, written in their order; all of it, or nothing.
 
-    One of that name is moved away just before the new one takes it: a crash between the two leaves
-    neither under the name, and the old one whole as a leftover.
+    One of that name with the same files stays. Another is moved away just before the new one takes
+    its name: a crash between the two leaves neither under it, the old one whole as a leftover.
     """
+    if path.is_dir():
+        there = {file.name: file.read_bytes() for file in path.iterdir() if file.is_file()}
+        if there == dict(files):
+            return _confirm(path.parent)
     replaced = _sibling(path, ".trash-")
     with scratch_directory(path) as temporary:
         for name, data in files.items():

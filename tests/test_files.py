@@ -65,6 +65,14 @@ def test_a_failed_replacement_leaves_the_old_directory(tmp_path):
     assert (tmp_path / "checkpoint-2" / "a").read_bytes() == b"old"
 
 
+def test_a_directory_with_the_same_files_is_never_out_of_sight(tmp_path, monkeypatch):
+    commit_directory(tmp_path / "end", {"a": b"1", "b": b"2"})
+    monkeypatch.setattr(os, "rename", lambda *_: pytest.fail("it was moved"))
+    commit_directory(tmp_path / "end", {"a": b"1", "b": b"2"})
+    monkeypatch.undo()
+    assert names(tmp_path) == ["end"]
+
+
 def test_a_directory_can_be_replaced(tmp_path):
     commit_directory(tmp_path / "checkpoint-2", {"a": b"old", "b": b"gone"})
     commit_directory(tmp_path / "checkpoint-2", {"a": b"new"})

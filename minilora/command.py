@@ -7,6 +7,7 @@ import argparse
 import contextlib
 import gc
 import os
+import re
 import signal
 import sys
 import threading
@@ -25,7 +26,9 @@ class Parser(argparse.ArgumentParser):
     """A parser that complains in one line, and to which `--learning-rate` is `--learning_rate`."""
 
     def parse_known_args(self, args: list[str], namespace: Any = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return super().parse_known_args([_with_underscores(word) for word in args], namespace)
+        # Up to a "=": the dashes of a value stay.
+        spelt = [re.sub("(?<=^--)[^=]+", lambda flag: flag[0].replace("-", "_"), w) for w in args]
+        return super().parse_known_args(spelt, namespace)
 
     def error(self, message: str) -> NoReturn:
         _complain(f"{message} (see --help)")
@@ -34,8 +37,7 @@ class Parser(argparse.ArgumentParser):
 
 def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     """What every command after training takes: the run, and what may have moved since."""
-    help_text = "what train wrote, a checkpoint in it, or a PEFT adapter"
-    parser.add_argument("path", metavar="OUT", help=help_text)
+    parser.add_argument("path", metavar="OUT", help="what train wrote, a checkpoint, or an adapter")
     add_base_argument(parser)
     parser.add_argument("--device", help="cpu, cuda, ...; by default as in training")
 
@@ -80,10 +82,9 @@ def run_command(main: Callable[[], int]) -> NoReturn:
         _complain(str(error))
         code = BAD_INPUT
     except OSError as error:
-        # The disk, not the user's arguments: full, read-only, gone.
         place = f"{error.filename}: " if error.filename else ""
         _complain(f"{place}{error.strerror or error}")
-        code = 1
+        code = 1  # the disk, not the user's arguments: full, read-only, gone
     except KeyboardInterrupt:
         sys.stderr.write("interrupted\n")
         code = INTERRUPTED + signal.SIGINT
@@ -124,10 +125,3 @@ def stop_signals() -> Iterator[list[int]]:
 def _complain(message: str) -> None:
     # One line, of a length that can be read, whatever a damaged file holds.
     sys.stderr.write(f"error: {' '.join(message.split())[:LONGEST_LINE]}\n")
-
-
-def _with_underscores(argument: str) -> str:
-    if not argument.startswith("--"):
-        return argument
-    flag, equals, value = argument.partition("=")
-    return "--" + flag[2:].replace("-", "_") + equals + value

@@ -1,7 +1,6 @@
-"""The one exception that a user can cause.
+"""The one exception that a user can cause, by an argument, a file, what lies in a directory.
 
-Any public function may raise it: for an argument, for a file, for what lies in a directory. Their
-docstrings do not repeat that; they name only what is special, such as an `OSError` or a guarantee.
+Any public function may raise it. Docstrings name only what is special: an `OSError`, a guarantee.
 """
 
 

@@ -18,11 +18,9 @@ import shutil
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import IO
 
 from minilora.errors import MiniloraError
 
-TEMPORARY = ".tmp-"
 LOCK_NAME = ".minilora.lock"
 # What a killed run may leave behind in its directory: "<prefix><final name>-<8 hex digits>".
 LEFTOVER = re.compile(r"\.(tmp|trash)-.+-[0-9a-f]{8}")
@@ -43,7 +41,7 @@ def make_directory(path: Path) -> None:
 
 def write_file(path: Path, data: bytes) -> None:
     """Replace `path` by `data`, or leave it exactly as it was."""
-    temporary = _sibling(path, TEMPORARY)
+    temporary = _sibling(path, ".tmp-")
     try:
         _write_new(temporary, data)
         os.rename(temporary, path)
@@ -84,7 +82,7 @@ def commit_directory(path: Path, files: Mapping[str, bytes]) -> None:
 @contextlib.contextmanager
 def scratch_directory(path: Path) -> Iterator[Path]:
     """An empty directory beside `path`, gone afterwards unless the block has renamed it."""
-    scratch = _sibling(path, TEMPORARY)
+    scratch = _sibling(path, ".tmp-")
     scratch.mkdir()
     try:
         yield scratch
@@ -96,8 +94,7 @@ def scratch_directory(path: Path) -> Iterator[Path]:
 def new_directory(path: Path) -> Iterator[Path]:
     """A directory to fill inside the block, which takes the name `path` when the block ends well.
 
-    For files too large to hold in memory. Nothing is left if the block raises; a process that is
-    killed leaves a `.tmp-...` beside `path`, which nothing reads.
+    For files too large to hold in memory. Nothing is left if the block raises.
     """
     if os.path.lexists(path):
         raise MiniloraError(f"{path} exists: give a new name, or move it away")
@@ -105,7 +102,8 @@ def new_directory(path: Path) -> Iterator[Path]:
     with scratch_directory(path) as temporary:
         yield temporary
         for file in filter(Path.is_file, temporary.rglob("*")):
-            _give_default_mode(file)
+            # What the umask gives; safetensors' own writer leaves 0600.
+            file.chmod(temporary.stat().st_mode & 0o666)
             _sync(file)
         _sync(temporary)
         os.rename(temporary, path)
@@ -170,26 +168,22 @@ def exclusive(directory: Path) -> Iterator[None]:
     """Hold `directory` for this process alone. The kernel lets go of it when the process dies."""
     flags = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW
     with os.fdopen(os.open(directory / LOCK_NAME, flags, 0o666), "wb") as file:
-        if not _lock(file, fcntl.LOCK_EX):
-            raise MiniloraError(
-                f"{directory} is in use by another run: wait for it, or give another --output_dir"
-            )
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            reason = "is in use by another run: wait for it, or give another --output_dir"
+            raise MiniloraError(f"{directory} {reason}") from None
         yield
 
 
 def is_held(directory: Path) -> bool:
     """Whether a live process holds `directory`. Changes nothing."""
-    with contextlib.suppress(OSError), open(directory / LOCK_NAME, "rb") as file:
-        return not _lock(file, fcntl.LOCK_SH)
-    return False
-
-
-def _lock(file: IO, kind: int) -> bool:
     try:
-        fcntl.flock(file, kind | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
+        with open(directory / LOCK_NAME, "rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError as error:
+        return isinstance(error, BlockingIOError)
+    return False
 
 
 def _sibling(path: Path, prefix: str) -> Path:
@@ -201,14 +195,6 @@ def _write_new(path: Path, data: bytes) -> None:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
-
-
-def _give_default_mode(path: Path) -> None:
-    # That of a file made by open(), which the umask says; safetensors' own writer leaves 0600.
-    probe = path.with_name(f"{TEMPORARY}mode")
-    _write_new(probe, b"")
-    path.chmod(probe.stat().st_mode & 0o777)
-    probe.unlink()
 
 
 def _sync(path: Path) -> None:

@@ -62,10 +62,10 @@ def has_type(value: Any, hint: Any) -> bool:
     return hint is Any or type(value) is (types.NoneType if hint is None else hint)
 
 
-def check(config: Any, relations: Callable[[Any], list[str]]) -> None:
+def check(config: Any, relations: Callable[[Any], list[tuple[Any, str]]]) -> None:
     """Refuse a config with all that is wrong with its fields, at once.
 
-    `relations` says what is wrong between fields; it is asked only if each is of its type.
+    `relations` is asked only if each is of its type: pairs of whether a thing is wrong, and words.
     """
     found, hints = [], typing.get_type_hints(type(config))
     for field in dataclasses.fields(config):
@@ -83,7 +83,7 @@ def check(config: Any, relations: Callable[[Any], list[str]]) -> None:
         if allowed is not None:
             found.append(f"{field.name} is {value!r}; it must be {allowed}")
     if all(has_type(getattr(config, name), hint) for name, hint in hints.items()):
-        found += relations(config)
+        found += [problem for is_wrong, problem in relations(config) if is_wrong]
     if found:
         raise MiniloraError("; ".join(found))
 

@@ -109,9 +109,8 @@ def check_like(expected: Any, found: Any, place: Any, name: str = "") -> None:
     stands for a value that `has_type` it, None for anything. So do the values inside.
     """
     if expected is not None and not _is_like(expected, found):
-        raise MiniloraError(
-            f"{place}: {name or 'it'} is {_described(found)} instead of {_described(expected)}"
-        )
+        wrong = f"{name or 'it'} is {_described(found)} instead of {_described(expected)}"
+        raise MiniloraError(f"{place}: {wrong}")
     items = enumerate(expected) if isinstance(expected, list | tuple) else ()
     for key, value in expected.items() if isinstance(expected, dict) else items:
         inner_name = f"{name}.{key}" if name else str(key)

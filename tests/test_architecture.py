@@ -29,7 +29,7 @@ COMMANDS = FLOORS[-1]
 FORBIDDEN_NAMES = ("utils", "util", "common", "helpers", "helper", "misc", "base", "manager")
 
 # Budgets: lines of minilora/ (7,000 is where it is to come), and of the core that README names.
-LINES, CORE_LINES = 7_350, 2_200
+LINES, CORE_LINES = 7_221, 2_200
 LINES_OF_A_FILE, LINES_OF_A_FUNCTION, PARAMETERS = 300, 50, 6
 
 

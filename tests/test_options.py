@@ -60,7 +60,7 @@ class Config:
     hidden: int = option(1, None)
 
     def __post_init__(self):
-        check(self, lambda c: ["many and share do not fit"] if c.many > 9 and c.share else [])
+        check(self, lambda c: [(c.many > 9 and c.share, "many and share do not fit")])
 
 
 @pytest.mark.parametrize(

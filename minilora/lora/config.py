@@ -17,10 +17,6 @@ from minilora.options import canonical, check, option
 
 PEFT_VERSION = "0.21.2"  # whose file layout we write
 
-TASK_TYPES = (
-    "SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION", "CAUSAL_LM", "SEQ_2_SEQ_LM",
-)  # fmt: skip
-
 # PEFT's other fields, at the defaults that mean "not used". Anything else is refused by name.
 NOT_SUPPORTED: dict[str, Any] = dict.fromkeys((
     "alora_invocation_tokens", "arrow_config", "corda_config", "eva_config", "kasa_config",
@@ -34,8 +30,6 @@ NOT_SUPPORTED: dict[str, Any] = dict.fromkeys((
 # Written by PEFT 0.1 and 0.2, with no effect on nn.Linear targets (peft#1337); `runtime_config` is
 # never meant to be saved and PEFT ignores it, too.
 OBSOLETE = ("enable_lora", "merge_weights", "runtime_config")
-
-INITS = re.compile(r"gaussian|orthogonal|olora|pissa(_niter_[0-9]{1,3})?")
 
 # Read and preserved, never acted upon by the layers.
 BOOKKEEPING = (
@@ -55,11 +49,10 @@ class LoraConfig:
     target_modules: list[str] | str | None = option(
         None, "module names (whole, or the end after a dot), a regular expression, or all-linear; "
         "by default the attention's query and value", is_set=True)
-    exclude_modules: list[str] | str | None = option(
-        None, "modules to leave alone, matched like target_modules", is_set=True)
+    exclude_modules: list[str] | str | None = option(None, "the same, to leave alone", is_set=True)
     bias: str = option("none", "which biases train too", choices=("none", "lora_only", "all"))
     modules_to_save: list[str] | None = option(
-        None, "modules trained in full beside LoRA; the task's head is always one", is_set=True)
+        None, "modules trained in full; the task's head is always one", is_set=True)
     init_lora_weights: bool | str = option(
         True, "true (Kaiming-uniform A), false, gaussian, orthogonal, pissa, pissa_niter_N, olora")
     use_rslora: bool = option(False, "scale by lora_alpha / sqrt(r), arXiv:2312.03732")
@@ -75,7 +68,8 @@ class LoraConfig:
     fan_in_fan_out: bool = False
     # BOOKKEEPING
     inference_mode: bool = False
-    task_type: str | None = option(None, None, choices=TASK_TYPES)
+    task_type: str | None = option(None, None, choices=(
+        "SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION", "CAUSAL_LM", "SEQ_2_SEQ_LM"))
     base_model_name_or_path: str | None = None
     revision: str | None = None
     auto_mapping: dict[str, Any] | None = None
@@ -96,21 +90,17 @@ def config_from_dict(values: dict[str, Any], place: str = "adapter config") -> L
     if values.get("peft_type") != "LORA":
         raise MiniloraError(f"{place}: peft_type is {values.get('peft_type')!r}, not 'LORA'")
     known = {field.name for field in dataclasses.fields(LoraConfig)}
-    for name, value in values.items():
-        if name in NOT_SUPPORTED:
-            # PEFT's older versions wrote null where newer ones write {} or false.
-            if value and value != NOT_SUPPORTED[name]:
-                raise MiniloraError(
-                    f"{place}: {name}={value!r} is a PEFT feature that minilora does not support"
-                )
-        elif name not in known and name not in OBSOLETE:
-            if value:
-                raise MiniloraError(
-                    f"{place}: {name}={value!r} is unknown to minilora, which knows PEFT "
-                    f"{PEFT_VERSION}; only an unset field can be dropped"
-                )
-            warnings.warn(f"{place}: unknown field {name!r} is unset and dropped", stacklevel=2)
     given = {name: value for name, value in values.items() if name in known}
+    for name, value in values.items():
+        if name in known or name in OBSOLETE:
+            continue
+        # PEFT's older versions wrote null where newer ones write {} or false.
+        if value and value != NOT_SUPPORTED.get(name):
+            what = "not supported" if name in NOT_SUPPORTED else "unknown"
+            allowed = f"is {what} by minilora, which knows PEFT {PEFT_VERSION}: it must be unset"
+            raise MiniloraError(f"{place}: {name}={value!r} {allowed}")
+        if name not in NOT_SUPPORTED:
+            warnings.warn(f"{place}: unknown field {name!r} is unset and dropped", stacklevel=2)
     for name in ("rank_pattern", "alpha_pattern"):
         given[name] = given.get(name) or {}  # null in PEFT's older files
     try:
@@ -122,9 +112,8 @@ def config_from_dict(values: dict[str, Any], place: str = "adapter config") -> L
 def config_to_dict(config: LoraConfig) -> dict[str, Any]:
     """The object that PEFT would write as `adapter_config.json`: every field of PEFT's.
 
-    PEFT keeps `target_modules` as a set, so its file changes with PYTHONHASHSEED; ours, whose lists
-    are sorted, is the same bytes every time. `inference_mode` is true, PEFT's convention: a file on
-    disk is for inference until asked otherwise.
+    PEFT writes sets in an order that changes with PYTHONHASHSEED; ours, sorted, are the same bytes
+    every time. `inference_mode` is true, by PEFT's convention for a file on disk.
     """
     fields = dataclasses.fields(config)
     values = {field.name: canonical(field, getattr(config, field.name)) for field in fields}
@@ -138,46 +127,37 @@ def differing_fields(left: LoraConfig, right: LoraConfig) -> dict[str, tuple[Any
     return {n: (a[n], b[n]) for n in a if n not in BOOKKEEPING and a[n] != b[n]}
 
 
-def _relations(c: LoraConfig) -> list[str]:
-    init, targets = c.init_lora_weights, c.target_modules
+def _relations(c: LoraConfig) -> list[tuple[Any, str]]:
+    init, targets, indices = c.init_lora_weights, c.target_modules, c.trainable_token_indices
     is_expression = isinstance(targets, str) and targets.lower() != "all-linear"
+    rows = list(indices.values()) if isinstance(indices, dict) else [indices or [0]]
+    inits = r"gaussian|orthogonal|olora|pissa(_niter_[0-9]{1,3})?"
     checks = [
         (c.fan_in_fan_out,
          "fan_in_fan_out=True is for GPT-2's Conv1D; BERT's layers are nn.Linear: leave it False"),
-        (isinstance(init, str) and not INITS.fullmatch(init),
+        (isinstance(init, str) and not re.fullmatch(inits, init),
          f"init_lora_weights is {init!r}; it must be true, false, gaussian, orthogonal, olora, "
          "pissa or pissa_niter_N"),
         (any(r < 1 for r in c.rank_pattern.values()),
          f"rank_pattern is {c.rank_pattern!r}; every rank must be 1 or more"),
-        (not _are_token_ids(c.trainable_token_indices),
-         f"trainable_token_indices is {c.trainable_token_indices!r}; it must be a list of distinct "
-         "token ids, or an object from an embedding's name to one"),
+        (any(not ids or min(ids) < 0 or len(set(ids)) < len(ids) for ids in rows),
+         f"trainable_token_indices is {indices!r}; it must be a list of distinct token ids, or an "
+         "object from an embedding's name to one"),
         (is_expression and c.layers_to_transform is not None,
          "layers_to_transform needs target_modules as a list of names, not the regular expression "
          f"{targets!r}: say it in the expression"),
         (c.layers_pattern and c.layers_to_transform is None,
          "layers_pattern is set without layers_to_transform: say which layers"),
-        (c.lora_bias and c.use_dora,
-         "lora_bias=True cannot be combined with use_dora=True"),
+        (c.lora_bias and c.use_dora, "lora_bias=True cannot be combined with use_dora=True"),
         (c.lora_bias and not isinstance(init, bool),
          f"lora_bias=True needs init_lora_weights true or false, not {init!r}"),
     ]  # fmt: skip
-    return [problem for is_wrong, problem in checks if is_wrong] + _bad_expressions(c)
-
-
-def _are_token_ids(indices: list[int] | dict[str, list[int]] | None) -> bool:
-    lists = list(indices.values()) if isinstance(indices, dict) else [indices or [0]]
-    return all(ids and min(ids) >= 0 and len(set(ids)) == len(ids) for ids in lists)
-
-
-def _bad_expressions(c: LoraConfig) -> list[str]:
-    fields = (c.target_modules, c.exclude_modules, c.layers_pattern)
-    expressions = [value for value in fields if isinstance(value, str)]
-    expressions += c.layers_pattern if isinstance(c.layers_pattern, list) else []
-    found = []
+    expressions = [value for value in (targets, c.exclude_modules) if isinstance(value, str)]
+    patterns = c.layers_pattern or []
+    expressions += [patterns] if isinstance(patterns, str) else patterns
     for expression in [*expressions, *c.rank_pattern, *c.alpha_pattern]:
         try:
             re.compile(expression)
         except (re.error, RecursionError, OverflowError) as error:
-            found.append(f"{expression!r} is no regular expression: {error}")
-    return found
+            checks.append((True, f"{expression!r} is no regular expression: {error}"))
+    return checks

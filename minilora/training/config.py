@@ -1,7 +1,6 @@
 """`TrainConfig`: everything a run is told, under the names and defaults of HF `TrainingArguments`.
 
-Each field says in which group `--help` shows it, its unit, its bounds, and what a resume may do
-with it. Imports nothing but the standard library, so that `--help` answers without torch.
+Imports nothing but the standard library, so that `--help` answers without torch.
 """
 
 import dataclasses
@@ -20,24 +19,18 @@ STRATEGIES = ("no", "steps", "epoch")
 EVAL_STEPS = 500  # TrainingArguments', where eval_steps is not given
 DTYPES = ("float32", "bfloat16", "float16")
 
-# The fields of LoraConfig in which a run differs from PEFT's defaults, chosen by measurement
-# (`benchmarks/README.md`).
+# Where a run differs from PEFT's defaults, chosen by measurement (`benchmarks/README.md`).
 LORA_DEFAULTS: dict[str, Any] = {"lora_alpha": 16, "lora_dropout": 0.1}
 
 # What a resume may change, and why. Everything else would bend the run and is refused.
-FREE = "free"  # no number of the training depends on it
-CHECKED = "checked"  # a path may change, for what it names is recognised by its fingerprint
-
-free = partial(option, on_resume=FREE)
-checked = partial(option, on_resume=CHECKED)
+free = partial(option, on_resume="no number of the training depends on it")
+checked = partial(option, on_resume="a path: what it names is recognised by its fingerprint")
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """The arguments of a run. All that is wrong with them is said at once.
-
-    Defaults are TrainingArguments', except learning rate, epochs and batch size, which were chosen
-    by measurement (`benchmarks/README.md`), and evaluation and saving, which happen once per epoch.
+    """The arguments of a run, by default TrainingArguments', except learning rate, epochs and batch
+    size, chosen by measurement (`benchmarks/README.md`), evaluation and saving, once per epoch.
     """
 
     # fmt: off
@@ -45,33 +38,27 @@ class TrainConfig:
         None, "a directory or hub id; by default the packaged MiniLM", group="model")
     model_revision: str | None = checked(None, "branch, tag or commit of a hub id")
     on_adapter: str = option(
-        "continue", "given an adapter: go on training it, or merge it and train a new one",
-        choices=("continue", "merge"))
+        "continue", "go on with a given adapter, or merge it first", choices=("continue", "merge"))
     task: str = option("sequence_classification", "what the head predicts", choices=TASKS)
 
     train_file: str | None = checked(
         None, "csv, tsv, json or jsonl; by default the packaged sentences", group="data")
     validation_file: str | None = checked(None, "the same, for evaluation during training")
     test_file: str | None = checked(None, "the same, evaluated once after training")
-    validation_split: float = option(
-        0.0, "share of train_file to hold out when there is no validation_file", least=0, below=1)
+    validation_split: float = option(0.0, "share of train_file to hold out", least=0, below=1)
     text_column: str | None = option(None, "the text's name, or number from 0 without a header")
     text_pair_column: str | None = option(None, "the same for the second text of a pair")
     label_column: str | None = option(None, "the same for the label")
     max_length: int | None = option(None, "tokens of a text; by default the model's limit", least=3)
 
-    output_dir: str | None = free(
-        None, "a new or empty directory; by default runs/<date-time>", group="output")
-    resume_from_checkpoint: str | None = free(
-        None, "an output_dir or a checkpoint in it; needs no other flag")
+    output_dir: str | None = free(None, "new or empty; by default runs/<date-time>", group="output")
+    resume_from_checkpoint: str | None = free(None, "a run or its checkpoint; needs no other flag")
     allow_inexact_resume: bool = free(False, "take a checkpoint of HF Trainer's that lacks a part")
     save_strategy: str = free("epoch", "when to write a checkpoint", choices=STRATEGIES)
     save_steps: int = free(500, "with save_strategy steps, optimizer steps between them", least=1)
-    save_total_limit: int | None = free(
-        None, "checkpoints kept; the newest and the best are never deleted", least=1)
+    save_total_limit: int | None = free(None, "checkpoints kept, newest and best always", least=1)
     logging_steps: int | None = free(
-        None, "optimizer steps between rows of metrics.jsonl; by default 10, with hf_parity 500",
-        least=1)
+        None, "steps between rows of metrics.jsonl; by default 10, with hf_parity 500", least=1)
 
     num_train_epochs: float = option(3.0, "passes over the training set", group="training")
     max_steps: int = option(-1, "optimizer steps in all; above 0, it overrides num_train_epochs")
@@ -97,16 +84,12 @@ class TrainConfig:
         None, "packed, the default, has no padding", choices=("packed", "padded"), group="speed")
     dropout: str | None = option(
         None, "whose masks; by default fast, ours, on a CPU, else torch", choices=("fast", "torch"))
-    dtype: str = option(
-        "float32", "of frozen weights and activations; what trains is float32", choices=DTYPES)
-    gradient_checkpointing: bool = option(
-        False, "save memory: recompute each layer's activations in the backward pass")
-    torch_compile: bool = option(
-        False, "compile the model's forward; takes padded batches and torch's dropout")
+    dtype: str = option("float32", "of frozen weights and activations only", choices=DTYPES)
+    gradient_checkpointing: bool = option(False, "recompute activations instead of keeping them")
+    torch_compile: bool = option(False, "compile the forward; with padding and torch's dropout")
 
     eval_strategy: str | None = free(
-        None, "when to evaluate; by default each epoch if there is validation data",
-        choices=STRATEGIES, group="evaluation")
+        None, "by default epoch, given validation data", choices=STRATEGIES, group="evaluation")
     eval_steps: int | None = free(None, "optimizer steps between two; by default 500", least=1)
     eval_on_start: bool = option(False, "evaluate the untrained model, too")
     per_device_eval_batch_size: int = option(32, "examples in a batch", least=1)
@@ -128,21 +111,15 @@ class TrainConfig:
 
     def best_is_greatest(self) -> bool:
         """Whether a higher metric is a better one."""
-        if self.greater_is_better is not None:
-            return self.greater_is_better
-        return not (self.best_metric() or "").endswith("loss")
+        is_loss = (self.best_metric() or "").endswith("loss")
+        return not is_loss if self.greater_is_better is None else self.greater_is_better
 
 
 def train_config_from_dict(values: dict[str, Any], place: str) -> TrainConfig:
     """A `TrainConfig` from recorded arguments; `place` is where they are recorded."""
-    known = {field.name for field in dataclasses.fields(TrainConfig)}
-    unknown = sorted(set(values) - known)
-    if unknown:
-        raise MiniloraError(
-            f"{place}: unknown arguments {unknown}: it was written by another version of minilora"
-        )
-    # Recorded arguments are resolved, eval_steps too; where it is null, an older version wrote it,
-    # to which that meant logging_steps.
+    if unknown := sorted(values.keys() - vars(TrainConfig()).keys()):
+        raise MiniloraError(f"{place}: unknown arguments {unknown}, of another version of minilora")
+    # An older version did not resolve eval_steps: null meant logging_steps to it.
     if values.get("logging_steps") is not None and values.get("eval_steps") is None:
         values = {**values, "eval_steps": values["logging_steps"]}
     try:
@@ -152,27 +129,21 @@ def train_config_from_dict(values: dict[str, Any], place: str) -> TrainConfig:
 
 
 def reconcile(recorded: TrainConfig, given: dict[str, Any]) -> TrainConfig:
-    """The recorded arguments with the `given` ones applied, where that leaves the run what it was.
-
-    Refused are, all at once, those that would bend it.
-    """
+    """The recorded arguments with the `given` ones; those that would bend the run are refused."""
     fields = dataclasses.fields(TrainConfig)
     fixed = {field.name for field in fields if "on_resume" not in field.metadata}
-    bending = {name: value for name, value in given.items() if name in fixed}
-    refuse_bending(differences(recorded, bending))
+    refuse_bending(differences(recorded, {name: given[name] for name in fixed & given.keys()}))
     return dataclasses.replace(recorded, **given)
 
 
 def refuse_bending(changes: list[str]) -> None:
     """Refuse to resume with `changes`, a list of "NAME: OLD -> NEW", unless it is empty."""
     if changes:
-        raise MiniloraError(
-            f"a resumed run cannot change {', '.join(changes)}: leave these out to continue the "
-            "run as it was, or start a new run with another --output_dir"
-        )
+        advice = "leave these out to go on as before, or start a new run in another --output_dir"
+        raise MiniloraError(f"a resumed run cannot change {', '.join(changes)}: {advice}")
 
 
-def _relations(c: TrainConfig) -> list[str]:
+def _relations(c: TrainConfig) -> list[tuple[Any, str]]:
     evaluates = c.eval_strategy or "epoch"
     eval_steps = c.eval_steps or EVAL_STEPS
     checks = [
@@ -193,12 +164,11 @@ def _relations(c: TrainConfig) -> list[str]:
          "load_best_model_at_end needs a checkpoint at each evaluation: eval_steps "
          f"({eval_steps}) must be a multiple of save_steps ({c.save_steps})"),
     ]  # fmt: skip
-    found = [problem for is_wrong, problem in checks if is_wrong]
     plain = {"batching": "padded", "dropout": "torch"}
     exact = {**plain, "dtype": "float32", "gradient_checkpointing": False}
     for mode, settings in (("hf_parity", exact), ("torch_compile", plain)):
         for name, needed in settings.items():
             value = getattr(c, name)
-            if getattr(c, mode) and value not in (needed, None):
-                found.append(f"{mode} needs {name} {needed}, not {value}: leave one out")
-    return found
+            is_wrong = getattr(c, mode) and value not in (needed, None)
+            checks.append((is_wrong, f"{mode} needs {name} {needed}, not {value}: leave one out"))
+    return checks

@@ -18,17 +18,12 @@ TIMING_KEYS = ("runtime", "samples_per_second", "steps_per_second")
 def evaluate_model(
     forward: nn.Module, task: Any, batches: Iterator[Batch], scorer: Any, prefix: str
 ) -> dict[str, float]:
-    """Metrics of the model over `batches` under `<prefix>_...` keys, timing keys last.
+    """Metrics of `forward`, from a batch to logits, under `<prefix>_...` keys, timing keys last.
 
     Draws nothing from any generator and leaves the model in the mode it was in, so that it changes
-    no training number.
-
-    Args:
-        forward: batch to logits.
-        task: its loss (bert/tasks).
-        scorer: takes each batch's logits, and has the metrics at the end.
+    no training number. `task` and `scorer` are those of bert/tasks.
     """
-    start, steps, losses = time.perf_counter(), 0, []
+    start, losses = time.perf_counter(), []
     with torch.no_grad(), evaluation_mode(forward):
         for batch in batches:
             logits = forward(batch)
@@ -38,11 +33,10 @@ def evaluate_model(
             losses.append(np.full(task.loss_weight(batch), loss, dtype=np.float32))
             on_host = {name: tensor.cpu() for name, tensor in batch.items()}
             scorer.add(logits.float().cpu(), on_host)
-            steps += 1
     weighted = np.concatenate(losses)
     found = {"loss": weighted.mean().item(), **scorer.metrics()}
     seconds = time.perf_counter() - start
-    speed = (seconds, len(weighted) / seconds, steps / seconds)
+    speed = (seconds, len(weighted) / seconds, len(losses) / seconds)
     found |= dict(zip(TIMING_KEYS, speed, strict=True))
     return {f"{prefix}_{name}": value for name, value in found.items()}
 

@@ -1,4 +1,4 @@
-"""What a person who watches a run sees, on stderr: stdout is for the result."""
+"""What a person who watches a run sees."""
 
 import sys
 import time
@@ -35,9 +35,7 @@ class TrainingBar:
         self.bar.update()
 
     def speed(self) -> dict[str, float]:
-        """Seconds, examples and steps per second of the loop in this process, evaluation and saving
-        included.
-        """
+        """Of the loop in this process so far, with its evaluation and saving; times in seconds."""
         seconds = time.perf_counter() - self.start
         return {
             "train_runtime": seconds,

@@ -1,7 +1,6 @@
 """Every random generator a run draws from: seeded together, saved together, restored together.
 
-The stream of fast dropout's masks (bert/dropout) is reached through the model's modules: this room
-knows only that it has a state.
+The stream of fast dropout's masks (bert/dropout) is reached through the model's modules.
 """
 
 import random
@@ -10,13 +9,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from minilora.errors import MiniloraError
-from minilora.reading import first_line
-
-# Words of MT19937. numpy does not check the position in them, and would read beyond its array.
-MT19937_WORDS = 624
+from minilora.reading import check_like, first_line
 
 
 def seed_all(seed: int) -> None:
@@ -28,10 +24,8 @@ def seed_all(seed: int) -> None:
 
 def rng_state(model: nn.Module) -> dict[str, Any]:
     """The state of every generator, in HF Trainer's structure (`rng_state.pth`), and of the stream
-    that the model's own dropout draws from, where it has one.
-
-    numpy's key is a list instead of an array: Trainer restores it all the same, and the file then
-    loads with plain `weights_only=True`, no numpy reconstruction function allowed.
+    of masks. numpy's key is a list instead of an array: Trainer restores it all the same, and the
+    file then loads with plain `weights_only=True`, no numpy reconstruction function allowed.
     """
     name, keys, position, has_gauss, cached_gaussian = np.random.get_state(legacy=True)
     state: dict[str, Any] = {
@@ -64,23 +58,20 @@ def set_rng_state(state: dict[str, Any], model: nn.Module) -> None:
 
 
 def check_rng_state(state: Any, place: Path) -> None:
-    """Refuse what `set_rng_state` could not restore, ours or HF Trainer's.
-
-    Tried on generators of no consequence: the run's own are untouched.
-    """
-    if not isinstance(state, dict) or {"python", "numpy", "cpu"} - set(state):
-        raise MiniloraError(f"{place} does not hold the states of python, numpy and torch")
+    """Refuse what `set_rng_state` could not restore. The run's own generators are untouched."""
+    check_like({"python": None, "numpy": None, "cpu": Tensor}, state, place)
     try:
         version, keys, gauss_next = state["python"]
         random.Random().setstate((version, tuple(keys), gauss_next))
         np.random.RandomState().set_state(tuple(state["numpy"]))
-        if not 0 <= state["numpy"][2] <= MT19937_WORDS:
+        # Among MT19937's 624 words; numpy does not check it, and would read beyond its array.
+        if not 0 <= state["numpy"][2] <= 624:
             raise ValueError(f"numpy's position is {state['numpy'][2]}")
         torch.Generator().set_state(state["cpu"])
         masks = state.get("mask_stream", torch.zeros(4, dtype=torch.int64))
         if masks.shape != (4,) or masks.dtype != torch.int64:
             raise ValueError("the state of a mask stream is four int64")
-        if state.get("cuda") is not None and not isinstance(state["cuda"], torch.Tensor):
+        if state.get("cuda") is not None and not isinstance(state["cuda"], Tensor):
             raise ValueError("CUDA's state is no tensor")
     except Exception as error:  # each generator complains in its own way
         raise MiniloraError(f"{place} holds no generators' states: {first_line(error)}") from None
@@ -93,6 +84,5 @@ def mask_stream(model: nn.Module) -> Any:
 
 
 def draw_loader_seed() -> None:
-    """Draw what torch's DataLoader draws from the global generator whenever it is iterated: one
-    int64, the base seed of workers that are not even used."""
+    """Draw what each iteration of torch's DataLoader does: a seed for workers, even without any."""
     torch.empty((), dtype=torch.int64).random_()

@@ -6,8 +6,13 @@ from torch import nn
 from transformers import Trainer, TrainingArguments, get_scheduler
 
 import minilora
-from minilora import LoraConfig, TrainConfig
-from minilora.training.optim import build_optimizer, build_scheduler
+from minilora import LoraConfig, MiniloraError, TrainConfig
+from minilora.training.optim import (
+    build_optimizer,
+    build_scheduler,
+    check_optimizer,
+    check_scheduler,
+)
 from tests.conftest import tiny_classifier
 
 
@@ -60,3 +65,22 @@ def test_every_learning_rate_of_a_run_is_transformers(schedule, warmup):
     expected_rates, expected_state = course(theirs)
     assert rates == expected_rates
     assert state.keys() == expected_state.keys()
+
+
+@pytest.mark.parametrize("numbers", [5, "x", [], [1], [True], torch.zeros(1), {0: 0}])
+def test_groups_that_do_not_number_the_parameters_are_refused(numbers, tmp_path):
+    optimizer = build_optimizer(nn.Linear(2, 2, bias=False), TrainConfig())
+    state = optimizer.state_dict()
+    check_optimizer(optimizer, state, tmp_path)
+    state["param_groups"][0]["params"] = numbers
+    with pytest.raises(MiniloraError, match="params"):
+        check_optimizer(optimizer, state, tmp_path)
+
+
+@pytest.mark.parametrize("position", [1.5, 1e308, 2**63, None])
+def test_a_schedules_position_is_a_whole_number(position, tmp_path):
+    optimizer = build_optimizer(nn.Linear(2, 2), TrainConfig())
+    scheduler = build_scheduler(optimizer, TrainConfig(), 3)
+    check_scheduler(scheduler, scheduler.state_dict(), tmp_path)
+    with pytest.raises(MiniloraError, match="last_epoch is"):
+        check_scheduler(scheduler, {**scheduler.state_dict(), "last_epoch": position}, tmp_path)

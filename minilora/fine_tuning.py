@@ -27,11 +27,12 @@ from minilora.bert.tasks import Task, build_task
 from minilora.errors import MiniloraError
 from minilora.files import exclusive, scratch_directory, sweep_leftovers, write_file
 from minilora.lora.config import LoraConfig
-from minilora.lora.peft_files import CARD_NAME, load_adapter, save_adapter
+from minilora.lora.peft_files import CARD_NAME, assign_adapter, save_adapter
 from minilora.model_card import model_card
 from minilora.options import changed
 from minilora.starting_model import StartingModel
 from minilora.training import resume
+from minilora.training.checkpoint import read_checkpoint
 from minilora.training.config import TrainConfig
 from minilora.training.evaluation import Batch, evaluate_model
 from minilora.training.loop import Training, TrainState, is_finished, plan_timetable
@@ -166,8 +167,8 @@ def train(
     state = run.training.state
     if is_finished(state, run.training.timetable):
         if config.load_best_model_at_end and state.best_step is not None:
-            best = output_dir / f"checkpoint-{state.best_step}"
-            load_adapter(start.model, best, is_trainable=True)
+            best = read_checkpoint(output_dir / f"checkpoint-{state.best_step}")
+            assign_adapter(start.model, best.adapter)
         metrics |= reported_evaluation(config, state)
         metrics |= pieces.evaluate("test", "test") if "test" in examples else {}
         write_final_files(start, output_dir, dataclasses.replace(record, result=metrics))

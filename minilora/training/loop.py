@@ -89,7 +89,7 @@ class Training:
     model: nn.Module  # with an adapter; its trainable parameters are the optimizer's
     optimizer: torch.optim.Optimizer
     scheduler: torch.optim.lr_scheduler.LRScheduler
-    forward: nn.Module | None = None  # from a batch to logits; by default the model
+    forward: nn.Module | None = None  # `fit` calls it, batch to logits; by default the model
     # Scales the loss for float16; one that is not enabled does nothing.
     scaler: torch.amp.GradScaler = field(
         default_factory=lambda: torch.amp.GradScaler("cpu", enabled=False)

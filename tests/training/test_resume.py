@@ -384,6 +384,27 @@ def test_a_damaged_newest_checkpoint_is_set_aside_and_the_older_one_used(
     assert_same_run(tmp_path / "run", uninterrupted)
 
 
+def test_a_damaged_best_checkpoint_does_not_become_the_final_adapter(
+    tmp_path, tiny_model, sentences
+):
+    """One flipped bit, which no other check would see; intact, it is the final adapter."""
+    values = arguments(
+        tiny_model, sentences, save_strategy="epoch", load_best_model_at_end=True,
+        metric_for_best_model="loss", greater_is_better=False,
+    )  # fmt: skip
+    fine_tune(TrainConfig(**values, output_dir=str(tmp_path / "run")))
+    losses = [row["eval_loss"] for row in read_rows(tmp_path / "run") if "eval_loss" in row]
+    assert losses[0] < losses[1], "the best must not be the checkpoint that a resume reads anyway"
+    best = tmp_path / "run" / "checkpoint-6" / "adapter_model.safetensors"
+    final = tmp_path / "run" / "adapter_model.safetensors"
+    assert final.read_bytes() == best.read_bytes()
+    final.unlink()
+    best.write_bytes(best.read_bytes()[:-1] + bytes([best.read_bytes()[-1] ^ 1]))
+    with pytest.raises(MiniloraError, match=r"checkpoint-6.*is not what was written"):
+        fine_tune(TrainConfig(resume_from_checkpoint=str(tmp_path / "run")))
+    assert not final.exists()
+
+
 def test_with_every_checkpoint_damaged_the_run_starts_again(
     tmp_path, tiny_model, sentences, uninterrupted
 ):

@@ -148,6 +148,7 @@ class Ours:
             optimizer,
             build_scheduler(optimizer, self.config, STEPS),
             Padded(model, pad_token_id=0),
+            build_task("sequence_classification", ["0", "1"]),
             timetable=plan_timetable(self.config, EXAMPLES, validates=False),
         )
         examples = Examples(
@@ -162,8 +163,7 @@ class Ours:
         self.batches = epoch_batches(examples, 42, BATCH, 1, collate, cpu)
 
     def prepare(self) -> None:
-        task = build_task("sequence_classification", ["0", "1"])
-        training_step(self.training, task, self.config, next(self.batches(0, 0)))
+        training_step(self.training, self.config, next(self.batches(0, 0)))
 
     def save(self, step: int) -> Path:
         self.training.state = TrainState(global_step=step, step_in_epoch=step)

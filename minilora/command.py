@@ -25,6 +25,9 @@ LONGEST_LINE = 2000
 class Parser(argparse.ArgumentParser):
     """A parser that complains in one line, and to which `--learning-rate` is `--learning_rate`."""
 
+    def __init__(self, command: str, usage: str | None) -> None:
+        super().__init__(f"python -m minilora.{command}", usage=usage, allow_abbrev=False)
+
     def parse_known_args(self, args: list[str], namespace: Any = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         # Up to a "=": the dashes of a value stay.
         spelt = [re.sub("(?<=^--)[^=]+", lambda flag: flag[0].replace("-", "_"), w) for w in args]

@@ -13,7 +13,6 @@ from minilora import command
 
 
 def main() -> int:
-    """Parse, score, print. Returns the exit code."""
     asked = parse_arguments(sys.argv[1:])
     with command.without_collection():  # the slow imports: torch and transformers
         from minilora.trained.opened import open_run
@@ -32,7 +31,7 @@ def main() -> int:
 
 
 def parse_arguments(arguments: list[str]) -> argparse.Namespace:
-    parser = command.Parser("python -m minilora.evaluate", usage=__doc__, allow_abbrev=False)
+    parser = command.Parser("evaluate", usage=__doc__)
     command.add_run_arguments(parser)
     add = parser.add_argument
     add("--file", required=True, help="labelled: csv, tsv, json or jsonl")

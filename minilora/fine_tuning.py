@@ -19,10 +19,10 @@ import transformers
 
 from minilora import starting_model
 from minilora.bert import load
-from minilora.bert.dataset import Examples, batches_in_order, epoch_batches
+from minilora.bert.dataset import Examples, batches_in_order, epoch_batches, tokenize
 from minilora.bert.forward import Packed, Padded
 from minilora.bert.rows import Columns
-from minilora.bert.splits import Splits, read_splits, tokenize_splits
+from minilora.bert.splits import Splits, read_splits
 from minilora.bert.tasks import Task, build_task
 from minilora.errors import MiniloraError
 from minilora.files import exclusive, scratch_directory, sweep_leftovers, write_file
@@ -40,7 +40,7 @@ from minilora.training.optim import build_optimizer, build_scheduler
 from minilora.training.progress import say
 from minilora.training.record import RunRecord, environment
 from minilora.training.rng import draw_loader_seed, seed_all
-from minilora.training.run import Run, fit_in_directory
+from minilora.training.run import fit_in_directory
 from minilora.training.run_directory import advice_on_disk_errors, new_output_dir, write_run
 
 
@@ -118,8 +118,7 @@ def run_fine_tuning(
                 plan = resume.plan_resume(Path(path), train_arguments, lora_arguments)
                 if plan.refusals:
                     raise MiniloraError("; ".join(plan.refusals))
-                assert plan.config is not None and plan.lora is not None
-                return train(plan.config, plan.lora, output_dir, plan, should_stop)
+                return train(plan, should_stop)
     config = TrainConfig(**train_arguments)
     lora = starting_model.new_lora_config(config, lora_arguments)
     # With milliseconds, so that the bare command can be repeated, even by a script.
@@ -129,19 +128,16 @@ def run_fine_tuning(
         new_output_dir(output_dir)
         with exclusive(output_dir):
             sweep_leftovers(output_dir)
-            return train(config, lora, output_dir, None, should_stop)
+            plan = resume.ResumePlan.fresh(output_dir, config, lora)
+            return train(plan, should_stop)
 
 
-def train(
-    config: TrainConfig,
-    lora: LoraConfig,
-    output_dir: Path,
-    plan: resume.ResumePlan | None,
-    should_stop: Callable[[], bool],
-) -> TrainResult:
-    """The run itself, holding `output_dir`'s lock."""
-    device = starting_model.chosen_device(config.device)
-    config = starting_model.resolve_modes(config, device)
+def train(plan: resume.ResumePlan, should_stop: Callable[[], bool]) -> TrainResult:
+    """The run itself, holding its directory's lock."""
+    assert plan.config is not None and plan.lora is not None
+    lora, output_dir = plan.lora, plan.output_dir
+    device = starting_model.chosen_device(plan.config.device)
+    config = starting_model.resolve_modes(plan.config, device)
     splits = read_data(config)
     task = build_task(config.task, splits.labels, config.label_smoothing_factor)
 
@@ -150,22 +146,22 @@ def train(
     ran_on = {**environment(), "transformers": transformers.__version__}
     inputs = (splits.fingerprints, start.sha256, ran_on)
     record = RunRecord(config, lora, splits.labels, splits.has_pairs(), *inputs)
-    if plan is not None:
-        resume.check_same_inputs(plan, record)
+    resume.check_same_inputs(plan, record)
     examples = tokenize_all(config, splits, task, start)
 
     starting_model.attach_adapter(start, config, lora)
-    forward = starting_model.ready(config, start.model, load.pad_token_id(start.tokenizer), device)
+    pad_token_id = load.pad_token_id(start.tokenizer)
+    forward = starting_model.choose_forward(config, start.model, pad_token_id, device)
     starting_model.prepare_training(config, forward)
     starting_model.describe_start(start, config, output_dir)
 
     pieces = Pieces(config, splits, examples, task, start, forward)
     evaluate = partial(pieces.evaluate, "validation", "eval") if "validation" in examples else None
-    run = Run(record, build_training(pieces), task, pieces.batches(), evaluate)
-    metrics = fit_in_directory(run, output_dir, plan, should_stop)
+    training = build_training(pieces)
+    metrics = fit_in_directory(training, record, pieces.batches(), evaluate, plan, should_stop)
 
-    state = run.training.state
-    if is_finished(state, run.training.timetable):
+    state = training.state
+    if is_finished(state, training.timetable):
         if config.load_best_model_at_end and state.best_step is not None:
             best = read_checkpoint(output_dir / f"checkpoint-{state.best_step}")
             assign_adapter(start.model, best.adapter)
@@ -194,13 +190,13 @@ def tokenize_all(
     config: TrainConfig, splits: Splits, task: Task, start: StartingModel
 ) -> dict[str, Examples]:
     """Every split as token arrays. How many texts were cut is said: no loss of data is silent."""
-    longest = load.longest_input(start.model, start.tokenizer)
-    max_length = starting_model.input_length(config.max_length, longest)
-    examples = tokenize_splits(splits, task, start.tokenizer, max_length)
-    for split, encoded in examples.items():
-        if encoded.truncated:
-            cut = f"{encoded.truncated} of {len(splits.rows[split])} texts were cut"
-            say(f"{splits.files[split]}: {cut} at {max_length} tokens")
+    max_length = load.input_length(start.model, start.tokenizer, config.max_length)
+    examples = {}
+    for split, rows in splits.rows.items():
+        file = splits.files[split]
+        examples[split] = tokenize(rows, task, start.tokenizer, max_length, file)
+        if cut := examples[split].truncated:
+            say(f"{file}: {cut} of {len(rows)} texts were cut at {max_length} tokens")
     return examples
 
 
@@ -212,7 +208,8 @@ def build_training(pieces: Pieces) -> Training:
     scheduler = build_scheduler(optimizer, config, timetable.max_steps)
     # Only float16 needs scaling: its smallest gradients would be zero.
     scaler = torch.amp.GradScaler(model.device.type, enabled=config.dtype == "float16")
-    return Training(model, optimizer, scheduler, pieces.forward, scaler, timetable)
+    forward, task = pieces.forward, pieces.task
+    return Training(model, optimizer, scheduler, forward, task, scaler, timetable)
 
 
 def reported_evaluation(config: TrainConfig, state: TrainState) -> dict[str, float]:
@@ -225,9 +222,7 @@ def reported_evaluation(config: TrainConfig, state: TrainState) -> dict[str, flo
 
 
 def write_final_files(start: StartingModel, output_dir: Path, record: RunRecord) -> None:
-    """The adapter as PEFT writes it, its model card (one that is there already is kept), the
-    tokenizer's files, and run.json with the result.
-    """
+    """The adapter, its model card (one that is there is kept), the tokenizer, and the result."""
     if not (output_dir / CARD_NAME).exists():
         is_merged = start.adapter is not None and record.arguments.on_adapter == "merge"
         merged = start.adapter.location if start.adapter is not None and is_merged else None

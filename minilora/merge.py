@@ -13,7 +13,6 @@ from minilora.training.config import DTYPES
 
 
 def main() -> int:
-    """Parse, merge, print. Returns the exit code."""
     asked = parse_arguments(sys.argv[1:])
     with command.without_collection():  # the slow imports: torch and transformers
         from minilora.trained.merge import write_merged_model
@@ -27,8 +26,7 @@ def main() -> int:
 
 
 def parse_arguments(arguments: list[str]) -> argparse.Namespace:
-    """The flags of this command, one run or several among them."""
-    parser = command.Parser("python -m minilora.merge", usage=__doc__, allow_abbrev=False)
+    parser = command.Parser("merge", usage=__doc__)
     add = parser.add_argument
     add("path", metavar="OUT", nargs="?", help="what train wrote, a checkpoint, or a PEFT adapter")
     add("--output_dir", required=True, metavar="MERGED", help="a new directory")

@@ -23,8 +23,7 @@ METRICS = {
 
 def model_card(name: str, base: str, merged: str | None, record: RunRecord) -> str:
     """The text of README.md for the adapter `name` of a finished run on `base`, a hub id or a
-    directory. If an adapter was `merged` into it first, what was trained fits no model that has a
-    name, and no lines for PEFT are given.
+    directory. If an adapter was `merged` into it first, it fits no model that PEFT could load.
     """
     result, lora, labels = record.result or {}, record.lora, record.labels
     metrics = {hub: result[ours] for ours, hub in METRICS.items() if ours in result}

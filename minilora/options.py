@@ -95,7 +95,6 @@ def canonical(field: dataclasses.Field, value: Any) -> Any:
 
 
 def changed(config: Any) -> dict[str, Any]:
-    """The fields that are not at their default."""
     default = vars(type(config)())
     return {name: value for name, value in vars(config).items() if value != default[name]}
 
@@ -120,7 +119,6 @@ class _ListOrString(Action):
 
 
 def boolean(text: str) -> bool:
-    """A flag's value that is true or false."""
     if text.lower() not in BOOLEANS:
         raise ArgumentTypeError(f"{text!r} is neither true nor false")
     return BOOLEANS[text.lower()]

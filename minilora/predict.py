@@ -18,7 +18,6 @@ from minilora.options import boolean, positive
 
 
 def main() -> int:
-    """Parse, predict, print. Returns the exit code."""
     asked = parse_arguments(sys.argv[1:])
     with command.without_collection():  # the slow imports: torch and transformers
         from minilora.files import new_lines
@@ -54,8 +53,7 @@ def main() -> int:
 
 
 def parse_arguments(arguments: list[str]) -> argparse.Namespace:
-    """The flags of this command, exactly one source of texts among them."""
-    parser = command.Parser("python -m minilora.predict", usage=__doc__, allow_abbrev=False)
+    parser = command.Parser("predict", usage=__doc__)
     command.add_run_arguments(parser)
     add = parser.add_argument
     add("stdin", metavar="-", nargs="?", choices=["-"], help="read stdin, one text per line")

@@ -63,22 +63,12 @@ def parse_json(data: bytes, path: Path, limit: int = MAX_JSON_BYTES) -> dict[str
     return values
 
 
-def read_safetensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file, on the CPU."""
-    return parse_safetensors(read_bytes(path), path)
-
-
 def parse_safetensors(data: bytes, path: Path) -> dict[str, Tensor]:
     """The tensors in the bytes of a safetensors file, on the CPU."""
     try:
         return safetensors.torch.load(data)
     except Exception as error:  # a lying header fails in many ways, none of them ours
         raise MiniloraError(f"{path} is damaged: {first_line(error)}") from None
-
-
-def read_torch(path: Path, allowed: Iterable[Any] = ()) -> Any:
-    """What `torch.save` wrote, on the CPU; see `parse_torch`."""
-    return parse_torch(read_bytes(path), path, allowed)
 
 
 def parse_torch(data: bytes, path: Path, allowed: Iterable[Any] = ()) -> Any:

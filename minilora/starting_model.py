@@ -138,10 +138,9 @@ def attach_adapter(start: StartingModel, config: TrainConfig, lora: LoraConfig) 
         stored = read_config(find_adapter(start.adapter.location))
         differing = differing_fields(stored, resolve_config(start.model, lora))
         if differing:
-            listed = (f"{name}: {old} -> {new}" for name, (old, new) in differing.items())
             raise MiniloraError(
                 f"{start.adapter.location} is to be continued and its adapter has other settings: "
-                f"{', '.join(listed)}; leave them out, or use --on_adapter merge for a new adapter"
+                f"{', '.join(differing)}; leave them out, or merge it first (--on_adapter merge)"
             )
         load_adapter(start.model, start.adapter.location, is_trainable=True)
     else:
@@ -150,7 +149,7 @@ def attach_adapter(start: StartingModel, config: TrainConfig, lora: LoraConfig) 
         train_heads_in_float32(start.model)
 
 
-def ready(
+def choose_forward(
     config: TrainConfig, model: PreTrainedModel, pad_token_id: int, device: torch.device
 ) -> Packed | Padded:
     """The forward of an adapted model, on `device`: how its batches are made and its layers run."""
@@ -165,10 +164,7 @@ def ready(
 
 
 def prepare_training(config: TrainConfig, forward: Packed | Padded) -> None:
-    """Make the model train as `dropout`, `gradient_checkpointing` and `torch_compile` ask.
-
-    The masks of fast dropout are seeded like everything else, and drawn from a stream of their own.
-    """
+    """Make the model train as `dropout`, `gradient_checkpointing` and `torch_compile` ask."""
     model = forward.model
     checkpointing: dict[str, Any] = {"use_reentrant": False}
     if config.dropout == "fast":
@@ -185,13 +181,6 @@ def prepare_training(config: TrainConfig, forward: Packed | Padded) -> None:
         getattr(model, "activation_checkpointing_enable", old_name)(checkpointing)
     if config.torch_compile:
         forward.compile()
-
-
-def input_length(asked: int | None, longest: int) -> int:
-    """Tokens kept of each example, at most what the model has positions for."""
-    if asked is not None and asked > longest:
-        raise MiniloraError(f"max_length is {asked}; this model takes {longest} tokens at most")
-    return asked or longest
 
 
 def describe_start(start: StartingModel, config: TrainConfig, output_dir: Path) -> None:

@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 
 
 def main() -> int:
-    """Parse, train, print. Returns the exit code."""
     train_arguments, lora_arguments = parse_arguments(sys.argv[1:])
     if "resume_from_checkpoint" not in train_arguments:
         # Bad values are answered before torch is imported.
@@ -40,12 +39,7 @@ def main() -> int:
 
 def parse_arguments(arguments: list[str]) -> tuple[dict[str, Any], dict[str, Any]]:
     """The given flags of the run and of the adapter, by field name; flags not given are absent."""
-    parser = Parser(
-        prog="python -m minilora.train",
-        usage="%(prog)s [flags]",
-        description="Fine-tune a BERT with LoRA. Without a flag: the packaged sentences and model.",
-        allow_abbrev=False,
-    )
+    parser = Parser("train", usage=__doc__)
     add_flags(parser, TrainConfig)
     add_flags(parser, LoraConfig, group="LoRA", defaults=LORA_DEFAULTS)
     namespace = parser.parse_args(arguments)
@@ -58,14 +52,11 @@ def print_summary(result: "TrainResult", stopped: bool) -> None:
     if stopped:
         print(f"stopped at step {result.global_step}; nothing is lost")
     else:
-        first = result.log_history[:1]
-        if first and first[0]["step"] == 0 and "eval_accuracy" in first[0]:
-            print(f"accuracy of the untrained head:  {first[0]['eval_accuracy']:.3f}")
+        untrained = next((row for row in result.log_history if row["step"] == 0), {})
         for name, value in result.metrics.items():
-            if name.startswith("eval_accuracy"):
-                kind = name.removeprefix("eval_accuracy").removeprefix("_")
-                what = f"accuracy on {kind}:" if kind else "accuracy after training:"
-                print(f"{what:<33}{value:.3f}")
+            if name.startswith(("eval_", "test_")) and not name.endswith(("runtime", "second")):
+                before = f"   untrained {untrained[name]:.3f}" if name in untrained else ""
+                print(f"{name:<26}{value:.3f}{before}")
         print(f"adapter:  {result.output_dir}, which PEFT loads, too")
         print(f"evaluate: python -m minilora.evaluate {place} --file FILE")
         print(f'predict:  python -m minilora.predict {place} --text "..."')

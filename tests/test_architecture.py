@@ -28,8 +28,8 @@ FLOOR_OF = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 COMMANDS = FLOORS[-1]
 FORBIDDEN_NAMES = ("utils", "util", "common", "helpers", "helper", "misc", "base", "manager")
 
-# Budgets: lines of minilora/ (7,000 is where it is to come), and of the core that README names.
-LINES, CORE_LINES = 7_221, 2_200
+# Budgets: lines of minilora/, and of the core that README names.
+LINES, CORE_LINES = 7_000, 2_200
 LINES_OF_A_FILE, LINES_OF_A_FUNCTION, PARAMETERS = 300, 50, 6
 
 
@@ -78,7 +78,7 @@ def test_training_does_not_know_transformers():
 def test_the_package_imports_nothing_but_its_core_dependencies():
     allowed = {"torch", "transformers", "safetensors", "numpy", "tqdm", "minilora"}
     # Comes with transformers; imported where it is used.
-    allowed_late = {"huggingface_hub"}
+    allowed_late = {"huggingface_hub", "yaml"}
     for path in ROOMS:
         at_the_top = {
             name for node in ast.parse(path.read_text()).body for name in imports_of_node(node)

@@ -20,7 +20,7 @@ def handlers_as_before():
 
 @pytest.mark.parametrize("flag", ["--learning_rate", "--learning-rate", "--learning-rate=a-b"])
 def test_a_dash_in_a_flag_is_an_underscore_and_one_in_a_value_is_not(flag):
-    parser = Parser(prog="command")
+    parser = Parser("command", usage=None)
     parser.add_argument("--learning_rate")
     words = [flag] if "=" in flag else [flag, "a-b"]
     assert parser.parse_args(words).learning_rate == "a-b"

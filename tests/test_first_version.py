@@ -46,9 +46,9 @@ def restored(monkeypatch):
     seen = []
     fit = run_room.fit
 
-    def watched(training, task, config, callbacks):
+    def watched(training, config, callbacks):
         seen.append(training)
-        fit(training, task, config, callbacks)
+        fit(training, config, callbacks)
 
     monkeypatch.setattr(run_room, "fit", watched)
     return seen

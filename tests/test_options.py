@@ -116,7 +116,7 @@ def test_what_was_changed_is_what_is_not_at_its_default():
 
 
 def parsed(*flags):
-    parser = Parser(prog="command", allow_abbrev=False)
+    parser = Parser("command", usage=None)
     add_flags(parser, TrainConfig)
     add_flags(parser, LoraConfig, group="LoRA", defaults={"lora_alpha": 16})
     namespace = parser.parse_args([*flags])

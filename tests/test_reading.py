@@ -22,7 +22,14 @@ from minilora import LoraConfig, MiniloraError, add_adapter, load_adapter
 from minilora.bert.rows import read_rows
 from minilora.lora.config import NOT_SUPPORTED, config_from_dict
 from minilora.lora.peft_files import CONFIG_NAME, adapter_files, read_adapter, read_config
-from minilora.reading import check_like, parse_json, read_json, read_safetensors, read_torch
+from minilora.reading import (
+    check_like,
+    parse_json,
+    parse_safetensors,
+    parse_torch,
+    read_bytes,
+    read_json,
+)
 from minilora.training.checkpoint import read_checkpoint
 from minilora.training.config import TrainConfig, train_config_from_dict
 from minilora.training.rng import check_rng_state, rng_state
@@ -93,9 +100,9 @@ def damaged(draw, good: bytes) -> bytes:
 
 
 READERS = {
-    "torch": lambda path: read_torch(path, NUMPY_GLOBALS),
-    "rng": lambda path: check_rng_state(read_torch(path, NUMPY_GLOBALS), path),
-    "safetensors": read_safetensors,
+    "torch": lambda path: parse_torch(read_bytes(path), path, NUMPY_GLOBALS),
+    "rng": lambda path: check_rng_state(READERS["torch"](path), path),
+    "safetensors": lambda path: parse_safetensors(read_bytes(path), path),
     "json": read_json,
     "config": lambda path: read_config(path.parent),
     "state": lambda path: check_progress(read_json(path, MAX_STATE_BYTES), path),
@@ -166,7 +173,7 @@ def test_a_safetensors_header_may_say_anything(header, length, honest, rest, tmp
     text = json.dumps(header).encode()
     data = struct.pack("<Q", len(text) if honest else length) + text + rest
     with only_our_own_error():
-        read_safetensors(place(tmp_path, "safetensors", data))
+        READERS["safetensors"](place(tmp_path, "safetensors", data))
 
 
 NUMBERS = st.integers(0, 2**64) | st.sampled_from([0, 1, 2, 8, 32, 2**31, 2**63])
@@ -187,7 +194,7 @@ def test_a_safetensors_header_may_lie_about_lengths_and_offsets(header, size, tm
     text = json.dumps(header).encode()
     data = struct.pack("<Q", len(text)) + text + bytes(size)
     with only_our_own_error():
-        tensors = read_safetensors(place(tmp_path, "safetensors", data))
+        tensors = READERS["safetensors"](place(tmp_path, "safetensors", data))
         assert sum(t.numel() * t.element_size() for t in tensors.values()) <= size
 
 

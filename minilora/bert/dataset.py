@@ -150,5 +150,4 @@ def batches_in_order(
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
-    """The batch with every tensor on `device`."""
     return {name: tensor.to(device) for name, tensor in batch.items()}

@@ -15,6 +15,7 @@ and transformers reads pickled weights with `weights_only=True`.
 import contextlib
 import hashlib
 import importlib.util
+import math
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -26,8 +27,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.modeling_utils import load_state_dict
 from transformers.utils import logging as transformers_logging
-from transformers.utils.hub import cached_file
+from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from minilora.bert.tasks import Task
@@ -157,8 +159,33 @@ def recorded_labels(location: str, revision: str | None, count: int) -> list[str
     return [str(name) for _, name in sorted(names.items())]
 
 
+def stored_tensors(location: str) -> Iterator[tuple[str, Tensor]]:
+    """(name, tensor) of each weight of a model, file by file; pickled ones cannot run code."""
+    for file in _weight_files(location):
+        try:
+            yield from load_state_dict(file, map_location="cpu", weights_only=True).items()
+        except Exception as error:  # damaged bytes fail in many ways, none of them ours
+            raise MiniloraError(f"{file} cannot be read safely: {first_line(error)}") from None
+
+
+def _weight_files(location: str) -> list[str]:
+    # Of a directory, or of the local cache of a hub id.
+    for name in WEIGHT_FILES:
+        try:
+            file = cached_file(
+                location, name, local_files_only=True, _raise_exceptions_for_missing_entries=False
+            )
+            if file is not None and name.endswith(".index.json"):
+                shards, _ = get_checkpoint_shard_files(location, file, local_files_only=True)
+                return shards or []
+        except Exception as error:  # no hub id; a damaged index
+            raise MiniloraError(f"{location}: {name} is damaged: {first_line(error)}") from None
+        if file is not None:
+            return [file]
+    return []
+
+
 def load_tokenizer(location: str, revision: str | None) -> PreTrainedTokenizerBase:
-    """The tokenizer saved beside the model."""
     with _loading(location):
         return _from_pretrained(AutoTokenizer, revision)(location)
 
@@ -204,11 +231,19 @@ def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
     return tokenizer.pad_token_id
 
 
-def longest_input(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
-    """How many tokens the model can take."""
-    positions = getattr(model.config, "max_position_embeddings", None) or tokenizer.model_max_length
-    # RoBERTa counts positions from padding_idx + 1, which its tokenizer's own limit allows for.
-    return min(positions, tokenizer.model_max_length)
+def input_length(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, asked: int | None
+) -> int:
+    """Tokens kept of each example: as many as `asked`, by default what the model can take."""
+    positions = getattr(model.config, "max_position_embeddings", None)
+    for name, module in model.named_modules():
+        padding = getattr(module, "padding_idx", None)
+        if name.endswith("position_embeddings") and padding is not None:
+            positions = module.num_embeddings - padding - 1  # RoBERTa counts from behind it
+    longest = min(positions or math.inf, tokenizer.model_max_length)
+    if asked is not None and asked > longest:
+        raise MiniloraError(f"max_length is {asked}; this model takes {longest} tokens at most")
+    return asked or longest
 
 
 def model_fingerprint(model: nn.Module) -> str:

@@ -45,7 +45,6 @@ class Layout:
     """Where the sequences of a packed row lie."""
 
     buckets: list[Bucket]
-    lengths: Tensor  # (B,) int64, ascending
     first: Tensor  # (B,) int64: the row index of each sequence's first token
 
 
@@ -56,8 +55,7 @@ def collate_packed(
 
     input_ids, position_ids and, if the model takes them, token_type_ids are (N,); lengths (B,), in
     the row's order; place (B,): where in that order each example is; labels and row (B,), in the
-    batch's order. N is filled up to a `multiple`: oneDNN prepares its bfloat16 products for each
-    new shape and keeps what it prepared, so that fewer shapes need less memory.
+    batch's order. N is filled up to a `multiple`.
     """
     lengths = examples.offsets[indices + 1] - examples.offsets[indices]
     order = np.argsort(lengths, kind="stable")
@@ -89,7 +87,7 @@ def layout_of(lengths: Tensor) -> Layout:
     count = 1 if padding < NEGLIGIBLE_PADDING else min(BUCKETS, len(on_host))
     edges = np.linspace(0, len(on_host), count + 1).round().astype(int)
     buckets = [_bucket(part, lengths.device) for part in np.split(on_host, edges[1:-1])]
-    return Layout(buckets, lengths, torch.from_numpy(starts).to(lengths.device))
+    return Layout(buckets, torch.from_numpy(starts).to(lengths.device))
 
 
 def _bucket(lengths: np.ndarray, device: torch.device) -> Bucket:
@@ -111,10 +109,6 @@ def attention(
     A query (B, D) is of the first tokens alone, and so is the result. Scores and probabilities are
     float32 whatever the row's dtype: oneDNN's bfloat16 products of such small matrices are slower.
     """
-    # torch's variable-length kernel is for CUDA, for half precision, without dropout.
-    drops = dropout.training and dropout.p > 0  # pyright: ignore[reportOperatorIssue]
-    if query.is_cuda and query.dtype in (torch.float16, torch.bfloat16) and not drops:
-        return _by_kernel(query, key, value, layout, heads)
     buckets = queries = layout.buckets
     if len(query) < len(key):
         queries = [Bucket(bucket.count, 1, bucket.count, None, None) for bucket in buckets]
@@ -153,18 +147,3 @@ def _from_heads(x: Tensor, bucket: Bucket, heads: int) -> Tensor:
     joined = x.view(bucket.count, heads, bucket.length, -1).transpose(1, 2)
     rows = joined.reshape(bucket.count * bucket.length, -1)
     return rows if bucket.index is None else rows.index_select(0, bucket.index)
-
-
-def _by_kernel(query: Tensor, key: Tensor, value: Tensor, layout: Layout, heads: int) -> Tensor:
-    from torch.nn.attention.varlen import varlen_attn
-
-    ends = F.pad(layout.lengths.cumsum(0), (1, 0)).to(torch.int32)  # (B + 1,)
-    longest = max(bucket.length for bucket in layout.buckets)
-    query_ends, query_longest = ends, longest
-    if len(query) < len(key):
-        query_ends, query_longest = torch.arange(len(ends)).to(ends), 1
-    q, k, v = (x.view(len(x), heads, -1) for x in (query, key, value))  # (N, D) -> (N, H, d)
-    scale = q.shape[-1] ** -0.5
-    result = varlen_attn(q, k, v, query_ends, ends, query_longest, longest, scale=scale)
-    assert isinstance(result, Tensor)
-    return result.reshape(len(query), -1)

@@ -80,7 +80,8 @@ def read_rows(path: Path, columns: Columns = USUAL, labelled: bool = True) -> li
     if suffix in (".json", ".jsonl"):
         records = _objects(path, text)
     else:
-        lines = _csv_lines(path, text) if suffix == ".csv" else _tsv_lines(text)
+        tab_separated = [(n, line.rstrip("\r").split("\t")) for n, line in _not_blank(text)]
+        lines = _csv_lines(path, text) if suffix == ".csv" else tab_separated
         records, columns = _by_column(path, lines, columns, labelled)
     if not records:
         raise MiniloraError(f"{path} is empty: it holds no example")
@@ -96,10 +97,6 @@ def _not_blank(text: str) -> list[tuple[int, str]]:
     # Not str.splitlines, which also splits at characters that occur inside sentences (U+2028,
     # U+0085).
     return [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
-
-
-def _tsv_lines(text: str) -> Lines:
-    return [(number, line.rstrip("\r").split("\t")) for number, line in _not_blank(text)]
 
 
 def _csv_lines(path: Path, text: str) -> Lines:

@@ -5,13 +5,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from transformers import PreTrainedTokenizerBase
 
-from minilora.bert import packaged
-from minilora.bert.dataset import Examples, tokenize
 from minilora.bert.rows import Columns, Row, read_rows
-from minilora.bert.tasks import Task, task_class
+from minilora.bert.tasks import task_class
 from minilora.errors import MiniloraError
+
+# Short opinions in English, written for this project; a kind says what makes a sentence hard:
+# plain, negation, mixed (praise and blame, one prevailing), comparison, irony.
+SENTENCES = Path(__file__).parent / "sentences"
 
 
 @dataclass(frozen=True)
@@ -36,8 +37,8 @@ def read_splits(
     `held_out` is the share of the training rows to take for the validation split; 0 for none.
     """
     if files["train"] is None:
-        files = {**files, "train": str(packaged.TRAIN_FILE)}
-        files["validation"] = files["validation"] or str(packaged.VALIDATION_FILE)
+        files = {**files, "train": str(SENTENCES / "train.tsv")}
+        files["validation"] = files["validation"] or str(SENTENCES / "validation.tsv")
     given = {split: path for split, path in files.items() if path is not None}
     rows = {split: read_rows(Path(path), columns) for split, path in given.items()}
     if held_out > 0:
@@ -63,16 +64,6 @@ def hold_out(rows: list[Row], share: float, seed: int) -> tuple[list[Row], list[
     chosen = set(np.random.default_rng(seed).permutation(len(rows))[:held_out].tolist())
     train = [row for index, row in enumerate(rows) if index not in chosen]
     return train, [row for index, row in enumerate(rows) if index in chosen]
-
-
-def tokenize_splits(
-    splits: Splits, task: Task, tokenizer: PreTrainedTokenizerBase, max_length: int
-) -> dict[str, Examples]:
-    """Each split as flat token arrays with its labels."""
-    examples = {}
-    for split, rows in splits.rows.items():
-        examples[split] = tokenize(rows, task, tokenizer, max_length, splits.files[split])
-    return examples
 
 
 def file_fingerprint(path: Path) -> str:

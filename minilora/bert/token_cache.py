@@ -16,8 +16,10 @@ from pathlib import Path
 import numpy as np
 import safetensors
 import safetensors.numpy
+import torch
 from transformers import PreTrainedTokenizerBase
 
+from minilora.bert.load import tensors_fingerprint
 from minilora.bert.rows import Row
 from minilora.bert.tasks import Task
 from minilora.files import write_file
@@ -62,8 +64,5 @@ def write_entry(path: Path, arrays: dict[str, np.ndarray]) -> None:
 
 
 def _digest(arrays: dict[str, np.ndarray]) -> bytes:
-    digest = hashlib.sha256()
-    for name, array in sorted(arrays.items()):
-        digest.update(f"{name} {array.dtype} {array.shape}".encode())
-        digest.update(np.ascontiguousarray(array).data)
-    return digest.digest()
+    tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
+    return bytes.fromhex(tensors_fingerprint(tensors))

@@ -22,8 +22,7 @@ from minilora.lora.config import LoraConfig
 from minilora.lora.embedding import LoRAEmbedding, TiedOutput, TokenRows, TrainableTokens
 from minilora.lora.heads import ModulesToSave
 from minilora.lora.initialise import new_lora
-from minilora.lora.layer import LoRALinear
-from minilora.lora.targets import Wrapper
+from minilora.lora.layer import LoRALinear, Wrapper
 
 
 @dataclass
@@ -65,7 +64,7 @@ def add_adapter(model: nn.Module, config: LoraConfig, adapter_name: str = "defau
         model.requires_grad_(False)
     adapters.configs[adapter_name] = config
     model.minilora_adapters = adapters  # pyright: ignore[reportArgumentType]
-    originals = _originals(model, config, names)
+    adapters.originals += _originals(model, config, names)
     try:
         for name in names:
             base = _base_module(model, name)
@@ -79,11 +78,8 @@ def add_adapter(model: nn.Module, config: LoraConfig, adapter_name: str = "defau
             _attach(model, name, TrainableTokens, adapter_name, rows)
             _attach_tied_output(model, name)
     except BaseException:
-        for parameter, value in originals:
-            parameter.data = value
         delete_adapter(model, adapter_name)
         raise
-    adapters.originals += originals
     set_active(model, (adapter_name,) if is_first else adapters.active)
     return names
 
@@ -112,7 +108,7 @@ def trained_biases(model: nn.Module, bias: str) -> list[tuple[str, nn.Parameter]
     """(name, parameter) of the base model's biases that a `LoraConfig.bias` trains."""
     if bias == "none":
         return []
-    kinds = LoRALinear if bias == "lora_only" else targets.AdapterLayer
+    kinds = LoRALinear if bias == "lora_only" else LoRALinear | TiedOutput
     layers = [name for name, layer in adapter_layers(model) if isinstance(layer, kinds)]
     adapted = {f"{name}.base_layer.bias" for name in layers}
     # What is outside of all wrappers has its old name. A head's biases have not: they are trained
@@ -224,21 +220,26 @@ def _check_addable(adapters: Adapters, config: LoraConfig, adapter_name: str) ->
     if not adapter_name or "." in adapter_name or hasattr(nn.ModuleDict(), adapter_name):
         problem = "cannot be a module's name: take letters, digits and _"
         raise MiniloraError(f"adapter name {adapter_name!r} {problem}")
-    others = [name for name, other in adapters.configs.items() if other.bias != "none"]
-    if config.bias != "none" and others:
-        raise MiniloraError(f"bias={config.bias!r}: adapter {others[0]!r} trains the biases")
+    everyone = {adapter_name: config, **adapters.configs}
+    alone = [n for n, one in everyone.items() if one.bias != "none" or _reduces_base(one)]
+    if alone and adapters.configs:
+        problem = "changes the base's weights (bias, pissa or olora): it must be alone on its model"
+        raise MiniloraError(f"adapter {alone[0]!r} {problem}")
 
 
 def _originals(
     model: nn.Module, config: LoraConfig, names: list[str]
 ) -> list[tuple[nn.Parameter, Tensor]]:
     changed: list[nn.Parameter] = []
-    if str(config.init_lora_weights).startswith(("pissa", "olora")):
+    if _reduces_base(config):
         changed += [_base_module(model, name).weight for name in names]
     if config.bias != "none":
         changed += [p for name, p in model.named_parameters() if f".{name}".endswith(".bias")]
-    kept = {id(parameter) for parameter, _ in adapters_of(model).originals}
-    return [(p, p.detach().clone()) for p in changed if id(p) not in kept]
+    return [(p, p.detach().clone()) for p in changed]
+
+
+def _reduces_base(config: LoraConfig) -> bool:
+    return str(config.init_lora_weights).startswith(("pissa", "olora"))
 
 
 def _base_module(model: nn.Module, name: str) -> Any:

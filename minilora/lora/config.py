@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from minilora.errors import MiniloraError
-from minilora.options import canonical, check, option
+from minilora.options import canonical, check, differences, option
 
 PEFT_VERSION = "0.21.2"  # whose file layout we write
 
@@ -121,10 +121,9 @@ def config_to_dict(config: LoraConfig) -> dict[str, Any]:
     return {**NOT_SUPPORTED, **values, "inference_mode": True, "peft_version": version}
 
 
-def differing_fields(left: LoraConfig, right: LoraConfig) -> dict[str, tuple[Any, Any]]:
-    """Fields, bookkeeping aside, in which two configs differ: name -> (left, right)."""
-    a, b = config_to_dict(left), config_to_dict(right)
-    return {n: (a[n], b[n]) for n in a if n not in BOOKKEEPING and a[n] != b[n]}
+def differing_fields(old: LoraConfig, new: LoraConfig) -> list[str]:
+    """ "NAME: OLD -> NEW" for each field, bookkeeping aside, in which two configs differ."""
+    return differences(old, {n: value for n, value in vars(new).items() if n not in BOOKKEEPING})
 
 
 def _relations(c: LoraConfig) -> list[tuple[Any, str]]:

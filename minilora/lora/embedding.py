@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minilora.lora.dora import Magnitude
+from minilora.lora.layer import Wrapper
 
 
 class EmbeddingLora(nn.Module):
@@ -35,19 +36,13 @@ class EmbeddingLora(nn.Module):
         return (scale * (weight + delta)).to(weight.dtype), bias
 
 
-class LoRAEmbedding(nn.Module):
+class LoRAEmbedding(Wrapper):
     """A frozen embedding with its adapters: y = E[ids] + scaling * A^T[ids] B^T for each.
 
     Shapes: ids (...), y (..., embedding_dim). A starts at zero and B normal, the other way round
     than in a linear layer. As in PEFT, `lora_dropout` has no effect: ids cannot be dropped.
     Source: peft 0.21 `lora.Embedding`, after microsoft/LoRA `loralib.Embedding`.
     """
-
-    def __init__(self, base_layer: nn.Embedding) -> None:
-        super().__init__()
-        self.base_layer = base_layer
-        self.adapters: dict[str, EmbeddingLora] = nn.ModuleDict()  # pyright: ignore[reportAttributeAccessIssue]
-        self.active_adapters: tuple[str, ...] = ()
 
     def forward(self, ids: Tensor) -> Tensor:
         result = self.base_layer(ids)
@@ -67,10 +62,6 @@ class LoRAEmbedding(nn.Module):
         product = (A.T @ B.T).T  # (embedding_dim, num_embeddings)
         scale = magnitude.scale(self.base_layer.weight.T, lora.scaling * product)
         return scale * result + scale * added * lora.scaling
-
-    @property
-    def weight(self) -> Tensor:
-        return self.base_layer.weight
 
 
 class TokenRows(nn.Module):
@@ -93,17 +84,11 @@ class TokenRows(nn.Module):
         return weight.index_copy(0, self.token_indices, rows), bias
 
 
-class TrainableTokens(nn.Module):
+class TrainableTokens(Wrapper):
     """A frozen embedding of which, for each active adapter, some rows are trained in full.
 
     Shapes: ids (...), output (..., embedding_dim). Source: peft 0.21 `TrainableTokensLayer`.
     """
-
-    def __init__(self, base_layer: nn.Embedding) -> None:
-        super().__init__()
-        self.base_layer = base_layer
-        self.adapters: dict[str, TokenRows] = nn.ModuleDict()  # pyright: ignore[reportAttributeAccessIssue]
-        self.active_adapters: tuple[str, ...] = ()
 
     def forward(self, ids: Tensor) -> Tensor:
         return F.embedding(ids, self.active_weight(), padding_idx=self.base_layer.padding_idx)
@@ -116,12 +101,8 @@ class TrainableTokens(nn.Module):
                 weight, _ = self.adapters[name].merged(weight, None)
         return weight
 
-    @property
-    def weight(self) -> Tensor:
-        return self.base_layer.weight
 
-
-class TiedOutput(nn.Module):
+class TiedOutput(Wrapper):
     """A masked language model's output layer, which shares its weight with `TrainableTokens`.
 
     It reads the same rows and has no tensors of its own, on disk neither: (..., embedding_dim) ->
@@ -129,23 +110,17 @@ class TiedOutput(nn.Module):
     """
 
     def __init__(self, base_layer: nn.Linear, tokens: TrainableTokens) -> None:
-        super().__init__()
-        self.base_layer = base_layer
+        super().__init__(base_layer)
         # In a tuple, so that the embedding's parameters are not registered a second time.
         self._tokens = (tokens,)
-        self.active_adapters: tuple[str, ...] = ()
+        del self.adapters  # they are the embedding's
 
-    @property
-    def adapters(self) -> dict[str, TokenRows]:
-        return self._tokens[0].adapters
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self._tokens[0].active_weight(), self.base_layer.bias)
-
-    @property
-    def weight(self) -> Tensor:
-        return self._tokens[0].weight
+    def shown(self) -> nn.Module:
+        return self._tokens[0]
 
     @property
     def bias(self) -> Tensor | None:
         return self.base_layer.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self._tokens[0].active_weight(), self.bias)

@@ -2,7 +2,9 @@
 
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
+
+from minilora.lora.layer import Wrapper
 
 # task_type -> names under which a head trained from scratch may hang. "score" is other families'
 # name for it; PEFT lists both and so do we, since the list ends up in the file.
@@ -13,26 +15,19 @@ TASK_HEADS = {
 }
 
 
-class ModulesToSave(nn.Module):
+class ModulesToSave(Wrapper):
     """A module and, for each adapter that trains it in full, a copy, which takes its place."""
-
-    def __init__(self, base_layer: nn.Module) -> None:
-        super().__init__()
-        self.base_layer = base_layer
-        self.adapters: dict[str, nn.Module] = nn.ModuleDict()  # pyright: ignore[reportAttributeAccessIssue]
-        self.active_adapters: tuple[str, ...] = ()
 
     def module_for(self, names: tuple[str, ...]) -> nn.Module:
         """The copy of the last of the adapters `names` that has one; with none, the original."""
         copies = [self.adapters[name] for name in names if name in self.adapters]
         return [self.base_layer, *copies][-1]
 
-    def forward(self, *args, **kwargs):
-        return self.module_for(self.active_adapters)(*args, **kwargs)
+    def shown(self) -> nn.Module:
+        return self.module_for(self.active_adapters)
 
-    @property
-    def weight(self) -> Tensor:
-        return self.module_for(self.active_adapters).weight  # pyright: ignore[reportReturnType]
+    def forward(self, *args, **kwargs):
+        return self.shown()(*args, **kwargs)
 
 
 def train_heads_in_float32(model: nn.Module) -> None:
@@ -44,16 +39,11 @@ def train_heads_in_float32(model: nn.Module) -> None:
     heads = {name for names in TASK_HEADS.values() for name in names}
     for name, module in model.named_modules():
         if isinstance(module, ModulesToSave):
-            for trained in module.adapters.values():
-                trained.float()
-            module.register_forward_pre_hook(_arguments_to_float32)
+            module.adapters.float()
+            module.register_forward_pre_hook(lambda _, inputs: tuple(x.float() for x in inputs))
             if name.rpartition(".")[2] not in heads:
-                module.register_forward_hook(_result_to_base_dtype)
+                module.register_forward_hook(_to_base_dtype)
 
 
-def _arguments_to_float32(module: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    return tuple(argument.float() for argument in arguments)
-
-
-def _result_to_base_dtype(module: Any, arguments: tuple[Tensor, ...], result: Tensor) -> Tensor:
+def _to_base_dtype(module: Any, _: Any, result: Any) -> Any:
     return result.to(next(module.base_layer.parameters()).dtype)

@@ -13,6 +13,8 @@ Not here: the first values (`initialise.py`), DoRA's form of the update (`dora.p
 Source: LoRA, arXiv:2106.09685, section 4.1.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -29,7 +31,7 @@ class Lora(nn.Module):
     ) -> None:
         super().__init__()
         self.scaling = scaling
-        # Dropout 0 costs nothing: no mask, no copy of x.
+        # Dropout 0 costs nothing: no mask, no copy of x. `--dropout fast` puts its own in place.
         self.lora_dropout = nn.Dropout(lora_dropout) if lora_dropout > 0 else nn.Identity()
         # Made in PEFT's order, A, B, magnitude: random draws follow it, and an optimizer's states,
         # which know a parameter by its position only.
@@ -60,18 +62,34 @@ class Lora(nn.Module):
         return weight, bias
 
 
-class LoRALinear(nn.Module):
-    """A frozen linear layer with its adapters, of which those in `active_adapters` count.
+class Wrapper(nn.Module):
+    """What takes the place of an adapted module: the module as it was, `base_layer`, and its
+    adapters by name, of which those in `active_adapters` count.
+    """
+
+    def __init__(self, base_layer: nn.Module) -> None:
+        super().__init__()
+        self.base_layer: Any = base_layer
+        self.adapters: Any = nn.ModuleDict()
+        self.active_adapters: tuple[str, ...] = ()
+
+    def shown(self) -> nn.Module:
+        """The module whose attributes this one has: models read them (weight, padding_idx)."""
+        return self.base_layer
+
+    def __getattr__(self, name: str) -> Any:
+        if name in self._modules or name.startswith("__"):
+            return super().__getattr__(name)
+        return getattr(self.shown(), name)
+
+
+class LoRALinear(Wrapper):
+    """A frozen linear layer with its adapters.
 
     `fused` is for the trainer to choose (`adapters.set_fused`): the same sum in a faster order.
     """
 
-    def __init__(self, base_layer: nn.Linear) -> None:
-        super().__init__()
-        self.base_layer = base_layer
-        self.adapters: dict[str, Lora] = nn.ModuleDict()  # pyright: ignore[reportAttributeAccessIssue]
-        self.active_adapters: tuple[str, ...] = ()
-        self.fused = False
+    fused = False
 
     def forward(self, x: Tensor) -> Tensor:
         result = self.base_layer(x)  # (..., in_features) -> (..., out_features)
@@ -102,12 +120,3 @@ class LoRALinear(nn.Module):
             return result + lora(dropped) * lora.scaling
         same = result if dropped is x else None  # the direction must see the x that A sees
         return result + magnitude(dropped, same, self.base_layer, lora, lora.scaling)
-
-    # Some models read a linear layer's weight instead of calling it.
-    @property
-    def weight(self) -> Tensor:
-        return self.base_layer.weight
-
-    @property
-    def bias(self) -> Tensor | None:
-        return self.base_layer.bias

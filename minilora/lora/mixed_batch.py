@@ -17,8 +17,7 @@ from minilora.errors import MiniloraError
 from minilora.lora.adapters import adapter_layers, adapters_of, check_known
 from minilora.lora.embedding import LoRAEmbedding
 from minilora.lora.heads import ModulesToSave
-from minilora.lora.layer import LoRALinear
-from minilora.lora.targets import AdapterLayer
+from minilora.lora.layer import LoRALinear, Wrapper
 
 BASE = "__base__"  # PEFT's name for a row without an adapter
 
@@ -29,9 +28,7 @@ def adapter_names(model: nn.Module, names: list[str]) -> Iterator[None]:
 
     Which adapters are active does not matter, unless all are disabled. A row's output is that of a
     batch with its adapter alone, up to float rounding. Gradients reach each adapter that is
-    trainable. Afterwards the model is as it was, also if the body raises.
-
-    Not a keyword argument, as PEFT has it: models swallow an unknown one without a word.
+    trainable. (Not PEFT's keyword argument: models swallow an unknown one without a word.)
     """
     adapters = adapters_of(model, "mix adapters")
     check_known([*adapters.configs, BASE], names)
@@ -66,7 +63,7 @@ def _check_batch(count: int, model: nn.Module, args: tuple, kwargs: dict[str, An
         raise MiniloraError(f"adapter_names has {count} names and the model was given {found}")
 
 
-def _mixed_layer(layer: AdapterLayer, rows: dict[str, Tensor], x: Tensor) -> Tensor:
+def _mixed_layer(layer: Wrapper, rows: dict[str, Tensor], x: Tensor) -> Tensor:
     result = layer.base_layer(x)
     dtype, count = result.dtype, sum(map(len, rows.values()))
     if len(x) == 1 != count:  # one row for all, as position ids are

@@ -151,28 +151,24 @@ def find_adapter(path: str | Path, adapter_name: str = "default") -> Path:
 
 
 def read_config(directory: Path) -> LoraConfig:
-    """The `LoraConfig` in a directory's adapter_config.json."""
     path = directory / CONFIG_NAME
     return config_from_dict(reading.read_json(path), place=str(path))
 
 
 def read_adapter(path: str | Path, adapter_name: str = "default") -> StoredAdapter:
-    """The adapter in a directory. `.safetensors` wins over `.bin`, as in PEFT.
-
-    A `.bin` is read with `weights_only=True`, which cannot run code.
-    """
+    """The adapter in a directory. `.safetensors` wins over `.bin`, as in PEFT."""
     directory = find_adapter(path, adapter_name)
-    config = read_config(directory)
     weights, pickled = directory / WEIGHTS_NAME, directory / PICKLE_NAME
     if weights.is_file():
-        return _stored(directory, config, reading.read_safetensors(weights))
+        config = reading.read_bytes(directory / CONFIG_NAME)
+        return parse_adapter(directory, config, reading.read_bytes(weights))
     if not pickled.is_file():
         raise MiniloraError(f"{directory} has neither {WEIGHTS_NAME} nor {PICKLE_NAME}")
-    tensors = reading.read_torch(pickled)
+    tensors = reading.parse_torch(reading.read_bytes(pickled), pickled)
     items = tensors.items() if isinstance(tensors, dict) else [(None, None)]
     if not all(isinstance(key, str) and isinstance(tensor, Tensor) for key, tensor in items):
         raise MiniloraError(f"{pickled} does not hold a dictionary of tensors")
-    return _stored(directory, config, tensors)
+    return _stored(directory, read_config(directory), tensors)
 
 
 def parse_adapter(directory: Path, config: bytes, weights: bytes) -> StoredAdapter:
@@ -185,15 +181,12 @@ def parse_adapter(directory: Path, config: bytes, weights: bytes) -> StoredAdapt
 def check_adapter(model: nn.Module, stored: StoredAdapter, adapter_name: str = "default") -> None:
     """Refuse a stored adapter that is another than the model's: by config, keys, shapes, dtypes."""
     tensors = adapter_state_dict(model, adapter_name)
-    ours = adapters_of(model).configs[adapter_name]
-    differing = [
-        f"{name}: {theirs!r} in the file, {here!r} here"
-        for name, (theirs, here) in differing_fields(stored.config, ours).items()
-        if not name.startswith(SELECTING)
-    ]
+    differing = differing_fields(stored.config, adapters_of(model).configs[adapter_name])
+    differing = [change for change in differing if not change.startswith(SELECTING)]
     place = stored.directory
     if differing:
-        raise MiniloraError(f"{place / CONFIG_NAME} is of another adapter: {'; '.join(differing)}")
+        changes = f"of another adapter than the model's: {', '.join(differing)}"
+        raise MiniloraError(f"{place / CONFIG_NAME} is {changes}")
     lacking, extra = tensors.keys() - stored.tensors.keys(), stored.tensors.keys() - tensors.keys()
     for what, keys in (("lacks", lacking), ("has unexpected", extra)):
         if keys:

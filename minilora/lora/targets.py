@@ -13,12 +13,9 @@ from torch import nn
 
 from minilora.errors import MiniloraError
 from minilora.lora.config import LoraConfig
-from minilora.lora.embedding import LoRAEmbedding, TiedOutput, TrainableTokens
-from minilora.lora.heads import TASK_HEADS, ModulesToSave
-from minilora.lora.layer import LoRALinear
-
-AdapterLayer = LoRALinear | LoRAEmbedding | TrainableTokens | TiedOutput
-Wrapper = AdapterLayer | ModulesToSave
+from minilora.lora.embedding import LoRAEmbedding, TrainableTokens
+from minilora.lora.heads import TASK_HEADS
+from minilora.lora.layer import LoRALinear, Wrapper
 
 # config.model_type -> modules adapted when target_modules is None: the attention's query and value,
 # as in section 4.2 of the paper and in PEFT's table, where that has an entry.

@@ -8,22 +8,21 @@ import torch
 from torch import Tensor
 
 from minilora.trained.directory import Directory
-from minilora.training.checkpoint import TORCH_FILES, Stored
 from minilora.training.evaluation import TIMING_KEYS
 
 
 def compare_directories(a: str | Path, b: str | Path) -> dict[str, Any]:
     """Every difference between two runs, checkpoints, adapters or models, timings aside. Arguments,
-    log entries and the states of a checkpoint are compared where both have any.
-
-    Of a tensor that differs, relative is the norm of the difference over that in `a`, or None if
-    that is 0; what stands for both numbers where there are none (only in one, another shape).
+    log entries and the states of a checkpoint are compared where both have any. Of a tensor that
+    differs, relative is the norm of the difference over that in `a`, None if that is 0; what stands
+    for both numbers where there are none (only in one, another shape).
     """
     sides = [Directory(Path(path)).read() for path in (a, b)]
     tensors: list[dict[str, Any]] = [side.tensors for side in sides]
     checkpoints = [side.checkpoint for side in sides if side.checkpoint]
     if len(checkpoints) == len(sides):
-        tensors = [one | _states(of) for one, of in zip(tensors, checkpoints, strict=True)]
+        states = [dict(_flat("", stored.parts)) for stored in checkpoints]
+        tensors = [one | of for one, of in zip(tensors, states, strict=True)]
     names = tensors[0] | tensors[1]
     found = {name: _difference(*(side.get(name) for side in tensors)) for name in names}
     differences = [{"name": name, **values} for name, values in found.items() if values]
@@ -42,11 +41,6 @@ def compare_directories(a: str | Path, b: str | Path) -> dict[str, Any]:
             for (step, name), values in (_unequal(*logs) if all(logs) else ())
         ],
     }
-
-
-def _states(stored: Stored) -> dict[str, Any]:
-    parts = (stored.optimizer, stored.scheduler, stored.generators, stored.scaler)
-    return dict(_flat("", dict(zip(TORCH_FILES, parts, strict=True))))
 
 
 def _log_entries(rows: list[dict[str, Any]]) -> dict[tuple[int, str], Any]:

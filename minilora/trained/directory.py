@@ -9,9 +9,8 @@ from typing import Any
 
 from torch import Tensor
 
-from minilora.bert.load import WEIGHT_FILES, locate
+from minilora.bert.load import WEIGHT_FILES, locate, stored_tensors
 from minilora.bert.splits import file_fingerprint
-from minilora.bert.stored import stored_tensors
 from minilora.errors import MiniloraError
 from minilora.files import is_held
 from minilora.lora.config import config_to_dict
@@ -50,8 +49,8 @@ class Directory:
             if stored.record is not None:
                 self.settings = stored.record.to_json()
             elif stored.manifest is None:
-                parts = (stored.progress, stored.optimizer, stored.generators, path)
-                self.settings = {"arguments": trainer_files.recorded_arguments(*parts)}
+                told = trainer_files.recorded_arguments(stored.progress, stored.parts, path)
+                self.settings = {"arguments": told}
         elif state_file.is_file():
             progress = read_json(state_file, trainer_files.MAX_STATE_BYTES)
             trainer_files.check_progress(progress, state_file)

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from minilora import starting_model
 from minilora.bert.forward import Packed, Padded
-from minilora.bert.load import load_tokenizer, longest_input, pad_token_id, recorded_labels
+from minilora.bert.load import input_length, load_tokenizer, pad_token_id, recorded_labels
 from minilora.bert.tasks import Task, build_task
 from minilora.errors import MiniloraError
 from minilora.lora.heads import train_heads_in_float32
@@ -44,7 +44,6 @@ class TrainedRun:
     task: Task
     forward: Packed | Padded  # makes batches and runs the model as in training
     max_length: int  # tokens kept of each text, special tokens included
-    device: torch.device
 
 
 def open_run(
@@ -66,11 +65,11 @@ def open_run(
     load_adapter(model, adapter)
     if config.dtype != "float32":
         train_heads_in_float32(model)
-    forward = starting_model.ready(config, model.eval(), pad_token_id(tokenizer), placed)
-    length = starting_model.input_length(config.max_length, longest_input(model, tokenizer))
+    forward = starting_model.choose_forward(config, model.eval(), pad_token_id(tokenizer), placed)
+    length = input_length(model, tokenizer, config.max_length)
     record = dataclasses.replace(record, arguments=config)
     task = build_task(config.task, record.labels)
-    return TrainedRun(adapter, record, model, tokenizer, task, forward, length, placed)
+    return TrainedRun(adapter, record, model, tokenizer, task, forward, length)
 
 
 def read_record(path: Path, model_name_or_path: str | None = None) -> tuple[Path, RunRecord]:

@@ -92,7 +92,7 @@ def _logits(run: TrainedRun, examples: Examples, batch_size: int, bar: tqdm) -> 
     with torch.inference_mode(), evaluation_mode(run.forward):
         for start in range(0, len(order), batch_size):
             indices = order[start : start + batch_size]
-            batch = to_device(run.forward.collate(examples, indices), run.device)
+            batch = to_device(run.forward.collate(examples, indices), run.model.device)
             found.append(run.forward(batch).float().cpu().numpy())
             bar.update(len(indices))
     return np.concatenate(found)[np.argsort(order)]

@@ -43,7 +43,7 @@ def evaluate_file(
     if cut := examples.truncated:
         say(f"{file}: {cut} of {len(rows)} texts were cut at {run.max_length} tokens")
     size, shown = config.per_device_eval_batch_size, f"evaluating {Path(file).name}"
-    batches = batches_in_order(examples, size, run.forward.collate, run.device, shown)
+    batches = batches_in_order(examples, size, run.forward.collate, run.model.device, shown)
     scorer = run.task.scorer(rows)
     metrics = evaluate_model(run.forward, run.task, batches, scorer, "eval")
     return Scores(metrics, getattr(scorer, "confusion", None))

@@ -32,22 +32,19 @@ from minilora.training.rng import check_rng_state, mask_stream, rng_state, set_r
 from minilora.training.trainer_files import OPTIMIZER_NAME, RNG_NAME, SCALER_NAME, SCHEDULER_NAME
 
 STATE_NAME = trainer_files.STATE_NAME
-TORCH_FILES = (OPTIMIZER_NAME, SCHEDULER_NAME, RNG_NAME, SCALER_NAME)  # as in `Stored`
+REQUIRED = (OPTIMIZER_NAME, SCHEDULER_NAME, RNG_NAME)  # or the resumed run is another one
 LARGEST = {STATE_NAME: trainer_files.MAX_STATE_BYTES}  # of a file read whole
 
 
 @dataclass(frozen=True)
 class Stored:
-    """A checkpoint's parts, verified and parsed. A part that HF Trainer's lacks is None."""
+    """A checkpoint, verified and parsed."""
 
     path: Path
     manifest: Manifest | None  # None where HF Trainer wrote the checkpoint
     adapter: peft_files.StoredAdapter
     progress: dict[str, Any]  # the contents of trainer_state.json
-    optimizer: Any
-    scheduler: Any
-    generators: Any
-    scaler: Any
+    parts: dict[str, Any]  # what torch saved, by file name; HF Trainer's may lack some
 
     @property
     def record(self) -> RunRecord | None:
@@ -56,19 +53,15 @@ class Stored:
 
     def missing(self) -> list[str]:
         """Names of the files without which a resumed run would be another one."""
-        parts = (self.optimizer, self.scheduler, self.generators)
-        return [name for name, part in zip(TORCH_FILES, parts, strict=False) if part is None]
+        return [name for name in REQUIRED if name not in self.parts]
 
 
 def save_checkpoint(
     output_dir: str | Path, training: Training, record: RunRecord | None = None
 ) -> Path:
     """Write `output_dir/checkpoint-<global_step>` and return its path. After a crash at any moment
-    it is complete or absent; an `OSError` (disk full, read-only) leaves nothing of it.
-
-    Args:
-        record: the run's arguments and inputs, with which `train` resumes it. A loop of your own
-            needs none.
+    it is complete or absent; an `OSError` (disk full, read-only) leaves nothing of it. `train`
+    resumes it by the run's `record`, which a loop of your own does not need.
     """
     output_dir, state = Path(output_dir), training.state
     arguments = TrainConfig() if record is None else record.arguments
@@ -104,10 +97,9 @@ def read_checkpoint(path: str | Path) -> Stored:
     """Read a checkpoint once: each file's bytes are hashed, and parsed from memory."""
     path = Path(path)
     refuse_links(path)
-    parts: dict[str, Any] = {}
     if is_trainer_checkpoint(path):
         manifest = None
-        names = [name for name in (STATE_NAME, *TORCH_FILES) if is_written(path / name)]
+        names = [n for n in (STATE_NAME, *REQUIRED, SCALER_NAME) if is_written(path / n)]
         contents = {name: read_bytes(path / name, LARGEST.get(name)) for name in names}
         if STATE_NAME not in contents:
             raise MiniloraError(f"{path} lacks {STATE_NAME}: HF Trainer was stopped while saving")
@@ -116,10 +108,11 @@ def read_checkpoint(path: str | Path) -> Stored:
         contents = {name: read_bytes(path / name) for name in manifest.files}
         for name, data in contents.items():
             manifest.check(data, path / name)
-    for name in TORCH_FILES:
-        data = contents.get(name)
-        if data is not None:
-            parts[name] = parse_torch(data, path / name, trainer_files.NUMPY_GLOBALS)
+    parts = {
+        name: parse_torch(data, path / name, trainer_files.NUMPY_GLOBALS)
+        for name, data in contents.items()
+        if name in (*REQUIRED, SCALER_NAME)
+    }
     if RNG_NAME in parts:
         check_rng_state(parts[RNG_NAME], path / RNG_NAME)
     progress = parse_json(contents[STATE_NAME], path / STATE_NAME, LARGEST[STATE_NAME])
@@ -129,27 +122,27 @@ def read_checkpoint(path: str | Path) -> Stored:
     else:
         config, weights = contents[peft_files.CONFIG_NAME], contents[peft_files.WEIGHTS_NAME]
         adapter = peft_files.parse_adapter(path, config, weights)
-    return Stored(path, manifest, adapter, progress, *(parts.get(name) for name in TORCH_FILES))
+    return Stored(path, manifest, adapter, progress, parts)
 
 
 def restore(stored: Stored, training: Training) -> TrainState:
     """Put a stored checkpoint's parts back, the random generators last. Everything is checked
     before anything is changed. What HF Trainer's lacks begins anew, and the run is marked inexact.
     """
-    state = _checked_state(stored, training)
+    state, parts = _checked_state(stored, training), stored.parts
     peft_files.assign_adapter(training.model, stored.adapter)
-    if stored.optimizer is not None:
-        training.optimizer.load_state_dict(stored.optimizer)
-    if stored.scheduler is not None:
-        training.scheduler.load_state_dict(stored.scheduler)
+    if OPTIMIZER_NAME in parts:
+        training.optimizer.load_state_dict(parts[OPTIMIZER_NAME])
+    if SCHEDULER_NAME in parts:
+        training.scheduler.load_state_dict(parts[SCHEDULER_NAME])
     if training.scaler.is_enabled():
-        training.scaler.load_state_dict(stored.scaler)
+        training.scaler.load_state_dict(parts[SCALER_NAME])
     stream = mask_stream(training.model)
     if stored.manifest is None and stream is not None:
         # Trainer knows nothing of our masks: from here on they are a function of (seed, step).
         stream.restart(state.global_step)
-    if stored.generators is not None:
-        set_rng_state(stored.generators, training.model)
+    if RNG_NAME in parts:
+        set_rng_state(parts[RNG_NAME], training.model)
     training.state = state
     return state
 
@@ -179,7 +172,6 @@ def sorted_checkpoints(output_dir: str | Path) -> list[Path]:
 
 
 def is_trainer_checkpoint(path: Path) -> bool:
-    """Whether HF Trainer wrote this checkpoint."""
     is_ours = (path / MANIFEST_NAME).exists()
     return not is_ours and is_written(path / trainer_files.TRAINING_ARGS_NAME)
 
@@ -192,9 +184,7 @@ def is_written(path: Path) -> bool:
 
 
 def refuse_links(checkpoint: Path) -> None:
-    """Refuse a checkpoint in which anything is a symbolic link: what it points to belongs to
-    somebody else, and may change.
-    """
+    """Refuse a checkpoint that holds a symbolic link: what that points to may change."""
     if not checkpoint.is_dir():
         raise MiniloraError(f"{checkpoint} is not a directory: give a checkpoint")
     for entry in [checkpoint, *checkpoint.iterdir()]:
@@ -204,20 +194,22 @@ def refuse_links(checkpoint: Path) -> None:
 
 def _checked_state(stored: Stored, training: Training) -> TrainState:
     """The state that is stored, everything else checked against what it is to be restored into."""
-    path, is_trainers = stored.path, stored.manifest is None
+    path, parts, is_trainers = stored.path, stored.parts, stored.manifest is None
     peft_files.check_adapter(training.model, stored.adapter)
-    if stored.optimizer is not None:
-        optim.check_optimizer(training.optimizer, stored.optimizer, path / OPTIMIZER_NAME)
+    if OPTIMIZER_NAME in parts:
+        moments = (training.optimizer, parts[OPTIMIZER_NAME], path / OPTIMIZER_NAME)
+        optim.check_optimizer(*moments)
         if is_trainers:
-            optim.check_every_moment(training.optimizer, stored.optimizer, path / OPTIMIZER_NAME)
-    if stored.scheduler is not None:
-        optim.check_scheduler(training.scheduler, stored.scheduler, path / SCHEDULER_NAME)
+            optim.check_every_moment(*moments)
+    if SCHEDULER_NAME in parts:
+        schedule = (training.scheduler, parts[SCHEDULER_NAME], path / SCHEDULER_NAME)
+        optim.check_scheduler(*schedule)
         if is_trainers:
-            optim.check_schedule_agrees(training.scheduler, stored.scheduler, path / SCHEDULER_NAME)
+            optim.check_schedule_agrees(*schedule)
     if training.scaler.is_enabled():
-        if stored.scaler is None:
+        if SCALER_NAME not in parts:
             raise MiniloraError(f"{path} has no {SCALER_NAME}: it is of a run that was not float16")
-        check_like(training.scaler.state_dict(), stored.scaler, path / SCALER_NAME)
+        check_like(training.scaler.state_dict(), parts[SCALER_NAME], path / SCALER_NAME)
     timetable = training.timetable
     if stored.manifest is None:
         state = trainer_files.state_of_progress(stored.progress, timetable, path / STATE_NAME)

@@ -59,11 +59,8 @@ class Timetable:
 
 
 def plan_timetable(config: TrainConfig, examples: int, validates: bool) -> Timetable:
-    """What the arguments mean for a training set of so many examples.
-
-    Args:
-        config: its modes resolved (`starting_model.resolve_modes`).
-        validates: whether there is validation data.
+    """What the arguments, their modes resolved, mean for so many training examples, with validation
+    data or without.
     """
     batches = math.ceil(examples / config.per_device_train_batch_size)
     steps_per_epoch = math.ceil(batches / config.gradient_accumulation_steps)
@@ -90,6 +87,7 @@ class Training:
     optimizer: torch.optim.Optimizer
     scheduler: torch.optim.lr_scheduler.LRScheduler
     forward: nn.Module | None = None  # `fit` calls it, batch to logits; by default the model
+    task: Any = None  # one of bert/tasks: what `fit` makes of logits
     # Scales the loss for float16; one that is not enabled does nothing.
     scaler: torch.amp.GradScaler = field(
         default_factory=lambda: torch.amp.GradScaler("cpu", enabled=False)
@@ -112,7 +110,7 @@ class Callbacks:
     progress: Callable[[int, float, float], None]  # told (examples, loss, learning rate)
 
 
-def fit(training: Training, task: Any, config: TrainConfig, run: Callbacks) -> None:
+def fit(training: Training, config: TrainConfig, run: Callbacks) -> None:
     """Train from `training.state` to the end of the run, or until `run.should_stop`.
 
     A loss or gradient that is not finite is an error; the parameters are then those of the last
@@ -132,7 +130,7 @@ def fit(training: Training, task: Any, config: TrainConfig, run: Callbacks) -> N
             if state.step_in_epoch == 0 and config.hf_parity:
                 draw_loader_seed()
             learning_rate = float(training.scheduler.get_last_lr()[0])
-            losses, grad_norm = training_step(training, task, config, batches)
+            losses, grad_norm = training_step(training, config, batches)
             state.global_step += 1
             state.step_in_epoch += 1
             for loss in losses:
@@ -146,11 +144,9 @@ def fit(training: Training, task: Any, config: TrainConfig, run: Callbacks) -> N
             ends = state.step_in_epoch == timetable.steps_per_epoch or is_finished(state, timetable)
             if ends:
                 end_epoch(training, config, run)
+            due = is_due(timetable.save_steps, state) or (ends and timetable.save_each_epoch)
             # A run that saves by steps saves at its very end, too.
-            at_end = timetable.save_each_epoch or (
-                timetable.save_steps and is_finished(state, timetable)
-            )
-            if is_due(timetable.save_steps, state) or (ends and at_end):
+            if due or (timetable.save_steps and is_finished(state, timetable)):
                 run.save()
                 saved_step = state.global_step
             if ends:
@@ -158,7 +154,7 @@ def fit(training: Training, task: Any, config: TrainConfig, run: Callbacks) -> N
 
 
 def training_step(
-    training: Training, task: Any, config: TrainConfig, batches: list[Batch]
+    training: Training, config: TrainConfig, batches: list[Batch]
 ) -> tuple[list[float], float]:
     """One optimizer update from one or more batches: forward, backward, clip, step.
 
@@ -167,7 +163,7 @@ def training_step(
     move, as in Trainer; the step counts.
     """
     forward = training.model if training.forward is None else training.forward
-    scaler = training.scaler
+    task, scaler = training.task, training.scaler
     forward.train()
     losses = []
     for batch, share in zip(batches, loss_shares(task, config, batches), strict=True):
@@ -261,7 +257,6 @@ def is_due(every: int, state: TrainState) -> bool:
 
 
 def is_finished(state: TrainState, timetable: Timetable) -> bool:
-    """Whether nothing is left to train."""
     return 0 < timetable.max_steps <= state.global_step or state.stopped_early
 
 

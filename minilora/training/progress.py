@@ -16,17 +16,11 @@ class TrainingBar:
 
     def __init__(self, max_steps: int, done: int) -> None:
         self.bar = tqdm(total=max_steps, initial=done, desc="training", unit="step")
+        self.close = self.bar.close
         self.start = time.perf_counter()
         self.examples = self.steps = 0
 
-    def __enter__(self) -> "TrainingBar":
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.bar.close()
-
     def advance(self, examples: int, loss: float, learning_rate: float) -> None:
-        """One step of so many examples is done."""
         self.examples += examples
         self.steps += 1
         rate = self.examples / (time.perf_counter() - self.start)

@@ -45,19 +45,6 @@ PATHS = ("train_file", "validation_file", "test_file", "model_name_or_path")
 EXACTNESS = ("torch", "cpu_capability", "num_threads", "cuda")
 
 
-# What `RunRecord` is in JSON.
-RECORDED = {
-    "arguments": dict,
-    "lora": dict,
-    "labels": list[str] | None,
-    "pairs": bool | None,
-    "data_sha256": dict[str, str],
-    "model_sha256": str,
-    "environment": dict,
-    "result": dict | None,
-}
-
-
 @dataclass(frozen=True)
 class RunRecord:
     """A run's arguments and inputs."""
@@ -79,16 +66,16 @@ class RunRecord:
                 arguments[name] = str(Path(arguments[name]).resolve())
         # Where the run lies and what it was resumed from is known to whoever resumes it.
         arguments["output_dir"] = arguments["resume_from_checkpoint"] = None
-        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        values |= {"arguments": arguments, "lora": dataclasses.asdict(self.lora)}
+        values = vars(self) | {"arguments": arguments, "lora": dataclasses.asdict(self.lora)}
         return {name: value for name, value in values.items() if name != "result" or value}
 
     @staticmethod
     def from_json(values: dict[str, Any], place: str) -> "RunRecord":
         """What `to_json` returned, whichever version wrote it."""
+        hints = typing.get_type_hints(RunRecord) | {"arguments": dict, "lora": dict}
         absent = {"labels": None, "pairs": None, "environment": {}, "result": None}
-        found = {**absent, **{name: values[name] for name in RECORDED.keys() & values.keys()}}
-        check_like(RECORDED, found, f"{place} does not record a run")
+        found = {**absent, **{name: values[name] for name in hints.keys() & values.keys()}}
+        check_like(hints, found, f"{place} does not record a run")
         arguments = train_config_from_dict(found.pop("arguments"), place)
         return RunRecord(arguments, config_from_dict(found.pop("lora"), place), **found)
 

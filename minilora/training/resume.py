@@ -36,6 +36,11 @@ class ResumePlan:
     refusals: list[str]  # every reason found why it would be refused
     warnings: list[str]
 
+    @staticmethod
+    def fresh(output_dir: Path, config: TrainConfig, lora: LoraConfig) -> "ResumePlan":
+        """That of a new run: from step 0."""
+        return ResumePlan(output_dir, None, None, config, lora, [], [], [])
+
 
 def resumed_directory(path: Path) -> Path:
     """The directory of the run that `path`, it or one of its checkpoints, belongs to."""
@@ -104,7 +109,7 @@ def changed_inputs(record: RunRecord, data_sha256: dict[str, str]) -> list[str]:
 def check_same_inputs(plan: ResumePlan, record: RunRecord) -> None:
     """Refuse to resume on another base model or on other data than the recorded."""
     if plan.record is None:
-        return  # Trainer records neither
+        return  # a new run, or Trainer's, which records neither
     began = dataclasses.replace(plan.record, arguments=record.arguments)
     changed = changed_inputs(began, record.data_sha256)
     if record.model_sha256 != began.model_sha256:
@@ -174,8 +179,7 @@ def _arguments(
     """
     told: dict[str, Any] = {}
     if stored is not None and stored.manifest is None:
-        parts = (stored.progress, stored.optimizer, stored.generators)
-        told = recorded_arguments(*parts, stored.path)
+        told = recorded_arguments(stored.progress, stored.parts, stored.path)
     if record is not None:
         config, lora = reconcile(record.arguments, train_arguments), record.lora
     elif stored is not None and told:

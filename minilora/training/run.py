@@ -5,9 +5,7 @@ checkpoint), where a resume begins (resume).
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from contextlib import closing
 
 from minilora.training.evaluation import Batch
 from minilora.training.loop import Callbacks, Training, fit, log, mean_loss
@@ -18,48 +16,35 @@ from minilora.training.rng import seed_all
 from minilora.training.run_directory import METRICS_NAME, MetricsFile, Saver, write_run
 
 
-@dataclass(frozen=True)
-class Run:
-    """Everything that a run is made of, ready for its first step."""
-
-    record: RunRecord  # its arguments, as resolved, and its inputs
-    training: Training
-    task: Any  # what the losses are (bert/tasks)
-    batches: Callable[[int, int], Iterator[list[Batch]]]  # as in `Callbacks`
-    evaluate: Callable[[], dict[str, float]] | None
-
-
 def fit_in_directory(
-    run: Run, output_dir: Path, plan: ResumePlan | None, should_stop: Callable[[], bool]
+    training: Training,
+    record: RunRecord,
+    batches: Callable[[int, int], Iterator[list[Batch]]],
+    evaluate: Callable[[], dict[str, float]] | None,
+    plan: ResumePlan,
+    should_stop: Callable[[], bool],
 ) -> dict[str, float]:
-    """Train, holding `output_dir`'s lock, from where the plan says, or from step 0.
-
-    Returns train_runtime (seconds of the loop in this process), train_samples_per_second,
-    train_steps_per_second and train_loss.
+    """Train from where the plan says, holding the lock of its directory; the functions are those of
+    `Callbacks`. Returns train_runtime (seconds of the loop in this process), train_loss,
+    train_samples_per_second and train_steps_per_second.
     """
-    config, training = run.record.arguments, run.training
+    config, output_dir = record.arguments, plan.output_dir
     seed_all(config.seed)  # again, as Trainer does: how much was drawn so far depends on the model
-    if plan is None or plan.stored is None or plan.record is None:
-        write_run(output_dir, run.record)
-    if plan is not None:
-        carry_out(plan, training)
+    if plan.stored is None or plan.record is None:
+        write_run(output_dir, record)
+    carry_out(plan, training)
     state = training.state
     metrics_file = MetricsFile(output_dir / METRICS_NAME, state.log_history)
-    saver = Saver(output_dir, training, run.record)
-    with TrainingBar(training.timetable.max_steps, state.global_step) as bar:
+    saver = Saver(output_dir, training, record)
+    with closing(TrainingBar(training.timetable.max_steps, state.global_step)) as bar:
         callbacks = Callbacks(
-            batches=run.batches,
-            evaluate=run.evaluate,
-            log=metrics_file.append,
-            save=saver.save,
-            should_stop=should_stop,
-            progress=bar.advance,
+            batches, evaluate, metrics_file.append, saver.save, should_stop, bar.advance
         )
         # The packaged sentences show what training adds.
         at_start = config.eval_on_start or config.train_file is None
-        if run.evaluate is not None and at_start and state.global_step == 0:
-            log(training, callbacks, run.evaluate())
-        fit(training, run.task, config, callbacks)
+        if evaluate is not None and at_start and state.global_step == 0:
+            log(training, callbacks, evaluate())
+        fit(training, config, callbacks)
     metrics_file.write_all()
     saver.raise_failure()
     return {**bar.speed(), "train_loss": mean_loss(state)}

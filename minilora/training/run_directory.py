@@ -37,9 +37,7 @@ REMEDIES = {
 
 
 def new_output_dir(path: Path) -> None:
-    """Create the directory of a new run. One that holds only leftovers of a killed start counts as
-    empty.
-    """
+    """Create the directory of a new run; what a killed start left in it counts as nothing."""
     if path.exists() and not path.is_dir():
         raise MiniloraError(f"output_dir {str(path)!r} is a file: give a new or empty directory")
     if path.is_dir():
@@ -53,13 +51,11 @@ def new_output_dir(path: Path) -> None:
 
 
 def write_run(output_dir: Path, record: RunRecord) -> None:
-    """Write `run.json`."""
     text = json.dumps(record.to_json(), indent=2, sort_keys=True) + "\n"
     write_file(output_dir / RUN_NAME, text.encode())
 
 
 def read_run(output_dir: Path) -> RunRecord:
-    """What `run.json` records."""
     path = output_dir / RUN_NAME
     return RunRecord.from_json(read_json(path), str(path))
 
@@ -112,7 +108,6 @@ class Saver:
         self.failure: OSError | None = None
 
     def save(self) -> None:
-        """Write a checkpoint of the training as it stands, and rotate the older ones."""
         step, limit = self.training.state.global_step, self.record.arguments.save_total_limit
         self.failure = None
         try:

@@ -7,6 +7,7 @@ opened; what it says is learned from the other files, where they tell.
 
 import json
 import math
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -121,20 +122,18 @@ def state_of_progress(progress: dict[str, Any], timetable: Timetable, place: Pat
 
 
 def recorded_arguments(
-    progress: dict[str, Any], optimizer: Any, generators: Any, place: Path
+    progress: dict[str, Any], parts: dict[str, Any], place: Path
 ) -> dict[str, Any]:
-    """The arguments of `TrainConfig` that the contents of Trainer's files in `place` tell; a file
-    that is missing (None) tells nothing.
-    """
+    """The arguments of `TrainConfig` that the contents of Trainer's files in `place` tell."""
     found: dict[str, Any] = {"max_steps": progress["max_steps"]}
     if type(progress.get("train_batch_size")) is int and progress["train_batch_size"] > 0:
         found["per_device_train_batch_size"] = progress["train_batch_size"]
-    if optimizer is not None:
-        found |= _adamw_arguments(optimizer, place / OPTIMIZER_NAME)
-    if generators is not None:
+    if OPTIMIZER_NAME in parts:
+        found |= _adamw_arguments(parts[OPTIMIZER_NAME], place / OPTIMIZER_NAME)
+    if RNG_NAME in parts:
         # A generator's state begins with its seed; Trainer seeded this one.
         generator = torch.Generator()
-        generator.set_state(generators["cpu"])
+        generator.set_state(parts[RNG_NAME]["cpu"])
         found["seed"] = generator.initial_seed()
     return found
 
@@ -151,8 +150,6 @@ def _adamw_arguments(optimizer: Any, place: Path) -> dict[str, Any]:
 
 
 def _logged_losses(log_history: list[dict[str, Any]]) -> float:
-    total, last = 0.0, 0
-    for row in log_history:
-        if "loss" in row:
-            total, last = total + row["loss"] * (row["step"] - last), row["step"]
-    return total
+    rows = [{"step": 0}, *(row for row in log_history if "loss" in row)]
+    means = (row["loss"] * (row["step"] - last["step"]) for last, row in pairwise(rows))
+    return sum(means, 0.0)

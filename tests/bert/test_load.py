@@ -9,19 +9,27 @@ import shutil
 import pytest
 import safetensors.torch
 import torch
-from transformers import AutoTokenizer, BertForMaskedLM, BertModel, set_seed
+from transformers import (
+    AutoTokenizer,
+    BertForMaskedLM,
+    BertModel,
+    RobertaConfig,
+    RobertaModel,
+    set_seed,
+)
 
 from minilora import MiniloraError
 from minilora.bert.load import (
     PACKAGE,
+    input_length,
     load_model,
     load_tokenizer,
     locate,
-    longest_input,
     model_fingerprint,
     packaged_model,
     recorded_labels,
     save_tokenizer,
+    stored_tensors,
 )
 from minilora.bert.tasks import build_task
 from tests.conftest import tiny_classifier, tiny_config
@@ -200,8 +208,22 @@ def test_a_tokenizer_that_cannot_be_written_is_an_os_error(tiny_model, tmp_path)
         save_tokenizer(load_tokenizer(str(tiny_model), None), tmp_path)
 
 
-def test_longest_input_is_the_models(tiny_model):
-    assert longest_input(tiny_classifier(), AutoTokenizer.from_pretrained(tiny_model)) == 64
+def test_inputs_are_as_long_as_the_model_takes(tiny_model):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    assert input_length(tiny_classifier(), tokenizer, None) == 64
+    assert input_length(tiny_classifier(), tokenizer, 9) == 9
+    with pytest.raises(MiniloraError, match="this model takes 64 tokens"):
+        input_length(tiny_classifier(), tokenizer, 65)
+
+
+def test_positions_that_are_counted_from_behind_the_padding_s_are_fewer(tiny_model):
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    config = RobertaConfig(**sizes, max_position_embeddings=40, pad_token_id=1)
+    model, tokenizer = RobertaModel(config), AutoTokenizer.from_pretrained(tiny_model)
+    longest = input_length(model, tokenizer, None)
+    assert longest == 38 and model(torch.full((1, longest), 5)).last_hidden_state.shape[1] == 38
+    with pytest.raises((IndexError, RuntimeError)):
+        model(torch.full((1, longest + 1), 5))
 
 
 @pytest.mark.skipif(importlib.util.find_spec(PACKAGE) is None, reason="needs the [demo] extra")
@@ -277,4 +299,44 @@ def test_code_that_comes_with_a_model_does_not_run(tiny_model, tmp_path):
     (directory / "tokenizer_config.json").write_text(json.dumps(settings))
     with contextlib.suppress(MiniloraError):
         load_tokenizer(str(directory), None)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_every_layout_holds_the_models_tensors(tmp_path):
+    for name, directory in formats(tmp_path).items():
+        expected = BertModel.from_pretrained(directory).state_dict()
+        found = dict(stored_tensors(str(directory)))
+        assert found.keys() == expected.keys(), name
+        assert all(torch.equal(found[key], expected[key]) for key in expected), name
+
+
+@pytest.mark.parametrize(
+    ("layout", "file", "data"),
+    [
+        ("one", "model.safetensors", b"\xff" * 20),
+        ("pickled", "pytorch_model.bin", b"PK nonsense"),
+        ("sharded", "model.safetensors.index.json", b"{}"),
+        ("sharded", "model.safetensors.index.json", b"[" * 100_000),
+        ("pickled shards", "part-2.bin", None),
+    ],
+    ids=str,
+)
+def test_damaged_weights_are_our_own_error(layout, file, data, tmp_path):
+    directory = formats(tmp_path)[layout]
+    (directory / file).unlink()
+    if data is not None:
+        (directory / file).write_bytes(data)
+    with pytest.raises(MiniloraError, match="damaged|cannot be read safely"):
+        list(stored_tensors(str(directory)))
+
+
+def test_pickled_weights_run_no_code(tmp_path):
+    class Payload:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "ran"),)
+
+    directory = formats(tmp_path)["pickled"]
+    torch.save({"weight": Payload()}, directory / "pytorch_model.bin")
+    with pytest.raises(MiniloraError, match="cannot be read safely"):
+        list(stored_tensors(str(directory)))
     assert not (tmp_path / "ran").exists()

@@ -2,14 +2,13 @@
 
 import hashlib
 
-import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
 from minilora import MiniloraError
-from minilora.bert.packaged import TRAIN_FILE, VALIDATION_FILE
+from minilora.bert.dataset import tokenize
 from minilora.bert.rows import USUAL, Columns, Row, read_rows
-from minilora.bert.splits import hold_out, read_splits, tokenize_splits
+from minilora.bert.splits import SENTENCES, hold_out, read_splits
 from minilora.bert.tasks import build_task
 
 SPLITS = ("train", "validation", "test")
@@ -45,8 +44,8 @@ def test_a_held_out_share_is_a_partition_that_depends_on_the_seed():
 
 def test_without_a_training_file_there_are_the_packaged_sentences(read):
     splits = read()
-    assert splits.rows["train"] == read_rows(TRAIN_FILE)
-    assert splits.rows["validation"] == read_rows(VALIDATION_FILE)
+    assert splits.rows["train"] == read_rows(SENTENCES / "train.tsv")
+    assert splits.rows["validation"] == read_rows(SENTENCES / "validation.tsv")
     assert splits.labels == ["negative", "positive"] and not splits.has_pairs()
 
 
@@ -90,12 +89,4 @@ def test_a_label_that_training_does_not_know_is_refused_with_its_place(read, tin
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
     task = build_task("sequence_classification", splits.labels)
     with pytest.raises(MiniloraError, match=r"validation\.tsv, line 3: label 'neutral' .* a, b"):
-        tokenize_splits(splits, task, tokenizer, 8)
-
-
-def test_every_split_is_tokenised_with_its_labels(read, tiny_model):
-    splits = read(train=TRAIN, test="text\tlabel\nthe film\tb\n")
-    task = build_task("sequence_classification", splits.labels)
-    examples = tokenize_splits(splits, task, AutoTokenizer.from_pretrained(tiny_model), 8)
-    assert np.array_equal(examples["train"].labels, [0, 1] * 10)
-    assert examples["test"].labels.tolist() == [1]
+        tokenize(splits.rows["validation"], task, tokenizer, 8, splits.files["validation"])

@@ -24,9 +24,9 @@ from minilora.files import exclusive, sweep_leftovers
 from minilora.training.loop import plan_timetable
 from minilora.training.optim import build_optimizer, build_scheduler
 from minilora.training.record import environment
-from minilora.training.resume import check_same_inputs, plan_resume
+from minilora.training.resume import ResumePlan, check_same_inputs, plan_resume
 from minilora.training.rng import seed_all
-from minilora.training.run import Run, fit_in_directory
+from minilora.training.run import fit_in_directory
 from minilora.training.run_directory import advice_on_disk_errors, new_output_dir
 from tests.faults.forks import serve
 
@@ -81,6 +81,7 @@ def build() -> Training:
         model,
         optimizer,
         build_scheduler(optimizer, CONFIG, STEPS),
+        task=Sum(),
         scaler=torch.amp.GradScaler("cpu"),  # not that float32 needs one: it is saved, too
         timetable=plan_timetable(CONFIG, EXAMPLES, validates=False),
     )
@@ -97,14 +98,13 @@ def run(output_dir: Path) -> int:
             resumes = False
         with exclusive(output_dir):
             sweep_leftovers(output_dir)
-            plan = plan_resume(output_dir) if resumes else None
+            plan = ResumePlan.fresh(output_dir, CONFIG, ADAPTER)
+            plan = plan_resume(output_dir) if resumes else plan
             seed_all(CONFIG.seed)
             record = RunRecord(CONFIG, ADAPTER, None, False, {}, "toy", environment())
-            if plan is not None:
-                check_same_inputs(plan, record)
+            check_same_inputs(plan, record)
             training = build()
-            parts = Run(record, training, Sum(), batches, None)
-            fit_in_directory(parts, output_dir, plan, lambda: False)
+            fit_in_directory(training, record, batches, None, plan, lambda: False)
             save_checkpoint(output_dir, training, record)  # one that is there is replaced
             save_adapter(training.model, output_dir)
     return 0

@@ -151,10 +151,6 @@ def test_unknown_adapters_are_named():
         ({"target_modules": ["pooler.dense"]}, {"modules_to_save": ["pooler.dense"]}),
         ({"target_modules": ["word_embeddings"]}, {"trainable_token_indices": [1]}),
         ({"trainable_token_indices": [1]}, {"target_modules": ["word_embeddings"]}),
-        (
-            {"target_modules": ["pooler.dense"]},
-            {"modules_to_save": ["pooler.dense"], "init_lora_weights": "pissa"},
-        ),
     ],
     ids=str,
 )
@@ -164,6 +160,26 @@ def test_a_module_that_is_adapted_in_another_way_is_refused(first, second):
     before, output = snapshot(model), logits(model)
     with pytest.raises(MiniloraError, match=r"'bert\.[\w.]+'"):
         minilora.add_adapter(model, LoraConfig(**second), "second")
+    assert_same(snapshot(model), before)
+    assert torch.equal(logits(model), output)
+
+
+CHANGING = [
+    {"init_lora_weights": "pissa"},
+    {"init_lora_weights": "pissa_niter_2"},
+    {"init_lora_weights": "olora"},
+    {"bias": "lora_only"},
+    {"bias": "all"},
+]
+
+
+@pytest.mark.parametrize("changing", CHANGING, ids=str)
+@pytest.mark.parametrize("comes_first", [True, False])
+def test_an_adapter_that_changes_the_base_is_alone_on_its_model(changing, comes_first):
+    model = adapted(**(changing if comes_first else {}))
+    before, output = snapshot(model), logits(model)
+    with pytest.raises(MiniloraError, match="must be alone on its model"):
+        minilora.add_adapter(model, LoraConfig(**({} if comes_first else changing)), "second")
     assert_same(snapshot(model), before)
     assert torch.equal(logits(model), output)
 

@@ -254,7 +254,7 @@ def test_loading_into_an_existing_adapter_checks_the_config(saved):
     """PEFT ignores the file's config here (alpha 64 on disk, scaling stays 2)."""
     model = tiny_classifier()
     minilora.add_adapter(model, LoraConfig(task_type="SEQ_CLS", r=4, lora_alpha=64))
-    with pytest.raises(MiniloraError, match="lora_alpha: 8 in the file, 64 here"):
+    with pytest.raises(MiniloraError, match="lora_alpha: 8 -> 64"):
         minilora.load_adapter(model, saved)
 
 

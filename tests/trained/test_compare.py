@@ -58,7 +58,7 @@ def test_two_runs_differ_in_what_was_asked_and_came_of_it(
     assert shapes == ["torch.float32 (4, 32) in a, torch.float32 (2, 32) in b"]
 
     result = command("inspect", "--diff", finished_run, tmp_path / "out")
-    assert result.code == 0 and "  arguments.learning_rate: 0.02 -> 0.01" in result.out
+    assert result.code == 0 and "{name: arguments.learning_rate, a: 0.02, b: 0.01}" in result.out
     assert result.summary()["arguments"] == len(arguments)
     whole = command("inspect", "--diff", finished_run, tmp_path / "out", "--json")
     assert json.loads(whole.out) == found

@@ -68,12 +68,13 @@ CONSTANT = TrainConfig(lr_scheduler_type="constant")
 
 def step(model, batches, max_grad_norm=0.0, number=1, scaler=None):
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    training = Training(model, optimizer, build_scheduler(optimizer, CONSTANT, 1))
+    scheduler = build_scheduler(optimizer, CONSTANT, 1)
+    training = Training(model, optimizer, scheduler, task=Regression())
     training.state.global_step = number - 1
     if scaler is not None:
         training.scaler = scaler
     config = TrainConfig(max_grad_norm=max_grad_norm)
-    return training_step(training, Regression(), config, batches)
+    return training_step(training, config, batches)
 
 
 def test_accumulating_batches_equals_one_batch_of_all_their_examples():
@@ -140,6 +141,7 @@ def run(timetable=None, config=None, epochs=2, evaluations=None, stop_after=None
         model,
         optimizer,
         build_scheduler(optimizer, CONSTANT, 1),
+        task=Regression(),
         timetable=Timetable(**{**settings, **(timetable or {})}),
         state=state or TrainState(),
     )
@@ -153,7 +155,7 @@ def run(timetable=None, config=None, epochs=2, evaluations=None, stop_after=None
         should_stop=lambda: stop_after is not None and state.global_step >= stop_after,
         progress=lambda *_: None,
     )
-    fit(training, Regression(), TrainConfig(**(config or {})), callbacks)
+    fit(training, TrainConfig(**(config or {})), callbacks)
     return state, rows, [step for step, _ in saved]
 
 

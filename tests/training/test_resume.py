@@ -222,20 +222,20 @@ def test_a_resume_is_exact_in_every_mode(mode, tmp_path, tiny_model, sentences):
 
 
 def rng(stored):
-    stored.generators["cpu"] = torch.Generator().manual_seed(1).get_state()
+    stored.parts["rng_state.pth"]["cpu"] = torch.Generator().manual_seed(1).get_state()
 
 
 def masks(stored):
-    del stored.generators["mask_stream"]
+    del stored.parts["rng_state.pth"]["mask_stream"]
 
 
 def moments(stored):
-    for values in stored.optimizer["state"].values():
+    for values in stored.parts["optimizer.pt"]["state"].values():
         values["exp_avg"].zero_()
 
 
 def schedule(stored):
-    stored.scheduler["last_epoch"] = 0
+    stored.parts["scheduler.pt"]["last_epoch"] = 0
 
 
 def one_tensor(stored):

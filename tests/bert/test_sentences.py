@@ -3,8 +3,8 @@
 import re
 from collections import Counter
 
-from minilora.bert.packaged import TRAIN_FILE, VALIDATION_FILE
 from minilora.bert.rows import read_rows
+from minilora.bert.splits import SENTENCES
 
 KINDS = {"plain", "negation", "mixed", "comparison", "irony"}
 # Word sets that overlap by more than this share are near-duplicates.
@@ -20,7 +20,7 @@ def overlap(one: frozenset[str], other: frozenset[str]) -> float:
 
 
 def test_there_are_enough_and_both_labels_are_balanced_within_every_kind():
-    train, validation = read_rows(TRAIN_FILE), read_rows(VALIDATION_FILE)
+    train, validation = read_rows(SENTENCES / "train.tsv"), read_rows(SENTENCES / "validation.tsv")
     assert len(train) + len(validation) >= 1000 and len(validation) >= 200
     for rows in (train, validation):
         counts = Counter((row.kind, row.label) for row in rows)
@@ -30,8 +30,8 @@ def test_there_are_enough_and_both_labels_are_balanced_within_every_kind():
 
 
 def test_no_sentence_occurs_twice_and_none_has_a_near_duplicate_across_the_split():
-    train = [words(row.text) for row in read_rows(TRAIN_FILE)]
-    validation = [words(row.text) for row in read_rows(VALIDATION_FILE)]
+    train = [words(row.text) for row in read_rows(SENTENCES / "train.tsv")]
+    validation = [words(row.text) for row in read_rows(SENTENCES / "validation.tsv")]
     assert len(set(train + validation)) == len(train + validation)
     worst = max((overlap(v, t), v, t) for v in validation for t in train)
     assert worst[0] < NEAR, worst
@@ -45,13 +45,13 @@ def test_the_near_duplicate_check_can_fail():
 
 
 def test_sentences_are_natural_in_length():
-    lengths = [len(row.text.split()) for row in read_rows(TRAIN_FILE)]
+    lengths = [len(row.text.split()) for row in read_rows(SENTENCES / "train.tsv")]
     assert min(lengths) >= 4 and max(lengths) <= 45
 
 
 def test_length_does_not_give_the_label_away():
     """The best threshold on the number of words separates the labels hardly better than chance."""
-    rows = read_rows(TRAIN_FILE)
+    rows = read_rows(SENTENCES / "train.tsv")
     best = max(
         abs(
             sum((len(r.text.split()) > t) == (r.label == "positive") for r in rows) / len(rows)

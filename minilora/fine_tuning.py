@@ -143,6 +143,9 @@ def train(plan: resume.ResumePlan, should_stop: Callable[[], bool]) -> TrainResu
 
     seed_all(config.seed)
     start = starting_model.load_starting_model(config, task)
+    if plan.stored is None and plan.record is None:
+        lora = starting_model.with_new_modules(lora, start)
+    starting_model.check_new_modules(start.new_modules, lora, output_dir)
     ran_on = {**environment(), "transformers": transformers.__version__}
     inputs = (splits.fingerprints, start.sha256, ran_on)
     record = RunRecord(config, lora, splits.labels, splits.has_pairs(), *inputs)

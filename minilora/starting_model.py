@@ -23,7 +23,7 @@ from minilora.lora.config import BOOKKEEPING, LoraConfig, differing_fields
 from minilora.lora.heads import train_heads_in_float32
 from minilora.lora.merge import merge_and_unload
 from minilora.lora.peft_files import find_adapter, load_adapter, read_adapter, read_config
-from minilora.lora.targets import resolve_config
+from minilora.lora.targets import is_saved, resolve_config, saved_modules
 from minilora.training.config import EVAL_STEPS, LORA_DEFAULTS, TrainConfig
 from minilora.training.progress import say
 
@@ -45,7 +45,7 @@ class StartingModel:
     sha256: str  # of its encoder, and behind a space of the adapter that is to be continued
     base: Located
     adapter: Located | None  # what it was given as, if that is an adapter
-    new_tensors: list[str]  # what the base's files lacked and was drawn: usually the head
+    new_modules: list[str]  # what the base's files lacked and was drawn: usually the head
 
 
 def chosen_device(name: str | None) -> torch.device:
@@ -92,16 +92,38 @@ def load_starting_model(config: TrainConfig, task: Task) -> StartingModel:
     base, revision = found, config.model_revision
     if found.is_adapter:
         base, revision = base_of(find_adapter(found.location))
-    model, new_tensors = load.load_model(base.location, revision, task)
+    model, new_modules = load.load_model(base.location, revision, task)
     tokenizer = load.load_tokenizer(base.location, revision)
-    if found.is_adapter and config.on_adapter == "merge":
-        load_adapter(model, found.location)
-        merge_and_unload(model)
-    sha256 = load.model_fingerprint(model)
+    if found.is_adapter:
+        directory = find_adapter(found.location)
+        check_new_modules(new_modules, read_config(directory), directory)
+        if config.on_adapter == "merge":
+            load_adapter(model, found.location)
+            merge_and_unload(model)
+            new_modules = []
+    sha256 = load.model_fingerprint(model, new_modules)
     if found.is_adapter and config.on_adapter == "continue":
         sha256 = f"{sha256} {load.tensors_fingerprint(read_adapter(found.location).tensors)}"
     adapter = found if found.is_adapter else None
-    return StartingModel(model, tokenizer, sha256, base, adapter, new_tensors)
+    return StartingModel(model, tokenizer, sha256, base, adapter, new_modules)
+
+
+def with_new_modules(lora: LoraConfig, start: StartingModel) -> LoraConfig:
+    """The adapter's config, with every new module among those that it trains in full, and saves."""
+    saved = saved_modules(lora)
+    names = [name for name in start.new_modules if not is_saved(name, saved)]
+    ends = [name.rpartition(".")[2] for name in names]
+    return dataclasses.replace(lora, modules_to_save=[*(lora.modules_to_save or []), *ends] or None)
+
+
+def check_new_modules(new_modules: list[str], lora: LoraConfig, place: Path) -> None:
+    """Refuse an adapter without a module that its base's files lack, too: it would be random."""
+    random = [name for name in new_modules if not is_saved(name, saved_modules(lora))]
+    if random:
+        raise MiniloraError(
+            f"{place}: neither the adapter nor its base model holds {', '.join(random)}, which it "
+            "was trained with: train it again with --modules_to_save"
+        )
 
 
 def base_of(adapter_directory: Path) -> tuple[Located, str | None]:
@@ -185,7 +207,7 @@ def prepare_training(config: TrainConfig, forward: Packed | Padded) -> None:
 
 def describe_start(start: StartingModel, config: TrainConfig, output_dir: Path) -> None:
     """Say what is about to be trained, with PEFT's line on trainable parameters."""
-    new = ", ".join(start.new_tensors) or "-"
+    new = ", ".join(start.new_modules) or "-"
     say(f"model: {start.base.description}, a {type(start.model).__name__}; new: {new}")
     if start.adapter is not None:
         done = "continued" if config.on_adapter == "continue" else "merged into it"

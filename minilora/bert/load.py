@@ -51,11 +51,9 @@ WEIGHT_FILES = (
 )
 ADAPTER_CONFIG = "adapter_config.json"
 
-# A checkpoint of a bare encoder has no head, and one of a masked language model no pooler either.
-MAY_BE_NEW = ("classifier.", "score.", "pooler.", "pre_classifier.")
-# Parts of pretraining heads that a classifier has no use for, the pooler of families whose head has
-# its own (RoBERTa), and buffers of older checkpoints.
-MAY_BE_UNUSED = ("cls.", "pooler.", "lm_head.", "generator_", "predictions.", "position_ids")
+# A tensor of an encoder's layers or embeddings: one that is missing, of another shape, or too many
+# means that the file and its config.json do not belong together.
+OF_ENCODER = re.compile(r"\.\d+\.|embeddings\.(?!position_ids)")
 
 
 @dataclass(frozen=True)
@@ -127,27 +125,42 @@ def packaged_model() -> Path:
 def load_model(
     location: str, revision: str | None, task: Task
 ) -> tuple[PreTrainedModel, list[str]]:
-    """The model with the task's head, in float32 and eval mode, and the names of its new tensors:
-    a head that the checkpoint lacks, as transformers draws it from torch's global generator.
+    """The model with the task's head, in float32 and eval mode, and the names of its new modules:
+    what the files lack or have for other labels, as transformers draws it from torch's global
+    generator: a head, and the pooler of a masked language model. What only other tasks need is
+    left out.
     """
     with _loading(location):
         config = _from_pretrained(AutoConfig, revision)(location)
-        task.configure(config, location)
+        task.configure(config)
         model, report = _from_pretrained(task.auto_class, revision)(
-            location, config=config, dtype=torch.float32, output_loading_info=True
-        )
-    missing = sorted(report["missing_keys"])
-    prefix = f"{model.base_model_prefix}."
-    unexplained = [key for key in missing if not key.removeprefix(prefix).startswith(MAY_BE_NEW)]
-    unused = [k for k in report["unexpected_keys"] if not any(part in k for part in MAY_BE_UNUSED)]
+            location, config=config, dtype=torch.float32, output_loading_info=True,
+            ignore_mismatched_sizes=True,
+        )  # fmt: skip
+    parameters = dict(model.named_parameters())
+    reshaped = {key for key, *_ in report["mismatched_keys"]}
+    drawn = parameters.keys() & (report["missing_keys"] | reshaped)
+    new = _whole_modules(model, drawn)
+    stray = {key for key in drawn if not key.startswith(tuple(f"{name}." for name in new))}
     for problem, keys in (
-        (f"lacks {len(unexplained)} tensors of the model", unexplained),
-        ("has tensors of the wrong shape", report["mismatched_keys"]),
-        ("has tensors that the model does not know", unused),
+        ("lacks tensors of the model", drawn - reshaped),
+        ("has tensors of the wrong shape", reshaped),
+        ("has tensors that the model does not know", report["unexpected_keys"]),
     ):
-        if keys:
-            raise MiniloraError(f"{location} {problem}, such as {min(keys)}")
-    return model, missing
+        odd = [key for key in keys if key in stray or OF_ENCODER.search(key)]
+        if odd:
+            raise MiniloraError(f"{location} {problem}, {len(odd)} in all, such as {min(odd)}")
+    return model, new
+
+
+def _whole_modules(model: nn.Module, tensors: set[str]) -> list[str]:
+    # The topmost modules all of whose parameters are among `tensors`.
+    found: list[str] = []
+    for name, module in model.named_modules():
+        own = {f"{name}.{key}" for key, _ in module.named_parameters()}
+        if own and own <= tensors and not name.startswith(tuple(f"{above}." for above in found)):
+            found.append(name)
+    return found
 
 
 def recorded_labels(location: str, revision: str | None, count: int) -> list[str]:
@@ -246,9 +259,13 @@ def input_length(
     return asked or longest
 
 
-def model_fingerprint(model: nn.Module) -> str:
-    """SHA-256 of the encoder's tensors, heads aside, before anything is injected."""
-    return tensors_fingerprint(getattr(model, "base_model", model).state_dict())
+def model_fingerprint(model: PreTrainedModel, new_modules: list[str]) -> str:
+    """SHA-256 of the encoder's tensors as they were read, before anything is injected: heads and
+    new modules are left out.
+    """
+    drawn = tuple(f"{name}.".removeprefix(f"{model.base_model_prefix}.") for name in new_modules)
+    tensors = model.base_model.state_dict().items()
+    return tensors_fingerprint({n: tensor for n, tensor in tensors if not n.startswith(drawn)})
 
 
 def tensors_fingerprint(tensors: Mapping[str, Tensor]) -> str:

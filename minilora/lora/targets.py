@@ -31,7 +31,7 @@ DEFAULT_TARGETS = dict.fromkeys(QUERY_AND_VALUE, ("query", "value")) | {
 def resolve_config(model: nn.Module, config: LoraConfig) -> LoraConfig:
     """A copy of `config` with what it leaves to the model filled in, as PEFT writes it."""
     targets = config.target_modules
-    saved = [*(config.modules_to_save or []), *TASK_HEADS.get(config.task_type or "", [])]
+    saved = saved_modules(config)
     if isinstance(targets, str) and targets.lower() == "all-linear":
         # All but the output embeddings and the head. (PEFT adds the head of token classification
         # and question answering to modules_to_save only after matching, and then fails on them.)
@@ -40,7 +40,7 @@ def resolve_config(model: nn.Module, config: LoraConfig) -> LoraConfig:
             name
             for name, m in plain_modules(model)
             if isinstance(m, nn.Linear | LoRALinear) and m is not output
-            if not _is_saved(name, saved)
+            if not is_saved(name, saved)
         ]
     elif targets is None:
         family = getattr(getattr(model, "config", None), "model_type", None)
@@ -55,7 +55,7 @@ def resolve_config(model: nn.Module, config: LoraConfig) -> LoraConfig:
     return dataclasses.replace(
         copy.deepcopy(config),
         target_modules=targets,
-        modules_to_save=list(dict.fromkeys(saved)) or None,
+        modules_to_save=saved or None,
         base_model_name_or_path=base,
         auto_mapping=config.auto_mapping or (kind if config.task_type is None else None),
     )
@@ -68,7 +68,7 @@ def target_names(model: nn.Module, config: LoraConfig) -> list[str]:
     matched = [
         name
         for name in modules
-        if is_target(name, config) and not is_named(name, left_out) and not _is_saved(name, saved)
+        if is_target(name, config) and not is_named(name, left_out) and not is_saved(name, saved)
     ]
     for name in matched:
         if not isinstance(modules[name], nn.Linear | nn.Embedding | LoRALinear | LoRAEmbedding):
@@ -91,10 +91,10 @@ def target_names(model: nn.Module, config: LoraConfig) -> list[str]:
 def saved_names(model: nn.Module, config: LoraConfig) -> list[str]:
     """The modules that a resolved config trains in full."""
     asked = config.modules_to_save or []
-    found = [name for name, _ in plain_modules(model) if is_named(name, asked)]
+    found = [name for name, _ in plain_modules(model) if name.endswith(tuple(asked))]
     # Heads that task_type adds are candidates, of which a model has one; others must be there.
     named = [name for name in asked if name not in TASK_HEADS.get(config.task_type or "", [])]
-    missing = [name for name in named if not any(is_named(other, [name]) for other in found)]
+    missing = [name for name in named if not any(other.endswith(name) for other in found)]
     if missing:
         raise MiniloraError(f"modules_to_save {missing} are not there; {_this_model_has(model)}")
     return found
@@ -149,6 +149,19 @@ def is_named(name: str, names: list[str] | str) -> bool:
     return name in names or any(name.endswith(f".{end}") for end in names)
 
 
+def saved_modules(config: LoraConfig) -> list[str]:
+    """The names in modules_to_save, and those of the task's head."""
+    asked, heads = config.modules_to_save or [], TASK_HEADS.get(config.task_type or "", [])
+    return list(dict.fromkeys([*asked, *heads]))
+
+
+def is_saved(name: str, saved: list[str]) -> bool:
+    """Whether a module, or one it lies in, ends with a name of `saved`, as PEFT has it, without a
+    dot: "classifier" is DistilBERT's pre_classifier, too.
+    """
+    return any(f"{end}." in f"{name}." for end in saved)
+
+
 def pattern_value(pattern: Mapping[str, float], name: str, default: float) -> float:
     """The first entry of rank_pattern or alpha_pattern that matches a module, else `default`."""
     return next((value for key, value in pattern.items() if _is_key(key, name)), default)
@@ -171,8 +184,3 @@ def _this_model_has(model: nn.Module) -> str:
 
 def _is_key(key: str, name: str) -> bool:
     return re.match(rf"(.*\.)?({key})$", name) is not None
-
-
-def _is_saved(name: str, modules_to_save: list[str]) -> bool:
-    # The module itself, and everything inside it.
-    return any(f".{saved}." in f".{name}." for saved in modules_to_save)

@@ -105,6 +105,7 @@ def load_base(adapter: Path, record: RunRecord) -> tuple[PreTrainedModel, PreTra
     with torch.random.fork_rng(devices=[]):
         task = build_task(record.arguments.task, record.labels)
         start = starting_model.load_starting_model(record.arguments, task)
+    starting_model.check_new_modules(start.new_modules, record.lora, adapter)
     # Behind the base's fingerprint stands that of the adapter which the run went on from, if any.
     expected, found = record.model_sha256.partition(" ")[0], start.sha256.partition(" ")[0]
     if expected not in ("", found):

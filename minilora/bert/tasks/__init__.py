@@ -37,8 +37,8 @@ class Task(Protocol):
     @staticmethod
     def find_labels(rows: list[Row], path: str) -> list[str] | None: ...
 
-    # Gives transformers' config the head's size and labels; refuses a trained head of others.
-    def configure(self, config: Any, location: str) -> None: ...
+    # Gives transformers' config the head's size and labels.
+    def configure(self, config: Any) -> None: ...
 
     # What `encode_texts` says. A row may become several examples. Labels are made last: those of
     # tokens or answers need the tokens' places in the text.

@@ -27,7 +27,7 @@ class Regression:
     @staticmethod
     def find_labels(rows: list[Row], path: str) -> None: ...
 
-    def configure(self, config: Any, location: str) -> None:
+    def configure(self, config: Any) -> None:
         config.num_labels = 1
         config.problem_type = "regression"
 

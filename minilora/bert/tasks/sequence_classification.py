@@ -44,14 +44,7 @@ class SequenceClassification:
             raise MiniloraError(f"{path} has {found}: {hint}")
         return sorted(names, key=int) if all(map(_is_integer, names)) else sorted(names)
 
-    def configure(self, config: Any, location: str) -> None:
-        trained = str(config.architectures).count("ForSequenceClassification")
-        if trained and config.num_labels != len(self.labels):
-            raise MiniloraError(
-                f"{location} has a trained head of {config.num_labels} labels "
-                f"({', '.join(config.id2label.values())}), the data {len(self.labels)} "
-                f"({', '.join(self.labels[:20])}): use data with its labels, or a model without it"
-            )
+    def configure(self, config: Any) -> None:
         config.id2label = dict(enumerate(self.labels))  # and with it num_labels
         config.label2id = {label: index for index, label in enumerate(self.labels)}
         config.problem_type = "single_label_classification"

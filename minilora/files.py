@@ -99,8 +99,9 @@ def new_directory(path: Path) -> Iterator[Path]:
     if os.path.lexists(path):
         raise MiniloraError(f"{path} exists: give a new name, or move it away")
     path.parent.mkdir(parents=True, exist_ok=True)
-    with scratch_directory(path) as temporary:
+    with scratch_directory(path) as temporary, exclusive(temporary):
         yield temporary
+        (temporary / LOCK_NAME).unlink()
         for file in filter(Path.is_file, temporary.rglob("*")):
             # What the umask gives; safetensors' own writer leaves 0600.
             file.chmod(temporary.stat().st_mode & 0o666)
@@ -152,9 +153,11 @@ def set_aside(path: Path, reason: str) -> Path:
 
 
 def sweep_leftovers(directory: Path) -> None:
-    """Delete what a killed run left half-written or half-deleted. Call it only under the lock."""
+    """Delete what a killed process left half-written or half-deleted, but nothing that a live one
+    is filling. Call it only under the lock.
+    """
     for entry in directory.iterdir():
-        if LEFTOVER.fullmatch(entry.name) and not entry.is_symlink():
+        if LEFTOVER.fullmatch(entry.name) and not entry.is_symlink() and not is_held(entry):
             shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
 
 

@@ -8,6 +8,7 @@ how it runs (starting_model).
 
 import dataclasses
 import datetime
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -32,7 +33,7 @@ from minilora.model_card import model_card
 from minilora.options import changed
 from minilora.starting_model import StartingModel
 from minilora.training import resume
-from minilora.training.checkpoint import read_checkpoint
+from minilora.training.checkpoint import Stored, read_checkpoint
 from minilora.training.config import TrainConfig
 from minilora.training.evaluation import Batch, evaluate_model
 from minilora.training.loop import Training, TrainState, is_finished, plan_timetable
@@ -82,8 +83,9 @@ class Pieces:
         size, device = self.config.per_device_eval_batch_size, self.start.model.device
         collate, shown = self.forward.collate, f"evaluating {split}"
         batches = batches_in_order(self.examples[split], size, collate, device, shown)
+        loss = self.task.training_loss if self.config.hf_parity else self.task.loss
         scorer = self.task.scorer(self.splits.rows[split])
-        return evaluate_model(self.forward, self.task, batches, scorer, prefix)
+        return evaluate_model(self.forward, loss, self.task, batches, scorer, prefix)
 
 
 def fine_tune(train_config: TrainConfig, lora_config: LoraConfig | None = None) -> TrainResult:
@@ -112,7 +114,10 @@ def run_fine_tuning(
     path = train_arguments.get("resume_from_checkpoint")
     if path is not None:
         with advice_on_disk_errors(Path(path)):
-            output_dir = resume.resumed_directory(Path(path))
+            own = resume.own_directory(Path(path))
+            output_dir = resume.directory_to_go_on_in(own, Path(path), train_arguments)
+            if output_dir != own:
+                new_output_dir(output_dir)
             with exclusive(output_dir):
                 sweep_leftovers(output_dir)
                 plan = resume.plan_resume(Path(path), train_arguments, lora_arguments)
@@ -165,10 +170,10 @@ def train(plan: resume.ResumePlan, should_stop: Callable[[], bool]) -> TrainResu
 
     state = training.state
     if is_finished(state, training.timetable):
-        if config.load_best_model_at_end and state.best_step is not None:
-            best = read_checkpoint(output_dir / f"checkpoint-{state.best_step}")
+        best = best_checkpoint(output_dir, state, config)
+        if best is not None:
             assign_adapter(start.model, best.adapter)
-        metrics |= reported_evaluation(config, state)
+        metrics |= reported_evaluation(state, best)
         metrics |= pieces.evaluate("test", "test") if "test" in examples else {}
         write_final_files(start, output_dir, dataclasses.replace(record, result=metrics))
     return TrainResult(state.global_step, metrics, str(output_dir), state.log_history)
@@ -215,11 +220,28 @@ def build_training(pieces: Pieces) -> Training:
     return Training(model, optimizer, scheduler, forward, task, scaler, timetable)
 
 
-def reported_evaluation(config: TrainConfig, state: TrainState) -> dict[str, float]:
-    """The evaluation of the final adapter: the best one if that is loaded, else the last."""
+def best_checkpoint(output_dir: Path, state: TrainState, config: TrainConfig) -> Stored | None:
+    """With `load_best_model_at_end`, the checkpoint of the best evaluation: of those that are there
+    and verify, for one may have been deleted, or never written to a full disk.
+    """
+    if not config.load_best_model_at_end:
+        return None
+    metric, sign = config.best_metric() or "", -1 if config.best_is_greatest() else 1
+    rows = [row for row in state.log_history if math.isfinite(row.get(metric, math.nan))]
+    for row in sorted(rows, key=lambda row: sign * row[metric]):
+        try:
+            return read_checkpoint(output_dir / f"checkpoint-{row['step']}")
+        except MiniloraError as error:
+            say(f"warning: the best is passed over for the next: {error}")
+    return None
+
+
+def reported_evaluation(state: TrainState, best: Stored | None) -> dict[str, float]:
+    """The evaluation of the final adapter: that of the best one if it is loaded, else the last."""
     evaluations = [row for row in state.log_history if "eval_loss" in row]
-    if config.load_best_model_at_end:
-        evaluations = [row for row in evaluations if row["step"] == state.best_step]
+    if best is not None:
+        step = best.progress["global_step"]
+        evaluations = [row for row in evaluations if row["step"] == step]
     last = evaluations[-1] if evaluations else {}
     return {name: value for name, value in last.items() if name.startswith("eval_")}
 

@@ -22,7 +22,13 @@ from minilora.lora.adapters import add_adapter, set_fused
 from minilora.lora.config import BOOKKEEPING, LoraConfig, differing_fields
 from minilora.lora.heads import train_heads_in_float32
 from minilora.lora.merge import merge_and_unload
-from minilora.lora.peft_files import find_adapter, load_adapter, read_adapter, read_config
+from minilora.lora.peft_files import (
+    assign_adapter,
+    find_adapter,
+    load_adapter,
+    read_adapter,
+    read_config,
+)
 from minilora.lora.targets import is_saved, resolve_config, saved_modules
 from minilora.training.config import EVAL_STEPS, LORA_DEFAULTS, TrainConfig
 from minilora.training.progress import say
@@ -155,7 +161,6 @@ def attach_adapter(start: StartingModel, config: TrainConfig, lora: LoraConfig) 
             f"bias={lora.bias!r} trains the base model's biases, which dtype {config.dtype} would "
             "round away: use dtype float32, or bias none"
         )
-    start.model.to(dtype)
     if start.adapter is not None and config.on_adapter == "continue":
         stored = read_config(find_adapter(start.adapter.location))
         differing = differing_fields(stored, resolve_config(start.model, lora))
@@ -164,11 +169,23 @@ def attach_adapter(start: StartingModel, config: TrainConfig, lora: LoraConfig) 
                 f"{start.adapter.location} is to be continued and its adapter has other settings: "
                 f"{', '.join(differing)}; leave them out, or merge it first (--on_adapter merge)"
             )
-        load_adapter(start.model, start.adapter.location, is_trainable=True)
-    else:
-        add_adapter(start.model, lora)
+        load_trained(start.model, Path(start.adapter.location), dtype, is_trainable=True)
+        return
+    start.model.to(dtype)
+    add_adapter(start.model, lora)
     if dtype != torch.float32:
         train_heads_in_float32(start.model)
+
+
+def load_trained(
+    model: PreTrainedModel, adapter: Path, dtype: torch.dtype, is_trainable: bool
+) -> None:
+    """The adapter in a directory, over a base of `dtype`. Modules trained in full stay float32."""
+    model.to(dtype)  # pyright: ignore[reportArgumentType]
+    load_adapter(model, adapter, is_trainable=is_trainable)
+    if dtype != torch.float32:
+        train_heads_in_float32(model)
+        assign_adapter(model, read_adapter(adapter))  # once more: it was rounded to `dtype`
 
 
 def choose_forward(

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from minilora.lora.layer import Wrapper
 
@@ -40,9 +40,17 @@ def train_heads_in_float32(model: nn.Module) -> None:
     for name, module in model.named_modules():
         if isinstance(module, ModulesToSave):
             module.adapters.float()
-            module.register_forward_pre_hook(lambda _, inputs: tuple(x.float() for x in inputs))
+            module.register_forward_pre_hook(_to_float32)
             if name.rpartition(".")[2] not in heads:
                 module.register_forward_hook(_to_base_dtype)
+
+
+def _to_float32(module: Any, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    # An embedding's ids stay integers.
+    is_number = [isinstance(x, Tensor) and x.is_floating_point() for x in inputs]
+    return tuple(
+        x.float() if of_float else x for x, of_float in zip(inputs, is_number, strict=True)
+    )
 
 
 def _to_base_dtype(module: Any, _: Any, result: Any) -> Any:

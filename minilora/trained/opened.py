@@ -20,8 +20,7 @@ from minilora.bert.forward import Packed, Padded
 from minilora.bert.load import input_length, load_tokenizer, pad_token_id, recorded_labels
 from minilora.bert.tasks import Task, build_task
 from minilora.errors import MiniloraError
-from minilora.lora.heads import train_heads_in_float32
-from minilora.lora.peft_files import CONFIG_NAME, StoredAdapter, load_adapter, read_adapter
+from minilora.lora.peft_files import CONFIG_NAME, StoredAdapter, read_adapter
 from minilora.trained.directory import kind_of
 from minilora.training.checkpoint import latest_checkpoint, read_checkpoint
 from minilora.training.config import TrainConfig
@@ -61,14 +60,12 @@ def open_run(
         config = dataclasses.replace(config, dtype="float32")
     config = starting_model.resolve_modes(config, placed)
     model, tokenizer = load_base(adapter, record)
-    model.to(getattr(torch, config.dtype))
-    load_adapter(model, adapter)
-    if config.dtype != "float32":
-        train_heads_in_float32(model)
+    dtype = getattr(torch, config.dtype)
+    starting_model.load_trained(model, adapter, dtype, is_trainable=False)
     forward = starting_model.choose_forward(config, model.eval(), pad_token_id(tokenizer), placed)
     length = input_length(model, tokenizer, config.max_length)
     record = dataclasses.replace(record, arguments=config)
-    task = build_task(config.task, record.labels)
+    task = build_task(config.task, record.labels, config.label_smoothing_factor)
     return TrainedRun(adapter, record, model, tokenizer, task, forward, length)
 
 

@@ -45,5 +45,6 @@ def evaluate_file(
     size, shown = config.per_device_eval_batch_size, f"evaluating {Path(file).name}"
     batches = batches_in_order(examples, size, run.forward.collate, run.model.device, shown)
     scorer = run.task.scorer(rows)
-    metrics = evaluate_model(run.forward, run.task, batches, scorer, "eval")
+    loss = run.task.training_loss if config.hf_parity else run.task.loss
+    metrics = evaluate_model(run.forward, loss, run.task, batches, scorer, "eval")
     return Scores(metrics, getattr(scorer, "confusion", None))

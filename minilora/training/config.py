@@ -132,6 +132,9 @@ def reconcile(recorded: TrainConfig, given: dict[str, Any]) -> TrainConfig:
     """The recorded arguments with the `given` ones; those that would bend the run are refused."""
     fields = dataclasses.fields(TrainConfig)
     fixed = {field.name for field in fields if "on_resume" not in field.metadata}
+    if recorded.hf_parity or recorded.best_metric():
+        # There evaluation draws from the generators, or chooses the end.
+        fixed |= {"eval_strategy", "eval_steps"}
     refuse_bending(differences(recorded, {name: given[name] for name in fixed & given.keys()}))
     return dataclasses.replace(recorded, **given)
 

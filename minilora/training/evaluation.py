@@ -2,7 +2,7 @@
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -16,12 +16,18 @@ TIMING_KEYS = ("runtime", "samples_per_second", "steps_per_second")
 
 
 def evaluate_model(
-    forward: nn.Module, task: Any, batches: Iterator[Batch], scorer: Any, prefix: str
+    forward: nn.Module,
+    loss: Callable[[Tensor, Batch], Tensor],
+    task: Any,
+    batches: Iterator[Batch],
+    scorer: Any,
+    prefix: str,
 ) -> dict[str, float]:
     """Metrics of `forward`, from a batch to logits, under `<prefix>_...` keys, timing keys last.
 
     Draws nothing from any generator and leaves the model in the mode it was in, so that it changes
-    no training number. `task` and `scorer` are those of bert/tasks.
+    no training number. `loss` is the task's, or, as in Trainer, the training loss, smoothed; `task`
+    and `scorer` are those of bert/tasks.
     """
     start, losses = time.perf_counter(), []
     with torch.no_grad(), evaluation_mode(forward):
@@ -29,8 +35,8 @@ def evaluate_model(
             logits = forward(batch)
             # What the loss is averaged over counts once each, whatever the size of the last batch;
             # float32, as Trainer averages.
-            loss = task.loss(logits, batch).item()
-            losses.append(np.full(task.loss_weight(batch), loss, dtype=np.float32))
+            mean = loss(logits, batch).item()
+            losses.append(np.full(task.loss_weight(batch), mean, dtype=np.float32))
             on_host = {name: tensor.cpu() for name, tensor in batch.items()}
             scorer.add(logits.float().cpu(), on_host)
     weighted = np.concatenate(losses)

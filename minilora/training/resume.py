@@ -25,7 +25,7 @@ from minilora.training.trainer_files import recorded_arguments
 class ResumePlan:
     """What resuming from a run's directory, or from a checkpoint, would do."""
 
-    output_dir: Path  # where the given path lies, never a recorded place
+    output_dir: Path  # where the given path lies or a new one, never a recorded place
     stored: Stored | None  # the checkpoint to go on from, read and verified; None is step 0
     record: RunRecord | None  # what the run began with; None where HF Trainer alone has been
     config: TrainConfig | None  # the arguments to go on with; None where they are refused
@@ -42,16 +42,32 @@ class ResumePlan:
         return ResumePlan(output_dir, None, None, config, lora, [], [], [])
 
 
-def resumed_directory(path: Path) -> Path:
-    """The directory of the run that `path`, it or one of its checkpoints, belongs to."""
+def own_directory(path: Path) -> Path | None:
+    """The directory of the run that `path`, it or its own checkpoint-<step>, belongs to; None for a
+    checkpoint of another name, such as a copy: nothing beside that is a run's.
+    """
     if not path.is_dir():
         raise MiniloraError(f"resume_from_checkpoint {str(path)!r}: there is no such directory")
     path = path.resolve()  # so that "." and "checkpoint-4/" have a name and a parent
-    if _is_checkpoint(path):
+    if CHECKPOINT.fullmatch(path.name):
         return path.parent
+    if (path / MANIFEST_NAME).exists():
+        return None
     if not sorted_checkpoints(path) and not (path / RUN_NAME).is_file():
         raise _nothing_to_resume(path)
     return path
+
+
+def directory_to_go_on_in(own: Path | None, path: Path, train_arguments: dict[str, Any]) -> Path:
+    """Where the resumed run writes: its own directory, or a new one if `output_dir` names one."""
+    asked = train_arguments.get("output_dir")
+    if asked is not None:
+        return Path(asked).resolve()
+    if own is None:
+        raise MiniloraError(
+            f"{path} is no run's own checkpoint-<step>: say with --output_dir where to go on"
+        )
+    return own
 
 
 def plan_resume(
@@ -64,13 +80,16 @@ def plan_resume(
     Of a run's directory it is the highest checkpoint that verifies. One that is named and damaged
     is an error, and so is a directory with nothing to resume.
     """
-    output_dir = resumed_directory(path)
-    named = read_checkpoint(path.resolve()) if _is_checkpoint(path.resolve()) else None
-    stored, aside = _highest(output_dir, named)
+    own = own_directory(path)
+    output_dir = directory_to_go_on_in(own, path, train_arguments or {})
+    named = read_checkpoint(path.resolve()) if own != path.resolve() else None
+    stored, aside = (named, []) if own is None else _highest(own, named)
+    if own != output_dir:
+        aside = []
     is_ours = stored is not None and stored.manifest is not None
     record = stored.record if stored is not None else None
-    if not is_ours and (output_dir / RUN_NAME).is_file():
-        record = read_run(output_dir)
+    if not is_ours and own is not None and (own / RUN_NAME).is_file():
+        record = read_run(own)
     if stored is None and record is None:
         raise _nothing_to_resume(path)
     config, lora, refusals, warnings = None, None, [], []
@@ -143,10 +162,6 @@ def carry_out(plan: ResumePlan, training: Training) -> None:
 def _nothing_to_resume(path: Path) -> MiniloraError:
     looked_for = f"neither a complete checkpoint-<step> nor a {RUN_NAME}"
     return MiniloraError(f"resume_from_checkpoint {str(path)!r} holds {looked_for}")
-
-
-def _is_checkpoint(path: Path) -> bool:
-    return CHECKPOINT.fullmatch(path.name) is not None or (path / MANIFEST_NAME).exists()
 
 
 def _highest(

@@ -13,7 +13,7 @@ from minilora.training.progress import TrainingBar
 from minilora.training.record import RunRecord
 from minilora.training.resume import ResumePlan, carry_out
 from minilora.training.rng import seed_all
-from minilora.training.run_directory import METRICS_NAME, MetricsFile, Saver, write_run
+from minilora.training.run_directory import METRICS_NAME, RUN_NAME, MetricsFile, Saver, write_run
 
 
 def fit_in_directory(
@@ -30,7 +30,7 @@ def fit_in_directory(
     """
     config, output_dir = record.arguments, plan.output_dir
     seed_all(config.seed)  # again, as Trainer does: how much was drawn so far depends on the model
-    if plan.stored is None or plan.record is None:
+    if not (output_dir / RUN_NAME).is_file():
         write_run(output_dir, record)
     carry_out(plan, training)
     state = training.state

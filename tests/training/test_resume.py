@@ -8,6 +8,7 @@ and must see the comparison fail.
 import contextlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -385,9 +386,9 @@ def test_a_damaged_newest_checkpoint_is_set_aside_and_the_older_one_used(
 
 
 def test_a_damaged_best_checkpoint_does_not_become_the_final_adapter(
-    tmp_path, tiny_model, sentences
+    tmp_path, tiny_model, sentences, capfd
 ):
-    """One flipped bit, which no other check would see; intact, it is the final adapter."""
+    """One flipped bit, which no other check would see: the next best one does."""
     values = arguments(
         tiny_model, sentences, save_strategy="epoch", load_best_model_at_end=True,
         metric_for_best_model="loss", greater_is_better=False,
@@ -400,9 +401,57 @@ def test_a_damaged_best_checkpoint_does_not_become_the_final_adapter(
     assert final.read_bytes() == best.read_bytes()
     final.unlink()
     best.write_bytes(best.read_bytes()[:-1] + bytes([best.read_bytes()[-1] ^ 1]))
-    with pytest.raises(MiniloraError, match=r"checkpoint-6.*is not what was written"):
-        fine_tune(TrainConfig(resume_from_checkpoint=str(tmp_path / "run")))
-    assert not final.exists()
+    result = fine_tune(TrainConfig(resume_from_checkpoint=str(tmp_path / "run")))
+    assert "checkpoint-6" in capfd.readouterr().err
+    other = tmp_path / "run" / f"checkpoint-{STEPS}" / "adapter_model.safetensors"
+    assert final.read_bytes() == other.read_bytes() and result.metrics["eval_loss"] == losses[1]
+
+
+@pytest.mark.parametrize("with_output_dir", [True, False])
+def test_a_copy_of_a_checkpoint_is_a_starting_point_beside_which_nothing_is_touched(
+    with_output_dir, tmp_path, tiny_model, sentences, uninterrupted
+):
+    stop_at(6, arguments(tiny_model, sentences), tmp_path / "run")
+    best = shutil.copytree(tmp_path / "run" / "checkpoint-4", tmp_path / "run" / "best")
+    before = sorted(tmp_path.rglob("*"))
+    if with_output_dir:
+        fine_tune(TrainConfig(resume_from_checkpoint=str(best), output_dir=str(tmp_path / "new")))
+        assert_same_run(tmp_path / "new", uninterrupted)
+        assert (tmp_path / "new" / "run.json").is_file()
+        shutil.rmtree(tmp_path / "new")
+    else:
+        with pytest.raises(MiniloraError, match=r"best is no run's own .* --output_dir"):
+            fine_tune(TrainConfig(resume_from_checkpoint=str(best)))
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_run_s_checkpoint_goes_on_in_another_directory_if_asked(
+    tmp_path, tiny_model, sentences, uninterrupted
+):
+    stop_at(4, arguments(tiny_model, sentences), tmp_path / "run")
+    place = {"output_dir": str(tmp_path / "new")}
+    fine_tune(TrainConfig(resume_from_checkpoint=str(tmp_path / "run"), **place))
+    assert_same_run(tmp_path / "new", uninterrupted)
+    with pytest.raises(MiniloraError, match="not empty"):
+        fine_tune(TrainConfig(resume_from_checkpoint=str(tmp_path / "run"), **place))
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"hf_parity": True},
+        {"early_stopping_patience": 9},
+        {"load_best_model_at_end": True, "save_strategy": "epoch"},
+    ],
+    ids=str,
+)
+def test_when_to_evaluate_cannot_change_where_that_bends_the_run(
+    setting, tmp_path, tiny_model, sentences
+):
+    stop_at(3, arguments(tiny_model, sentences, **setting), tmp_path / "run")
+    with pytest.raises(MiniloraError, match="cannot change eval_strategy: None -> steps"):
+        changes = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps"}
+        fine_tune(TrainConfig(resume_from_checkpoint=str(tmp_path / "run"), **changes))
 
 
 def test_with_every_checkpoint_damaged_the_run_starts_again(

@@ -146,6 +146,7 @@ RUNS = {
     "max_steps inside an epoch": {"max_steps": 8},
     "means of three steps": {"logging_steps": 3},
     "batch of 5": {"per_device_train_batch_size": 5},
+    "smoothed labels, in evaluation too": {"label_smoothing_factor": 0.2, "eval_strategy": "epoch"},
 }
 
 

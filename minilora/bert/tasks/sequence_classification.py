@@ -60,7 +60,13 @@ class SequenceClassification:
         return encode_texts(rows, np.array(labels, dtype=np.int64), tokenizer, max_length)
 
     def training_loss(self, logits: Tensor, batch: Batch) -> Tensor:
-        return F.cross_entropy(logits, batch["labels"], label_smoothing=self.label_smoothing)
+        if self.label_smoothing == 0:
+            return self.loss(logits, batch)
+        # transformers' LabelSmoother, operation by operation: torch's own differs in the last bits.
+        negative = -F.log_softmax(logits, dim=-1)  # (B, C)
+        nll = negative.gather(dim=-1, index=batch["labels"][:, None]).sum() / len(logits)
+        uniform = negative.sum(dim=-1, keepdim=True).sum() / negative.numel()
+        return (1 - self.label_smoothing) * nll + self.label_smoothing * uniform
 
     def loss(self, logits: Tensor, batch: Batch) -> Tensor:
         return F.cross_entropy(logits, batch["labels"])

@@ -209,6 +209,14 @@ def test_leftovers_are_swept_and_nothing_else(tmp_path):
     assert is_leftover(".minilora.lock") and not is_leftover("run.json")
 
 
+def test_a_directory_that_somebody_is_filling_is_not_swept(tmp_path):
+    with new_directory(tmp_path / "merged") as directory:
+        (directory / "model").write_text("half")
+        sweep_leftovers(tmp_path)
+        assert (directory / "model").exists()
+    assert names(tmp_path / "merged") == ["model"]
+
+
 def test_what_is_removed_or_set_aside_is_out_of_sight(tmp_path):
     for name in ("checkpoint-1", "checkpoint-2"):
         commit_directory(tmp_path / name, {"a": b"1"})

@@ -209,3 +209,23 @@ def test_an_adapter_that_changed_since_is_refused_on_a_resume(first, tmp_path, s
     save_file(tensors, path, metadata={"format": "pt"})
     with pytest.raises(MiniloraError, match="base model or adapter"):
         run_fine_tuning({"resume_from_checkpoint": str(tmp_path / "out")}, {}, lambda: False)
+
+
+@pytest.mark.parametrize("trained", [None, ["word_embeddings"], ["pooler"]], ids=str)
+def test_over_a_bfloat16_base_what_is_trained_is_read_as_it_was_saved(
+    trained, tmp_path, tiny_model, sentences
+):
+    """Not rounded on the way: opened, continued and resumed, it has the file's own bits."""
+    lora = {"r": 2, **({"modules_to_save": trained} if trained else {})}
+    train(tiny_model, sentences, tmp_path / "out", lora, dtype="bfloat16")
+    saved = adapter(tmp_path / "out")
+    assert {tensor.dtype for tensor in saved.values()} == {torch.float32}
+    rounded = {name for name, t in saved.items() if not torch.equal(t, t.bfloat16().float())}
+    assert any("classifier" in name for name in rounded), "nothing that rounding would change"
+    opened = minilora.adapter_state_dict(minilora.open_run(tmp_path / "out").model)
+    assert all(torch.equal(opened[name], saved[name]) for name in saved)
+
+    changes = {"dtype": "bfloat16", "learning_rate": 0.0}
+    train(tmp_path / "out", sentences, tmp_path / "again", **changes)
+    continued = adapter(tmp_path / "again")
+    assert all(torch.equal(continued[name], saved[name]) for name in saved)

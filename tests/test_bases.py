@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 
+import peft
 import pytest
 import torch
 from transformers import (
@@ -21,7 +22,7 @@ from transformers import (
     AutoTokenizer,
 )
 
-from minilora import LoraConfig, TrainConfig, fine_tune
+from minilora import LoraConfig, MiniloraError, TrainConfig, evaluate_file, fine_tune, open_run
 from minilora.fine_tuning import run_fine_tuning
 from minilora.trained.compare import compare_directories
 
@@ -140,6 +141,30 @@ def stop_after_two_steps(base, sentences, output_dir, family):
 def test_a_masked_language_model_and_a_distilbert_are_bases(tiny_model, sentences, tmp_path):
     check_family("bert", ["masked"], tiny_model, sentences, tmp_path / "bert")
     check_family("distilbert", ["bare"], tiny_model, sentences, tmp_path / "distilbert")
+
+
+def test_an_adapter_without_what_its_base_lacks_is_refused(tiny_model, sentences, tmp_path):
+    """PEFT leaves the pooler of a masked language model as it was drawn, and saves it nowhere."""
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    base = base_of("bert", "masked", tokenizer, tmp_path / "base")
+    model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=2)
+    peft.get_peft_model(model, peft.LoraConfig(task_type="SEQ_CLS")).save_pretrained(tmp_path / "a")
+    refusal = r"neither the adapter nor its base model holds bert\.pooler"
+    with pytest.raises(MiniloraError, match=refusal):
+        open_run(tmp_path / "a")
+    for how in ("continue", "merge"):
+        with pytest.raises(MiniloraError, match=refusal):
+            run(tmp_path / "a", sentences, tmp_path / how, "bert", on_adapter=how)
+
+
+@pytest.mark.parametrize("how", ["continue", "merge"])
+def test_a_run_on_such_an_adapter_goes_on_from_what_it_holds(how, tiny_model, sentences, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    base = base_of("bert", "masked", tokenizer, tmp_path / "base")
+    run(base, sentences, tmp_path / "first", "bert")
+    result = run(tmp_path / "first", sentences, tmp_path / "second", "bert", on_adapter=how)
+    scores = evaluate_file(open_run(tmp_path / "second"), sentences[1])
+    assert scores.metrics["eval_loss"] == result.metrics["eval_loss"]
 
 
 @pytest.mark.slow

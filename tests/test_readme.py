@@ -59,7 +59,7 @@ def test_every_line_from_a_killed_run_to_a_shipped_model_works(tmp_path):
         env=environment,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
-    assert "  resume: from" in result.stdout and "at step" in result.stderr
+    assert "\nresume:\n  checkpoint: " in result.stdout and "at step" in result.stderr
     lines = result.stdout.splitlines()
     accuracies = [
         json.loads(line)["eval_accuracy"]

@@ -101,6 +101,9 @@ class TrainConfig:
     # fmt: on
 
     def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if isinstance(value, Path):
+                object.__setattr__(self, name, str(value))
         check(self, _relations)
 
     def best_metric(self) -> str | None:

@@ -1,6 +1,7 @@
 """TrainConfig: what is refused, what a record of it means, what a resume may change."""
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 
@@ -88,3 +89,7 @@ def test_the_best_metric_is_the_loss_unless_another_is_named():
     assert not TrainConfig(early_stopping_patience=1).best_is_greatest()
     named = TrainConfig(metric_for_best_model="f1")
     assert named.best_metric() == "eval_f1" and named.best_is_greatest()
+
+
+def test_a_path_is_as_good_as_its_name():
+    assert TrainConfig(output_dir=Path("out")) == TrainConfig(output_dir="out")  # pyright: ignore

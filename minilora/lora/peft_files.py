@@ -110,16 +110,17 @@ def load_adapter(
 
 def adapter_state_dict(model: nn.Module, adapter_name: str = "default") -> dict[str, Tensor]:
     """The adapter's tensors (not copies) under PEFT's on-disk keys."""
-    configs = adapters_of(model).configs
-    adapters.check_known(configs, [adapter_name])
+    record = adapters_of(model, "read an adapter", even="merged")
+    adapters.check_known(record.configs, [adapter_name])
     found: dict[str, Tensor] = {}
     for name, layer in adapters.adapter_layers(model):
         # A tied output layer reads the rows that its embedding brings along.
         if adapter_name in layer.adapters and not isinstance(layer, TiedOutput):
             for key, parameter in layer.adapters[adapter_name].named_parameters():
                 found[f"{PREFIX}{name}.{ON_DISK.get(key, key)}"] = parameter.detach()
-    for name, parameter in adapters.trained_biases(model, configs[adapter_name].bias):
-        found[f"{PREFIX}{name}"] = parameter.detach()
+    for name, parameter in adapters.trained_biases(model, record.configs[adapter_name].bias):
+        # Merging folds lora_bias into a trained bias, which is kept aside.
+        found[f"{PREFIX}{name}"] = record.unmerged.get(name, parameter).detach()
     return found
 
 

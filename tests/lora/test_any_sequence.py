@@ -33,7 +33,8 @@ from minilora.lora.peft_files import adapter_files
 from tests.conftest import tiny_config
 
 IDS = torch.tensor([[1, 2, 3, 4], [5, 3, 1, 6], [2, 2, 7, 5]])
-NAMES = st.sampled_from(["a", "b", "default"])
+ALL = ["default", "a", "b"]
+NAMES = st.sampled_from(ALL)
 KINDS = [
     {},
     {"use_dora": True, "target_modules": ["query", "dense"]},
@@ -175,7 +176,7 @@ class AnySequence(RuleBasedStateMachine):
         self.plain = {name: p.double() for name, p in values(self.model).items()}
         self.trainable = trainable(self.model)
         self.files, self.active, self.merged = {}, (), None
-        self.saved = []  # (directory, name, files, plain) of every save
+        self.saved = []  # (directory, name, files) of every save
         self.copies = []  # (model, its logits) left behind by deepcopy
         self.count = 0
 
@@ -250,6 +251,14 @@ class AnySequence(RuleBasedStateMachine):
         overlap = sum(map(len, rows)) > len(set().union(*rows))
         return sum(bool(c["modules_to_save"]) for c in configs) <= 1 and not overlap
 
+    def has_company(self):
+        """What empties the model waits until there is something to get wrong."""
+        alone = any(self.changes_base(config) for config, _ in self.files.values())
+        return len(self.files) != 1 or alone
+
+    def mostly_known(self):
+        return st.sampled_from([*self.files, *self.files, ALL[-1]])
+
     def changes_base(self, config):
         return config["bias"] != "none" or config["init_lora_weights"] in ("pissa", "olora")
 
@@ -272,9 +281,12 @@ class AnySequence(RuleBasedStateMachine):
 
     # The calls.
 
-    @rule(name=NAMES, kind=st.sampled_from(KINDS))
-    def add(self, name, kind):
-        legal = True if self.is_plain() else None
+    @rule(data=st.data(), kind=st.sampled_from(KINDS))
+    def add(self, data, kind):
+        new = [name for name in ALL if name not in self.files]
+        name = data.draw(st.sampled_from(new + ALL[:1]))
+        there = self.auto_class is BertForSequenceClassification or "pooler" not in str(kind)
+        legal = (True if there else False) if self.is_plain() else None
         if self.merged is not None or name in self.files:
             legal = False
         if self.attempt(lambda: minilora.add_adapter(self.model, LoraConfig(**kind), name), legal):
@@ -286,12 +298,12 @@ class AnySequence(RuleBasedStateMachine):
         path = self.directory / f"{self.count}"
         self.count += 1
         if self.attempt(lambda: minilora.save_adapter(self.model, path, name), name in self.files):
-            self.saved.append((path, name, self.files[name], self.plain))
+            self.saved.append((path, name, self.files[name]))
 
     @precondition(lambda self: self.saved)
     @rule(data=st.data(), damage=st.sampled_from([None, None, "missing", "shape", "cut"]))
     def load(self, data, damage):
-        path, name, files, _ = data.draw(st.sampled_from(self.saved))
+        path, name, files = self.saved[data.draw(st.integers(0, len(self.saved) - 1))]
         path = path if name == "default" else path / name
         other = data.draw(NAMES)
         if damage:
@@ -313,8 +325,9 @@ class AnySequence(RuleBasedStateMachine):
             for key, tensor in files[1].items():
                 torch.testing.assert_close(self.files[other][1][key].double(), tensor.double())
 
-    @rule(names=st.lists(NAMES, min_size=1, max_size=2))
-    def set_adapter(self, names):
+    @rule(data=st.data())
+    def set_adapter(self, data):
+        names = data.draw(st.lists(self.mostly_known(), min_size=1, max_size=2))
         names = names[0] if len(names) == 1 else names
         several = [names] if isinstance(names, str) else names
         legal = self.together(several) and self.merged is None
@@ -345,6 +358,7 @@ class AnySequence(RuleBasedStateMachine):
 
         self.attempt(call, self.merged is None)
 
+    @precondition(lambda self: self.has_company())
     @rule(name=NAMES)
     def delete(self, name):
         legal = name in self.files and self.merged is None
@@ -353,8 +367,9 @@ class AnySequence(RuleBasedStateMachine):
             left = tuple(other for other in self.active if other != name)
             self.active = left or tuple(self.files)[:1]
 
-    @rule(names=st.none() | st.lists(NAMES, max_size=2), safe=st.booleans())
-    def merge(self, names, safe):
+    @rule(data=st.data(), safe=st.booleans())
+    def merge(self, data, safe):
+        names = data.draw(st.none() | st.lists(self.mostly_known(), max_size=2))
         chosen = self.active if names is None else tuple(names)
         legal = self.merged is None and self.together(chosen)
         if self.attempt(lambda: minilora.merge_adapter(self.model, names, safe), legal):
@@ -366,8 +381,10 @@ class AnySequence(RuleBasedStateMachine):
         if self.attempt(lambda: minilora.unmerge_adapter(self.model), legal):
             self.merged = None
 
-    @rule(names=st.none() | st.lists(NAMES, min_size=1, max_size=2))
-    def merge_and_unload(self, names):
+    @precondition(lambda self: self.has_company())
+    @rule(data=st.data())
+    def merge_and_unload(self, data):
+        names = data.draw(st.none() | st.lists(self.mostly_known(), min_size=1, max_size=2))
         chosen = self.active if names is None else tuple(names)
         legal = self.together(chosen)
         if self.merged is not None:
@@ -379,6 +396,7 @@ class AnySequence(RuleBasedStateMachine):
             self.became_plain()
             self.plain = {name: p.double() for name, p in values(self.model).items()}
 
+    @precondition(lambda self: self.has_company())
     @rule()
     def unload(self):
         if self.attempt(lambda: minilora.unload(self.model), not self.is_plain()):
@@ -390,14 +408,15 @@ class AnySequence(RuleBasedStateMachine):
     @precondition(lambda self: self.saved)
     @rule(data=st.data(), broken=st.booleans())
     def combine(self, data, broken):
-        some = data.draw(st.lists(st.sampled_from(self.saved), min_size=1, max_size=2))
-        paths = [path if name == "default" else path / name for path, name, *_ in some]
+        places = st.lists(st.integers(0, len(self.saved) - 1), min_size=1, max_size=2)
+        some = [self.saved[place] for place in data.draw(places)]
+        paths = [path if name == "default" else path / name for path, name, _ in some]
         paths += [self.directory / "nowhere"] if broken else []
         weights = [0.5, 0.25, 0.5][: len(paths)]
         legal = self.is_plain() and not broken
         if self.attempt(lambda: minilora.combine_adapters(self.model, paths, weights), legal):
             sums = {}
-            for weight, (_, _, files, _) in zip(weights, some, strict=True):
+            for weight, (_, _, files) in zip(weights, some, strict=True):
                 alone = with_adapter(self.plain, dict(self.plain), *files)
                 for key, value in self.plain.items():
                     is_head = f"{PREFIX}{key}" in files[1] and files[0]["bias"] == "none"
@@ -439,7 +458,7 @@ class AnySequence(RuleBasedStateMachine):
 
 def damaged(path, target, damage):
     """A copy of an adapter's directory that nothing may accept."""
-    target.mkdir()
+    target.mkdir(exist_ok=True)
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         (target / name).write_bytes((path / name).read_bytes())
     weights = target / "adapter_model.safetensors"

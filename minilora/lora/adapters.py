@@ -11,7 +11,7 @@ adapter into the weights (`merge.py`), files (`peft_files.py`).
 import contextlib
 import copy
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -57,6 +57,7 @@ def add_adapter(model: nn.Module, config: LoraConfig, adapter_name: str = "defau
     for `set_adapter`. `config` is not changed. New modules take over the train/eval mode of what
     they wrap (PEFT's always start in train mode, peft#3753). After an error the model is as it was.
     """
+    model = targets.unwrapped(model)
     is_first = not hasattr(model, "minilora_adapters")
     adapters = Adapters() if is_first else adapters_of(model, "add an adapter")
     _check_addable(adapters, config, adapter_name)
@@ -74,6 +75,8 @@ def add_adapter(model: nn.Module, config: LoraConfig, adapter_name: str = "defau
         parameters = model.named_parameters(remove_duplicate=False)
         adapters.base_requires_grad = {name: p.requires_grad for name, p in parameters}
         model.requires_grad_(False)
+        if hasattr(model, "save_pretrained"):
+            model.save_pretrained = refuse_to_save  # pyright: ignore[reportArgumentType]
     adapters.configs[adapter_name] = config
     model.minilora_adapters = adapters  # pyright: ignore[reportArgumentType]
     adapters.originals += _originals(model, config, names)
@@ -100,7 +103,7 @@ def adapters_of(model: nn.Module, action: str | None = None, even: str = "") -> 
     """The record of the model's adapters, if it has any. An `action` needs them neither merged nor
     disabled, or `even` so.
     """
-    adapters = getattr(model, "minilora_adapters", None)
+    adapters = getattr(targets.unwrapped(model), "minilora_adapters", None)
     if not isinstance(adapters, Adapters):
         raise MiniloraError("this model has no adapter: call add_adapter or load_adapter first")
     if action is not None and adapters.state not in ("", even):
@@ -111,12 +114,14 @@ def adapters_of(model: nn.Module, action: str | None = None, even: str = "") -> 
 
 def adapter_layers(model: nn.Module) -> Iterator[tuple[str, Wrapper]]:
     """Every wrapper with its name, in `named_modules` order."""
-    return ((name, m) for name, m in model.named_modules() if isinstance(m, Wrapper))
+    named = targets.unwrapped(model).named_modules()
+    return ((name, m) for name, m in named if isinstance(m, Wrapper))
 
 
 def trainable_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
     """(name, parameter) of all that trains, in PEFT's order: optimizer states know no names."""
-    return [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    named = targets.unwrapped(model).named_parameters()
+    return [(name, p) for name, p in named if p.requires_grad]
 
 
 def trained_biases(model: nn.Module, bias: str) -> list[tuple[str, nn.Parameter]]:
@@ -131,7 +136,7 @@ def trained_biases(model: nn.Module, bias: str) -> list[tuple[str, nn.Parameter]
     plain = adapters_of(model).base_requires_grad if bias == "all" else {}
     return [
         (name, p)
-        for name, p in model.named_parameters(remove_duplicate=False)
+        for name, p in targets.unwrapped(model).named_parameters(remove_duplicate=False)
         if name in adapted or (name in plain and f".{name}".endswith(".bias"))
     ]
 
@@ -156,9 +161,9 @@ def set_adapter(model: nn.Module, adapter_name: str | list[str]) -> None:
     Several updates add up. Only one of them may have `modules_to_save`: a head is not two heads;
     nor may two of them train the same token's row.
     """
-    adapters_of(model, "switch adapters")
+    adapters = adapters_of(model, "switch adapters")
     names = (adapter_name,) if isinstance(adapter_name, str) else tuple(adapter_name)
-    check_together(model, names)
+    targets.check_together(model, adapters.configs, names)
     set_active(model, names)
 
 
@@ -167,8 +172,8 @@ def delete_adapter(model: nn.Module, adapter_name: str) -> None:
 
     With the last one the plain model is back, bit for bit.
     """
-    adapters = adapters_of(model, "delete an adapter")
-    check_known(adapters.configs, [adapter_name])
+    model, adapters = targets.unwrapped(model), adapters_of(model, "delete an adapter")
+    targets.check_known(adapters.configs, [adapter_name])
     del adapters.configs[adapter_name]
     for name, layer in list(adapter_layers(model)):
         if adapter_name in layer.adapters:
@@ -181,6 +186,7 @@ def delete_adapter(model: nn.Module, adapter_name: str) -> None:
         for name, parameter in model.named_parameters(remove_duplicate=False):
             parameter.requires_grad_(adapters.base_requires_grad.get(name, parameter.requires_grad))
         del model.minilora_adapters
+        vars(model).pop("save_pretrained", None)
     elif adapter_name in adapters.active:
         remaining = tuple(name for name in adapters.active if name != adapter_name)
         set_active(model, remaining or (next(iter(adapters.configs)),))
@@ -213,37 +219,17 @@ def disable_adapter(model: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(was_trainable)
 
 
+def refuse_to_save(*_: Any, **__: Any) -> None:
+    """`save_pretrained` of a model with adapters: what it wrote would load with random weights."""
+    problem = "save_pretrained cannot write a model that has adapters"
+    raise MiniloraError(f"{problem}: call save_adapter, or merge_and_unload first")
+
+
 def set_fused(model: nn.Module, fused: bool) -> None:
     """Whether linear layers compute their updates in minilora's order or in PEFT's."""
     for layer in model.modules():
         if isinstance(layer, LoRALinear):
             layer.fused = fused
-
-
-def check_known(known: Iterable[str], names: Iterable[str]) -> None:
-    """Refuse names of adapters that are not there, and no name at all."""
-    unknown = [name for name in names if name not in known]
-    if unknown or not names:
-        there = ", ".join(known)
-        raise MiniloraError(f"no adapter named {unknown or 'nothing'}; this model has {there}")
-
-
-def check_together(model: nn.Module, names: Iterable[str]) -> None:
-    """Refuse names of adapters that cannot be in force at once."""
-    configs, names = adapters_of(model).configs, list(names)
-    check_known(configs, names)
-    if len(set(names)) < len(names):
-        raise MiniloraError(f"adapters {names} name one twice: name each once")
-    heads = [name for name in names if configs[name].modules_to_save]
-    if len(heads) > 1:
-        raise MiniloraError(f"adapters {heads} each have modules_to_save: only one can be active")
-    for place, layer in adapter_layers(model):
-        if isinstance(layer, TrainableTokens):
-            own = [layer.adapters[name].token_indices for name in names if name in layer.adapters]
-            rows = [row for indices in own for row in indices.tolist()]
-            if len(set(rows)) < len(rows):
-                problem = f"train the same rows of {place!r}: only one can be active"
-                raise MiniloraError(f"adapters {names} {problem}")
 
 
 def _check_addable(adapters: Adapters, config: LoraConfig, adapter_name: str) -> None:

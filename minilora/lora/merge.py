@@ -20,6 +20,7 @@ from minilora.lora import adapters
 from minilora.lora.embedding import TiedOutput
 from minilora.lora.heads import ModulesToSave
 from minilora.lora.peft_files import load_adapter
+from minilora.lora.targets import check_together, unwrapped
 
 
 def merge_adapter(
@@ -30,9 +31,9 @@ def merge_adapter(
     A merged model has no gradient for A and B: training needs `unmerge_adapter` first. `safe_merge`
     refuses a weight that is not finite. A refused merge changes nothing.
     """
-    record = adapters.adapters_of(model, "merge")
+    model, record = unwrapped(model), adapters.adapters_of(model, "merge")
     names = record.active if adapter_names is None else tuple(adapter_names)
-    adapters.check_together(model, names)
+    check_together(model, record.configs, names)
     changes = list(_changes(model, names))
     broken = [name for name, _, _, after in changes if not torch.isfinite(after).all()]
     if safe_merge and broken:
@@ -48,7 +49,7 @@ def merge_adapter(
 
 def unmerge_adapter(model: nn.Module) -> None:
     """Put the original weights back, bitwise."""
-    record = adapters.adapters_of(model)
+    model, record = unwrapped(model), adapters.adapters_of(model)
     if record.state != "merged":
         raise MiniloraError("nothing is merged: call merge_adapter first")
     for place, parameter in record.unmerged.items():
@@ -67,7 +68,7 @@ def merge_and_unload(
     `model.save_pretrained` then writes an ordinary directory. Parameters are as trainable as before
     the first `add_adapter`. A merged model is unloaded as it is.
     """
-    record = adapters.adapters_of(model, "unload adapters", even="merged")
+    model, record = unwrapped(model), adapters.adapters_of(model, "unload adapters", even="merged")
     if record.state != "merged":
         merge_adapter(model, adapter_names, safe_merge)
     elif adapter_names is not None and set(adapter_names) != set(record.merged):
@@ -90,7 +91,7 @@ def unload(model: nn.Module) -> nn.Module:
 
     (PEFT's `unload` keeps the trained head and biases.) A merge is undone.
     """
-    record = adapters.adapters_of(model, "unload adapters", even="merged")
+    model, record = unwrapped(model), adapters.adapters_of(model, "unload adapters", even="merged")
     if record.state == "merged":
         unmerge_adapter(model)
     for adapter_name in list(record.configs):
@@ -111,6 +112,7 @@ def combine_adapters(model: nn.Module, paths: list[Path], weights: list[float]) 
 
     PEFT's `add_weighted_adapter` refuses heads and is too large by sqrt(r) with rslora.
     """
+    model = unwrapped(model)
     if hasattr(model, "minilora_adapters"):
         raise MiniloraError("combine_adapters takes a plain model: unload its adapters first")
     if len(weights) != len(paths) or not all(map(math.isfinite, weights)) or not sum(weights):
@@ -119,7 +121,7 @@ def combine_adapters(model: nn.Module, paths: list[Path], weights: list[float]) 
     plain = dict(model.named_parameters(remove_duplicate=False))
     sums: dict[str, Tensor] = {}
     for path, weight in zip(paths, weights, strict=True):
-        load_adapter(model, path)
+        load_adapter(model, path, is_trainable=True)  # which leaves the mode alone
         try:
             for name, difference, is_head in _differences(model, plain):
                 share = weight / sum(weights) if is_head else weight

@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from minilora.errors import MiniloraError
-from minilora.lora.adapters import adapter_layers, adapters_of, check_known
+from minilora.lora.adapters import adapter_layers, adapters_of
 from minilora.lora.embedding import LoRAEmbedding
 from minilora.lora.heads import ModulesToSave
 from minilora.lora.layer import LoRALinear, Wrapper
+from minilora.lora.targets import check_known, unwrapped
 
 BASE = "__base__"  # PEFT's name for a row without an adapter
 
@@ -30,7 +31,7 @@ def adapter_names(model: nn.Module, names: list[str]) -> Iterator[None]:
     batch with its adapter alone, up to float rounding. Gradients reach each adapter that is
     trainable. (Not PEFT's keyword argument: models swallow an unknown one without a word.)
     """
-    adapters = adapters_of(model, "mix adapters", even="disabled")
+    model, adapters = unwrapped(model), adapters_of(model, "mix adapters", even="disabled")
     check_known([*adapters.configs, BASE], names)
     if adapters.originals:
         problem = "an adapter changes the base weights (bias, pissa or olora): use set_adapter"

@@ -1,4 +1,4 @@
-"""Which modules a `LoraConfig` means, by their names in `model.named_modules()`.
+"""Which modules a `LoraConfig` means, by their names in the model; what excludes what.
 
 The rules are those of peft 0.21 `tuners_utils.check_target_module_exists`.
 """
@@ -7,7 +7,7 @@ import copy
 import dataclasses
 import re
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from torch import nn
 
@@ -134,7 +134,34 @@ def trainable_tokens(model: nn.Module, config: LoraConfig) -> dict[str, list[int
     return found
 
 
-def check_free(model: nn.Module, kinds: list[tuple[str, type[Wrapper]]]) -> None:
+def check_known(known: Iterable[str], names: Iterable[str]) -> None:
+    """Refuse names of adapters that are not there, and no name at all."""
+    unknown = [name for name in names if name not in known]
+    if unknown or not names:
+        there = ", ".join(known)
+        raise MiniloraError(f"no adapter named {unknown or 'nothing'}; this model has {there}")
+
+
+def check_together(
+    model: nn.Module, configs: Mapping[str, LoraConfig], names: Sequence[str]
+) -> None:
+    """Refuse names of adapters that cannot be in force at once."""
+    check_known(configs, names)
+    if len(set(names)) < len(names):
+        raise MiniloraError(f"adapters {list(names)} name one twice: name each once")
+    heads = [name for name in names if configs[name].modules_to_save]
+    if len(heads) > 1:
+        raise MiniloraError(f"adapters {heads} each have modules_to_save: only one can be active")
+    for place, layer in plain_modules(model):
+        if isinstance(layer, TrainableTokens):
+            own = [layer.adapters[name].token_indices for name in names if name in layer.adapters]
+            rows = [row for indices in own for row in indices.tolist()]
+            if len(set(rows)) < len(rows):
+                problem = f"train the same rows of {place!r}: only one can be active"
+                raise MiniloraError(f"adapters {list(names)} {problem}")
+
+
+def check_free(model: nn.Module, kinds: Sequence[tuple[str, type[Wrapper]]]) -> None:
     """Refuse to wrap a module that is wrapped in another way, or lies in or around such a one."""
     taken = [(name, type(m)) for name, m in plain_modules(model) if isinstance(m, Wrapper)]
     for name, kind in kinds:
@@ -191,10 +218,18 @@ def pattern_value(pattern: Mapping[str, float], name: str, default: float) -> fl
     return next((value for key, value in pattern.items() if _is_key(key, name)), default)
 
 
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model within torch.compile's wrapper, or that of distributed training."""
+    distributed = (nn.parallel.DistributedDataParallel, nn.DataParallel)
+    while isinstance(model, distributed) or "_orig_mod" in model._modules:
+        model = model.module if isinstance(model, distributed) else model._modules["_orig_mod"]  # pyright: ignore[reportAssignmentType]
+    return model
+
+
 def plain_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """The modules of the user's model, a wrapped one as its wrapper; not the parts of a wrapper."""
     inside = None
-    for name, module in model.named_modules():
+    for name, module in unwrapped(model).named_modules():
         if name and not (inside and name.startswith(inside)):
             yield name, module
             inside = f"{name}." if isinstance(module, Wrapper) else None

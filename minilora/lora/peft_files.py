@@ -89,8 +89,8 @@ def load_adapter(
 
     Each field of the config is honoured or refused, no key may be missing, none unexpected, each
     shape must be right; after an error the model is as it was. Values are converted to the
-    parameters' dtype. `is_trainable=False` freezes the adapter and puts the model into eval mode, as PEFT
-    does.
+    parameters' dtype. `is_trainable=False` freezes the adapter and puts the model into eval mode,
+    as PEFT does.
     """
     model = unwrapped(model)
     is_plain = not hasattr(model, "minilora_adapters")
@@ -125,7 +125,7 @@ def adapter_state_dict(model: nn.Module, adapter_name: str = "default") -> dict[
                 found[f"{PREFIX}{name}.{ON_DISK.get(key, key)}"] = parameter.detach()
     for name, parameter in adapters.trained_biases(model, record.configs[adapter_name].bias):
         # Merging folds lora_bias into a trained bias, which is kept aside.
-        found[f"{PREFIX}{name}"] = record.unmerged.get(name, parameter).detach()
+        found[f"{PREFIX}{name}"] = record.unmerged.get(name, parameter).detach().to(parameter)
     return found
 
 

@@ -206,7 +206,9 @@ class AnySequence(RuleBasedStateMachine):
             for name, (config, tensors) in self.files.items():
                 same = tensors_of(self.model, name)
                 assert same[0] == config and same[1].keys() == tensors.keys()
-                assert all(torch.equal(same[1][k].double(), t.double()) for k, t in tensors.items())
+                for key, tensor in tensors.items():
+                    torch.testing.assert_close(same[1][key].double(), tensor.double())
+                    assert same[1][key].dtype == next(self.model.parameters()).dtype
         else:
             assert trainable(self.model) == self.trainable
             assert [*self.model.state_dict()] == self.keys

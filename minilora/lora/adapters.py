@@ -10,7 +10,8 @@ adapter into the weights (`merge.py`), files (`peft_files.py`).
 
 import contextlib
 import copy
-from collections.abc import Iterable, Iterator
+import re
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,7 +22,7 @@ from minilora.lora import targets
 from minilora.lora.config import LoraConfig
 from minilora.lora.embedding import LoRAEmbedding, TiedOutput, TokenRows, TrainableTokens
 from minilora.lora.heads import ModulesToSave
-from minilora.lora.initialise import new_lora
+from minilora.lora.initialise import new_lora, reduces_base
 from minilora.lora.layer import LoRALinear, Wrapper
 
 
@@ -38,8 +39,14 @@ class Adapters:
     # Base parameters that an adapter changes in place (biases it trains, weights pissa and olora
     # reduce), each with its value in the plain model.
     originals: list[tuple[nn.Parameter, Tensor]] = field(default_factory=list)
-    # While merged: what was replaced, as (name, parameter).
-    unmerged: list[tuple[str, nn.Parameter]] | None = None
+    # "merged" or "disabled" while the model is that; most calls are then refused.
+    state: str = ""
+    # While merged: which adapters are folded in, and what was replaced, by name.
+    merged: tuple[str, ...] = ()
+    unmerged: dict[str, nn.Parameter] = field(default_factory=dict)
+
+
+WAY_OUT = {"merged": "call unmerge_adapter", "disabled": "leave disable_adapter's block"}
 
 
 def add_adapter(model: nn.Module, config: LoraConfig, adapter_name: str = "default") -> list[str]:
@@ -50,6 +57,7 @@ def add_adapter(model: nn.Module, config: LoraConfig, adapter_name: str = "defau
     for `set_adapter`. `config` is not changed. New modules take over the train/eval mode of what
     they wrap (PEFT's always start in train mode, peft#3753). After an error the model is as it was.
     """
+    model = targets.unwrapped(model)
     is_first = not hasattr(model, "minilora_adapters")
     adapters = Adapters() if is_first else adapters_of(model, "add an adapter")
     _check_addable(adapters, config, adapter_name)
@@ -57,25 +65,32 @@ def add_adapter(model: nn.Module, config: LoraConfig, adapter_name: str = "defau
     names = targets.target_names(model, config)
     saved = targets.saved_names(model, config)
     tokens = targets.trainable_tokens(model, config)
+    linear = {name: isinstance(_base_module(model, name), nn.Linear) for name in names}
+    kinds = [(name, LoRALinear if linear[name] else LoRAEmbedding) for name in names]
+    kinds += [(name, ModulesToSave) for name in saved]
+    kinds += [(name, TrainableTokens) for name in tokens]
+    targets.check_free(model, kinds)
 
     if is_first:
         parameters = model.named_parameters(remove_duplicate=False)
         adapters.base_requires_grad = {name: p.requires_grad for name, p in parameters}
         model.requires_grad_(False)
+        if hasattr(model, "save_pretrained"):
+            model.save_pretrained = refuse_to_save  # pyright: ignore[reportArgumentType]
     adapters.configs[adapter_name] = config
     model.minilora_adapters = adapters  # pyright: ignore[reportArgumentType]
     adapters.originals += _originals(model, config, names)
     try:
-        for name in names:
+        for name, kind in kinds:
             base = _base_module(model, name)
-            kind = LoRALinear if isinstance(base, nn.Linear) else LoRAEmbedding
-            _attach(model, name, kind, adapter_name, new_lora(base, name, config))
-        for name in saved:
-            trained = copy.deepcopy(_base_module(model, name))
-            _attach(model, name, ModulesToSave, adapter_name, trained)
-        for name, indices in tokens.items():
-            rows = TokenRows(_base_module(model, name), indices)
-            _attach(model, name, TrainableTokens, adapter_name, rows)
+            if kind is ModulesToSave:
+                adapter = copy.deepcopy(base)
+            elif kind is TrainableTokens:
+                adapter = TokenRows(base, tokens[name])
+            else:
+                adapter = new_lora(base, name, config)
+            _attach(model, name, kind, adapter_name, adapter)
+        for name in tokens:
             _attach_tied_output(model, name)
     except BaseException:
         delete_adapter(model, adapter_name)
@@ -84,24 +99,29 @@ def add_adapter(model: nn.Module, config: LoraConfig, adapter_name: str = "defau
     return names
 
 
-def adapters_of(model: nn.Module, action: str | None = None) -> Adapters:
-    """The record of the model's adapters, if it has any; an `action` needs them not merged."""
-    adapters = getattr(model, "minilora_adapters", None)
+def adapters_of(model: nn.Module, action: str | None = None, even: str = "") -> Adapters:
+    """The record of the model's adapters, if it has any. An `action` needs them neither merged nor
+    disabled, or `even` so.
+    """
+    adapters = getattr(targets.unwrapped(model), "minilora_adapters", None)
     if not isinstance(adapters, Adapters):
         raise MiniloraError("this model has no adapter: call add_adapter or load_adapter first")
-    if action is not None and adapters.unmerged is not None:
-        raise MiniloraError(f"cannot {action} while adapters are merged: call unmerge_adapter")
+    if action is not None and adapters.state not in ("", even):
+        problem = f"cannot {action} while adapters are {adapters.state}"
+        raise MiniloraError(f"{problem}: {WAY_OUT[adapters.state]}")
     return adapters
 
 
 def adapter_layers(model: nn.Module) -> Iterator[tuple[str, Wrapper]]:
     """Every wrapper with its name, in `named_modules` order."""
-    return ((name, m) for name, m in model.named_modules() if isinstance(m, Wrapper))
+    named = targets.unwrapped(model).named_modules()
+    return ((name, m) for name, m in named if isinstance(m, Wrapper))
 
 
 def trainable_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
     """(name, parameter) of all that trains, in PEFT's order: optimizer states know no names."""
-    return [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    named = targets.unwrapped(model).named_parameters()
+    return [(name, p) for name, p in named if p.requires_grad]
 
 
 def trained_biases(model: nn.Module, bias: str) -> list[tuple[str, nn.Parameter]]:
@@ -116,7 +136,7 @@ def trained_biases(model: nn.Module, bias: str) -> list[tuple[str, nn.Parameter]
     plain = adapters_of(model).base_requires_grad if bias == "all" else {}
     return [
         (name, p)
-        for name, p in model.named_parameters(remove_duplicate=False)
+        for name, p in targets.unwrapped(model).named_parameters(remove_duplicate=False)
         if name in adapted or (name in plain and f".{name}".endswith(".bias"))
     ]
 
@@ -138,14 +158,12 @@ def set_active(model: nn.Module, names: tuple[str, ...]) -> None:
 def set_adapter(model: nn.Module, adapter_name: str | list[str]) -> None:
     """Put one adapter, or several at once, in force; they become trainable, all others frozen.
 
-    Several updates add up. Only one of them may have `modules_to_save`: a head is not two heads.
+    Several updates add up. Only one of them may have `modules_to_save`: a head is not two heads;
+    nor may two of them train the same token's row.
     """
     adapters = adapters_of(model, "switch adapters")
     names = (adapter_name,) if isinstance(adapter_name, str) else tuple(adapter_name)
-    check_known(adapters.configs, names)
-    heads = [name for name in names if adapters.configs[name].modules_to_save]
-    if len(heads) > 1:
-        raise MiniloraError(f"adapters {heads} each have modules_to_save: only one can be active")
+    targets.check_together(model, adapters.configs, names)
     set_active(model, names)
 
 
@@ -154,8 +172,8 @@ def delete_adapter(model: nn.Module, adapter_name: str) -> None:
 
     With the last one the plain model is back, bit for bit.
     """
-    adapters = adapters_of(model, "delete an adapter")
-    check_known(adapters.configs, [adapter_name])
+    model, adapters = targets.unwrapped(model), adapters_of(model, "delete an adapter")
+    targets.check_known(adapters.configs, [adapter_name])
     del adapters.configs[adapter_name]
     for name, layer in list(adapter_layers(model)):
         if adapter_name in layer.adapters:
@@ -164,10 +182,11 @@ def delete_adapter(model: nn.Module, adapter_name: str) -> None:
             model.set_submodule(name, layer.base_layer)
     if not adapters.configs:
         for parameter, value in adapters.originals:
-            parameter.data = value
+            parameter.data = value.to(parameter)  # the model may have moved since
         for name, parameter in model.named_parameters(remove_duplicate=False):
             parameter.requires_grad_(adapters.base_requires_grad.get(name, parameter.requires_grad))
         del model.minilora_adapters
+        vars(model).pop("save_pretrained", None)
     elif adapter_name in adapters.active:
         remaining = tuple(name for name in adapters.active if name != adapter_name)
         set_active(model, remaining or (next(iter(adapters.configs)),))
@@ -181,21 +200,29 @@ def disable_adapter(model: nn.Module) -> Iterator[None]:
     if the body raises. (PEFT's makes frozen adapters trainable on the way out, peft#3447, and
     leaves a merged model unmerged.)
     """
-    adapters = adapters_of(model, "disable adapters")
-    active = adapters.active
+    adapters = adapters_of(model, "disable adapters", even="disabled")
+    active, state = adapters.active, adapters.state
     requires_grad = [(p, p.requires_grad) for p in model.parameters()]
     adapted = [(p, p.data) for p, _ in adapters.originals]
     set_active(model, ())
+    adapters.state = "disabled"
     for parameter, value in adapters.originals:
-        parameter.data = value
+        parameter.data = value.to(parameter)
     try:
         yield
     finally:
+        adapters.state = state
         for parameter, value in adapted:
-            parameter.data = value
+            parameter.data = value.to(parameter)
         set_active(model, active)
         for parameter, was_trainable in requires_grad:
             parameter.requires_grad_(was_trainable)
+
+
+def refuse_to_save(*_: Any, **__: Any) -> None:
+    """`save_pretrained` of a model with adapters: what it wrote would load with random weights."""
+    problem = "save_pretrained cannot write a model that has adapters"
+    raise MiniloraError(f"{problem}: call save_adapter, or merge_and_unload first")
 
 
 def set_fused(model: nn.Module, fused: bool) -> None:
@@ -205,23 +232,17 @@ def set_fused(model: nn.Module, fused: bool) -> None:
             layer.fused = fused
 
 
-def check_known(known: Iterable[str], names: Iterable[str]) -> None:
-    """Refuse names of adapters that are not there, and no name at all."""
-    unknown = [name for name in names if name not in known]
-    if unknown or not names:
-        there = ", ".join(known)
-        raise MiniloraError(f"no adapter named {unknown or 'nothing'}; this model has {there}")
-
-
 def _check_addable(adapters: Adapters, config: LoraConfig, adapter_name: str) -> None:
     if adapter_name in adapters.configs:
         raise MiniloraError(f"adapter {adapter_name!r} exists: delete it, or take another name")
-    # It becomes a part of modules' names; ModuleDict refuses its own methods' ("keys", ...).
-    if not adapter_name or "." in adapter_name or hasattr(nn.ModuleDict(), adapter_name):
-        problem = "cannot be a module's name: take letters, digits and _"
+    # It becomes a part of modules' names and a directory's; ModuleDict refuses its own methods'
+    # ("keys", ...), and "__base__" is a mixed batch's row without an adapter.
+    is_name = re.fullmatch(r"(?!__)[\w-]+", adapter_name)
+    if not is_name or hasattr(nn.ModuleDict(), adapter_name):
+        problem = "cannot be a module's name: take letters, digits, - and _"
         raise MiniloraError(f"adapter name {adapter_name!r} {problem}")
     everyone = {adapter_name: config, **adapters.configs}
-    alone = [n for n, one in everyone.items() if one.bias != "none" or _reduces_base(one)]
+    alone = [n for n, one in everyone.items() if one.bias != "none" or reduces_base(one)]
     if alone and adapters.configs:
         problem = "changes the base's weights (bias, pissa or olora): it must be alone on its model"
         raise MiniloraError(f"adapter {alone[0]!r} {problem}")
@@ -231,15 +252,11 @@ def _originals(
     model: nn.Module, config: LoraConfig, names: list[str]
 ) -> list[tuple[nn.Parameter, Tensor]]:
     changed: list[nn.Parameter] = []
-    if _reduces_base(config):
+    if reduces_base(config):
         changed += [_base_module(model, name).weight for name in names]
     if config.bias != "none":
         changed += [p for name, p in model.named_parameters() if f".{name}".endswith(".bias")]
     return [(p, p.detach().clone()) for p in changed]
-
-
-def _reduces_base(config: LoraConfig) -> bool:
-    return str(config.init_lora_weights).startswith(("pissa", "olora"))
 
 
 def _base_module(model: nn.Module, name: str) -> Any:
@@ -251,8 +268,6 @@ def _attach(
     model: nn.Module, name: str, kind: type[nn.Module], adapter_name: str, adapter: nn.Module
 ) -> None:
     module = model.get_submodule(name)
-    if isinstance(module, Wrapper) and not isinstance(module, kind):
-        raise MiniloraError(f"{name!r} is a {type(module).__name__} already, so no {kind.__name__}")
     wrapper: Any = module if isinstance(module, kind) else kind(module)
     wrapper.adapters[adapter_name] = adapter
     wrapper.train(wrapper.base_layer.training)

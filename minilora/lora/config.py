@@ -89,6 +89,11 @@ def config_from_dict(values: dict[str, Any], place: str = "adapter config") -> L
     """A `LoraConfig` from the object in `place`, an `adapter_config.json` of whichever PEFT."""
     if values.get("peft_type") != "LORA":
         raise MiniloraError(f"{place}: peft_type is {values.get('peft_type')!r}, not 'LORA'")
+    init = values.get("init_lora_weights")
+    if init == "eva":  # drawn from data; once drawn they are numbers like any
+        values = {**values, "init_lora_weights": True, "eva_config": None}
+    elif isinstance(init, str) and init.lower() == "olora":
+        values = {**values, "init_lora_weights": "olora"}
     known = {field.name for field in dataclasses.fields(LoraConfig)}
     given = {name: value for name, value in values.items() if name in known}
     for name, value in values.items():

@@ -26,14 +26,16 @@ class EmbeddingLora(nn.Module):
         """scaling * (B A)^T, the change to E: (num_embeddings, embedding_dim)."""
         return (self.lora_embedding_B @ self.lora_embedding_A).T * self.scaling
 
-    def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """`weight` with this adapter folded in, in its own dtype; an embedding has no bias."""
+    def merged(
+        self, weight: Tensor, bias: Tensor | None, base: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        """As `Lora.merged`; an embedding has no bias."""
         delta = self.delta_weight()
         if self.lora_magnitude_vector is None:
             return weight + delta.to(weight.dtype), bias
         # The norm runs over an embedding's columns, as over a linear layer's rows.
-        scale = self.lora_magnitude_vector.scale(weight.T, delta.T)
-        return (scale * (weight + delta)).to(weight.dtype), bias
+        scale = self.lora_magnitude_vector.scale(base.T, delta.T)
+        return (weight - base + scale * (base + delta)).to(weight.dtype), bias
 
 
 class LoRAEmbedding(Wrapper):
@@ -45,15 +47,14 @@ class LoRAEmbedding(Wrapper):
     """
 
     def forward(self, ids: Tensor) -> Tensor:
-        result = self.base_layer(ids)
-        dtype = result.dtype
+        base = result = self.base_layer(ids)
         for name in self.active_adapters:
             if name in self.adapters:
-                result = self.update(self.adapters[name], ids, result)
-        return result.to(dtype)
+                result = self.update(self.adapters[name], ids, base, result)
+        return result.to(base.dtype)
 
-    def update(self, lora: EmbeddingLora, ids: Tensor, result: Tensor) -> Tensor:
-        """`result`, the base layer's output for ids, plus what `lora` adds to it."""
+    def update(self, lora: EmbeddingLora, ids: Tensor, base: Tensor, result: Tensor) -> Tensor:
+        """`result` plus what `lora` adds to `base`, the base layer's output for ids."""
         A, B, magnitude = lora.lora_embedding_A, lora.lora_embedding_B, lora.lora_magnitude_vector
         after_A = F.embedding(ids, A.T, padding_idx=self.base_layer.padding_idx)  # (..., r)
         added = after_A @ B.T  # (..., embedding_dim)
@@ -61,7 +62,7 @@ class LoRAEmbedding(Wrapper):
             return result + added * lora.scaling
         product = (A.T @ B.T).T  # (embedding_dim, num_embeddings)
         scale = magnitude.scale(self.base_layer.weight.T, lora.scaling * product)
-        return scale * result + scale * added * lora.scaling
+        return (result - base) + (scale * base + scale * added * lora.scaling)
 
 
 class TokenRows(nn.Module):
@@ -78,7 +79,9 @@ class TokenRows(nn.Module):
         places = torch.tensor(indices, device=rows.device)
         self.register_buffer("token_indices", places, persistent=False)
 
-    def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def merged(
+        self, weight: Tensor, bias: Tensor | None, base: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
         """`weight` with these rows in place of its own, in its own dtype; `bias` as it is."""
         rows = self.trainable_tokens_delta.to(weight.dtype)
         return weight.index_copy(0, self.token_indices, rows), bias
@@ -98,7 +101,7 @@ class TrainableTokens(Wrapper):
         weight = self.weight
         for name in self.active_adapters:
             if name in self.adapters:
-                weight, _ = self.adapters[name].merged(weight, None)
+                weight, _ = self.adapters[name].merged(weight, None, weight)
         return weight
 
 

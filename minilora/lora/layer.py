@@ -47,14 +47,18 @@ class Lora(nn.Module):
         """scaling * B A, the change to W: (out_features, in_features)."""
         return (self.lora_B.weight @ self.lora_A.weight) * self.scaling
 
-    def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """`weight` and `bias` with this adapter folded in, in their own dtypes."""
+    def merged(
+        self, weight: Tensor, bias: Tensor | None, base: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        """`weight` and `bias` with this adapter folded in, in their own dtypes. Others may be in
+        them already; DoRA's update is that of the `base` weight, whatever they are.
+        """
         delta = self.delta_weight()
         if self.lora_magnitude_vector is None:
             weight = weight + delta.to(weight.dtype)
         else:
-            scale = self.lora_magnitude_vector.scale(weight, delta).view(-1, 1)
-            weight = (scale * (weight + delta)).to(weight.dtype)
+            scale = self.lora_magnitude_vector.scale(base, delta).view(-1, 1)
+            weight = (weight - base + scale * (base + delta)).to(weight.dtype)
         if self.lora_B.bias is not None:
             if bias is None:
                 raise MiniloraError("lora_bias=True has no bias in the base layer to merge into")
@@ -92,15 +96,14 @@ class LoRALinear(Wrapper):
     fused = False
 
     def forward(self, x: Tensor) -> Tensor:
-        result = self.base_layer(x)  # (..., in_features) -> (..., out_features)
-        dtype = result.dtype
+        base = result = self.base_layer(x)  # (..., in_features) -> (..., out_features)
         for name in self.active_adapters:
             if name in self.adapters:
-                result = self.update(self.adapters[name], x, result)
-        return result.to(dtype)
+                result = self.update(self.adapters[name], x, base, result)
+        return result.to(base.dtype)
 
-    def update(self, lora: Lora, x: Tensor, result: Tensor) -> Tensor:
-        """`result`, the base layer's output for x, plus scaling * B A dropout(x) of one adapter."""
+    def update(self, lora: Lora, x: Tensor, base: Tensor, result: Tensor) -> Tensor:
+        """`result` plus scaling * B A dropout(x) of one adapter; `base` is base_layer(x)."""
         magnitude = lora.lora_magnitude_vector
         if self.fused and magnitude is None and lora.lora_B.bias is None:
             # minilora's order, of training by default: each row's r numbers are scaled, not its
@@ -118,5 +121,5 @@ class LoRALinear(Wrapper):
         dropped = lora.lora_dropout(x)
         if magnitude is None:
             return result + lora(dropped) * lora.scaling
-        same = result if dropped is x else None  # the direction must see the x that A sees
+        same = base if dropped is x else None  # the direction must see the x that A sees
         return result + magnitude(dropped, same, self.base_layer, lora, lora.scaling)

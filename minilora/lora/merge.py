@@ -3,7 +3,8 @@
 While merged, the `base_layer` of an adapted module holds a new Parameter for each one that an
 adapter changes (W; with lora_bias b, too), and no update is computed. The original Parameters are
 kept aside and put back by unmerging, so that W is restored bitwise in every dtype, which
-subtracting B A would not do. Adapters and the heads' copies stay as they are.
+subtracting B A would not do. Adapters and the heads' copies stay as they are; a merged adapter's
+head is the one in use.
 """
 
 import math
@@ -19,6 +20,7 @@ from minilora.lora import adapters
 from minilora.lora.embedding import TiedOutput
 from minilora.lora.heads import ModulesToSave
 from minilora.lora.peft_files import load_adapter
+from minilora.lora.targets import check_together, unwrapped
 
 
 def merge_adapter(
@@ -29,32 +31,33 @@ def merge_adapter(
     A merged model has no gradient for A and B: training needs `unmerge_adapter` first. `safe_merge`
     refuses a weight that is not finite. A refused merge changes nothing.
     """
-    record = adapters.adapters_of(model, "merge")
-    names = record.active if adapter_names is None else adapter_names
-    if adapter_names is not None:
-        adapters.check_known(record.configs, adapter_names)
+    model, record = unwrapped(model), adapters.adapters_of(model, "merge")
+    names = record.active if adapter_names is None else tuple(adapter_names)
+    check_together(model, record.configs, names)
     changes = list(_changes(model, names))
     broken = [name for name, _, _, after in changes if not torch.isfinite(after).all()]
     if safe_merge and broken:
         problem = f"merging {', '.join(names)} into {broken[0]} gives NaN or infinity"
         raise MiniloraError(f"{problem}; nothing was changed (safe_merge=False merges anyway)")
-    record.unmerged = []
+    record.state, record.merged = "merged", names
     for name, key, _, after in changes:
         place = f"{name}.base_layer.{key}"
-        record.unmerged.append((place, model.get_parameter(place)))
+        record.unmerged[place] = model.get_parameter(place)
         _set_parameter(model, place, nn.Parameter(after, requires_grad=False))
-    _compute_updates_of(model, ())
+    _compute_updates_of(model, (), names)
 
 
 def unmerge_adapter(model: nn.Module) -> None:
     """Put the original weights back, bitwise."""
-    record = adapters.adapters_of(model)
-    if record.unmerged is None:
+    model, record = unwrapped(model), adapters.adapters_of(model)
+    if record.state != "merged":
         raise MiniloraError("nothing is merged: call merge_adapter first")
-    for place, parameter in record.unmerged:
+    for place, parameter in record.unmerged.items():
+        # The model may have moved since.
+        parameter.data = parameter.data.to(model.get_parameter(place))
         _set_parameter(model, place, parameter)
-    record.unmerged = None
-    _compute_updates_of(model, record.active)
+    record.state, record.merged, record.unmerged = "", (), {}
+    _compute_updates_of(model, record.active, record.active)
 
 
 def merge_and_unload(
@@ -65,17 +68,19 @@ def merge_and_unload(
     `model.save_pretrained` then writes an ordinary directory. Parameters are as trainable as before
     the first `add_adapter`. A merged model is unloaded as it is.
     """
-    record = adapters.adapters_of(model)
-    if record.unmerged is None:
+    model, record = unwrapped(model), adapters.adapters_of(model, "unload adapters", even="merged")
+    if record.state != "merged":
         merge_adapter(model, adapter_names, safe_merge)
-    names = record.active if adapter_names is None else tuple(adapter_names)
+    elif adapter_names is not None and set(adapter_names) != set(record.merged):
+        problem = f"adapters {list(record.merged)} are merged, not {list(adapter_names)}"
+        raise MiniloraError(f"{problem}: call unmerge_adapter first, or name those")
     for _, layer in adapters.adapter_layers(model):
         if isinstance(layer, ModulesToSave):
-            layer.base_layer = layer.module_for(names)
+            layer.base_layer = layer.shown()
         if isinstance(layer, TiedOutput):
             layer.base_layer.weight = layer.weight  # the merged one
     # What the wrappers hold is the result, trained biases included.
-    record.originals, record.unmerged = [], None
+    record.originals, record.state = [], ""
     unload(model)
     _record_untied(model)
     return model
@@ -86,8 +91,8 @@ def unload(model: nn.Module) -> nn.Module:
 
     (PEFT's `unload` keeps the trained head and biases.) A merge is undone.
     """
-    record = adapters.adapters_of(model)
-    if record.unmerged is not None:
+    model, record = unwrapped(model), adapters.adapters_of(model, "unload adapters", even="merged")
+    if record.state == "merged":
         unmerge_adapter(model)
     for adapter_name in list(record.configs):
         adapters.delete_adapter(model, adapter_name)
@@ -107,6 +112,7 @@ def combine_adapters(model: nn.Module, paths: list[Path], weights: list[float]) 
 
     PEFT's `add_weighted_adapter` refuses heads and is too large by sqrt(r) with rslora.
     """
+    model = unwrapped(model)
     if hasattr(model, "minilora_adapters"):
         raise MiniloraError("combine_adapters takes a plain model: unload its adapters first")
     if len(weights) != len(paths) or not all(map(math.isfinite, weights)) or not sum(weights):
@@ -115,7 +121,7 @@ def combine_adapters(model: nn.Module, paths: list[Path], weights: list[float]) 
     plain = dict(model.named_parameters(remove_duplicate=False))
     sums: dict[str, Tensor] = {}
     for path, weight in zip(paths, weights, strict=True):
-        load_adapter(model, path)
+        load_adapter(model, path, is_trainable=True)  # which leaves the mode alone
         try:
             for name, difference, is_head in _differences(model, plain):
                 share = weight / sum(weights) if is_head else weight
@@ -138,10 +144,11 @@ def _set_parameter(model: nn.Module, name: str, parameter: nn.Parameter) -> None
     setattr(model.get_submodule(module), key, parameter)
 
 
-def _compute_updates_of(model: nn.Module, names: tuple[str, ...]) -> None:
+def _compute_updates_of(
+    model: nn.Module, names: tuple[str, ...], heads_of: tuple[str, ...]
+) -> None:
     for _, layer in adapters.adapter_layers(model):
-        if not isinstance(layer, ModulesToSave):
-            layer.active_adapters = names
+        layer.active_adapters = heads_of if isinstance(layer, ModulesToSave) else names
 
 
 @torch.no_grad()
@@ -158,7 +165,7 @@ def _changes(
         weight, bias = before["weight"], before.get("bias")
         for adapter in [layer.adapters[key] for key in names if key in layer.adapters]:
             try:
-                weight, bias = adapter.merged(weight, bias)
+                weight, bias = adapter.merged(weight, bias, before["weight"])
             except MiniloraError as error:
                 raise MiniloraError(f"{name}: {error}") from None
         for key, after in (("weight", weight), ("bias", bias)):

@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from minilora.errors import MiniloraError
-from minilora.lora.adapters import adapter_layers, adapters_of, check_known
+from minilora.lora.adapters import adapter_layers, adapters_of
 from minilora.lora.embedding import LoRAEmbedding
 from minilora.lora.heads import ModulesToSave
 from minilora.lora.layer import LoRALinear, Wrapper
+from minilora.lora.targets import check_known, unwrapped
 
 BASE = "__base__"  # PEFT's name for a row without an adapter
 
@@ -30,7 +31,7 @@ def adapter_names(model: nn.Module, names: list[str]) -> Iterator[None]:
     batch with its adapter alone, up to float rounding. Gradients reach each adapter that is
     trainable. (Not PEFT's keyword argument: models swallow an unknown one without a word.)
     """
-    adapters = adapters_of(model, "mix adapters")
+    model, adapters = unwrapped(model), adapters_of(model, "mix adapters", even="disabled")
     check_known([*adapters.configs, BASE], names)
     if adapters.originals:
         problem = "an adapter changes the base weights (bias, pissa or olora): use set_adapter"
@@ -55,7 +56,7 @@ def adapter_names(model: nn.Module, names: list[str]) -> Iterator[None]:
 
 
 def _check_batch(count: int, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-    adapters_of(model, "mix adapters")
+    adapters_of(model, "mix adapters", even="disabled")
     inputs = [kwargs.get("input_ids"), kwargs.get("inputs_embeds"), *args]
     batch = next((x for x in inputs if isinstance(x, Tensor)), None)
     if batch is None or len(batch) != count:
@@ -73,9 +74,10 @@ def _mixed_layer(layer: Wrapper, rows: dict[str, Tensor], x: Tensor) -> Tensor:
             indices = indices.to(x.device)
             lora: Any = layer.adapters[name]
             if isinstance(layer, LoRALinear | LoRAEmbedding):
-                updated = layer.update(lora, x[indices], result[indices])
+                base = result[indices]
+                updated = layer.update(lora, x[indices], base, base)
             else:
-                weight, _ = lora.merged(layer.weight, None)
+                weight, _ = lora.merged(layer.weight, None, layer.weight)
                 updated = functional_call(layer.base_layer, {"weight": weight}, x[indices])
             result = result.to(updated.dtype).index_copy(0, indices, updated)
     return result.to(dtype)

@@ -33,6 +33,7 @@ from minilora.lora import adapters
 from minilora.lora.adapters import adapters_of
 from minilora.lora.config import LoraConfig, config_from_dict, config_to_dict, differing_fields
 from minilora.lora.embedding import TiedOutput
+from minilora.lora.targets import check_known, unwrapped
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -88,8 +89,10 @@ def load_adapter(
 
     Each field of the config is honoured or refused, no key may be missing, none unexpected, each
     shape must be right; after an error the model is as it was. Values are converted to the
-    parameters' dtype. `is_trainable=False` freezes the adapter, as PEFT does.
+    parameters' dtype. `is_trainable=False` freezes the adapter and puts the model into eval mode,
+    as PEFT does.
     """
+    model = unwrapped(model)
     is_plain = not hasattr(model, "minilora_adapters")
     is_new = is_plain or adapter_name not in adapters_of(model, "load an adapter").configs
     stored = read_adapter(path, adapter_name)
@@ -105,21 +108,24 @@ def load_adapter(
     record = adapters_of(model)
     record.configs[adapter_name].inference_mode = not is_trainable
     adapters.set_active(model, record.active)
+    if not is_trainable:
+        model.eval()
     return sorted(stored.tensors)
 
 
 def adapter_state_dict(model: nn.Module, adapter_name: str = "default") -> dict[str, Tensor]:
     """The adapter's tensors (not copies) under PEFT's on-disk keys."""
-    configs = adapters_of(model).configs
-    adapters.check_known(configs, [adapter_name])
+    record = adapters_of(model, "read an adapter", even="merged")
+    check_known(record.configs, [adapter_name])
     found: dict[str, Tensor] = {}
     for name, layer in adapters.adapter_layers(model):
         # A tied output layer reads the rows that its embedding brings along.
         if adapter_name in layer.adapters and not isinstance(layer, TiedOutput):
             for key, parameter in layer.adapters[adapter_name].named_parameters():
                 found[f"{PREFIX}{name}.{ON_DISK.get(key, key)}"] = parameter.detach()
-    for name, parameter in adapters.trained_biases(model, configs[adapter_name].bias):
-        found[f"{PREFIX}{name}"] = parameter.detach()
+    for name, parameter in adapters.trained_biases(model, record.configs[adapter_name].bias):
+        # Merging folds lora_bias into a trained bias, which is kept aside.
+        found[f"{PREFIX}{name}"] = record.unmerged.get(name, parameter).detach().to(parameter)
     return found
 
 
@@ -190,6 +196,8 @@ def check_adapter(model: nn.Module, stored: StoredAdapter, adapter_name: str = "
     lacking, extra = tensors.keys() - stored.tensors.keys(), stored.tensors.keys() - tensors.keys()
     for what, keys in (("lacks", lacking), ("has unexpected", extra)):
         if keys:
+            if "embedding" in min(keys) and min(keys).endswith(".weight"):
+                what += " embeddings of the base (PEFT saves them once resized):"
             more = f" and {len(keys) - 1} more" if len(keys) > 1 else ""
             raise MiniloraError(f"{place}: the adapter {what} tensor {min(keys)}{more}")
     reading.check_like(tensors, stored.tensors, place)
@@ -221,6 +229,7 @@ def _model_card(config: LoraConfig) -> bytes:
     base = config.base_model_name_or_path
     # The Hub takes only its own ids here; a local directory would be refused.
     named = f"base_model: {base}\n" if base and not Path(base).exists() else ""
-    head = f"---\n{named}library_name: peft\ntags:\n- lora\n- minilora\n---\n"
+    tag = f"- base_model:adapter:{base}\n" if base else ""
+    head = f"---\n{named}library_name: peft\ntags:\n{tag}- lora\n- minilora\n---\n"
     numbers = f"r={config.r}, lora_alpha={config.lora_alpha}"
     return f"{head}\nA LoRA adapter ({numbers}) for `{base}`, written by minilora.\n".encode()

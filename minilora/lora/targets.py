@@ -1,4 +1,4 @@
-"""Which modules a `LoraConfig` means, by their names in `model.named_modules()`.
+"""Which modules a `LoraConfig` means, by their names in the model; what excludes what.
 
 The rules are those of peft 0.21 `tuners_utils.check_target_module_exists`.
 """
@@ -7,14 +7,14 @@ import copy
 import dataclasses
 import re
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from torch import nn
 
 from minilora.errors import MiniloraError
 from minilora.lora.config import LoraConfig
 from minilora.lora.embedding import LoRAEmbedding, TrainableTokens
-from minilora.lora.heads import TASK_HEADS
+from minilora.lora.heads import TASK_HEADS, ModulesToSave
 from minilora.lora.layer import LoRALinear, Wrapper
 
 # config.model_type -> modules adapted when target_modules is None: the attention's query and value,
@@ -70,6 +70,17 @@ def target_names(model: nn.Module, config: LoraConfig) -> list[str]:
         for name in modules
         if is_target(name, config) and not is_named(name, left_out) and not is_saved(name, saved)
     ]
+    hidden = {
+        f"{place}.{name}": place
+        for place, module in modules.items()
+        if isinstance(module, ModulesToSave)
+        for name, _ in module.base_layer.named_modules()
+        if name
+    }
+    for name, place in hidden.items():
+        if is_target(name, config) and not is_named(name, left_out) and not is_saved(name, saved):
+            problem = f"matches {name!r} in {place!r}, which another adapter trains whole"
+            raise MiniloraError(f"target_modules {problem}: put it into exclude_modules")
     for name in matched:
         if not isinstance(modules[name], nn.Linear | nn.Embedding | LoRALinear | LoRAEmbedding):
             problem = f"matches {name!r}, a {type(modules[name]).__name__}"
@@ -78,7 +89,7 @@ def target_names(model: nn.Module, config: LoraConfig) -> list[str]:
     if not matched:
         problem = f"target_modules={config.target_modules!r} matches nothing to adapt"
         raise MiniloraError(f"{problem}; {_this_model_has(model)}")
-    if left_out and not any(is_named(name, left_out) for name in modules):
+    if left_out and not any(is_named(name, left_out) for name in [*modules, *hidden]):
         warnings.warn(f"exclude_modules={left_out!r} excludes nothing in this model", stacklevel=3)
     for field in ("rank_pattern", "alpha_pattern"):
         keys = getattr(config, field)
@@ -97,7 +108,8 @@ def saved_names(model: nn.Module, config: LoraConfig) -> list[str]:
     missing = [name for name in named if not any(other.endswith(name) for other in found)]
     if missing:
         raise MiniloraError(f"modules_to_save {missing} are not there; {_this_model_has(model)}")
-    return found
+    # A module trained whole is trained with all that lies in it.
+    return [name for name in found if not any(name.startswith(f"{other}.") for other in found)]
 
 
 def trainable_tokens(model: nn.Module, config: LoraConfig) -> dict[str, list[int]]:
@@ -120,6 +132,45 @@ def trainable_tokens(model: nn.Module, config: LoraConfig) -> dict[str, list[int
             raise MiniloraError(f"trainable_token_indices: {problem}")
         found = dict.fromkeys(names, indices) | found  # the first key that names it counts
     return found
+
+
+def check_known(known: Iterable[str], names: Iterable[str]) -> None:
+    """Refuse names of adapters that are not there, and no name at all."""
+    unknown = [name for name in names if name not in known]
+    if unknown or not names:
+        there = ", ".join(known)
+        raise MiniloraError(f"no adapter named {unknown or 'nothing'}; this model has {there}")
+
+
+def check_together(
+    model: nn.Module, configs: Mapping[str, LoraConfig], names: Sequence[str]
+) -> None:
+    """Refuse names of adapters that cannot be in force at once."""
+    check_known(configs, names)
+    if len(set(names)) < len(names):
+        raise MiniloraError(f"adapters {list(names)} name one twice: name each once")
+    heads = [name for name in names if configs[name].modules_to_save]
+    if len(heads) > 1:
+        raise MiniloraError(f"adapters {heads} each have modules_to_save: only one can be active")
+    for place, layer in plain_modules(model):
+        if isinstance(layer, TrainableTokens):
+            own = [layer.adapters[name].token_indices for name in names if name in layer.adapters]
+            rows = [row for indices in own for row in indices.tolist()]
+            if len(set(rows)) < len(rows):
+                problem = f"train the same rows of {place!r}: only one can be active"
+                raise MiniloraError(f"adapters {list(names)} {problem}")
+
+
+def check_free(model: nn.Module, kinds: Sequence[tuple[str, type[Wrapper]]]) -> None:
+    """Refuse to wrap a module that is wrapped in another way, or lies in or around such a one."""
+    taken = [(name, type(m)) for name, m in plain_modules(model) if isinstance(m, Wrapper)]
+    for name, kind in kinds:
+        for other, its_kind in taken:
+            nested = f"{name}.".startswith(f"{other}.") or other.startswith(f"{name}.")
+            if nested and (name, kind) != (other, its_kind):
+                problem = f"{other!r} is a {its_kind.__name__} already"
+                raise MiniloraError(f"{problem}, so {name!r} cannot be a {kind.__name__}")
+        taken.append((name, kind))
 
 
 def is_target(name: str, config: LoraConfig) -> bool:
@@ -167,10 +218,18 @@ def pattern_value(pattern: Mapping[str, float], name: str, default: float) -> fl
     return next((value for key, value in pattern.items() if _is_key(key, name)), default)
 
 
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model within torch.compile's wrapper, or that of distributed training."""
+    distributed = (nn.parallel.DistributedDataParallel, nn.DataParallel)
+    while isinstance(model, distributed) or "_orig_mod" in model._modules:
+        model = model.module if isinstance(model, distributed) else model._modules["_orig_mod"]  # pyright: ignore[reportAssignmentType]
+    return model
+
+
 def plain_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """The modules of the user's model, a wrapped one as its wrapper; not the parts of a wrapper."""
     inside = None
-    for name, module in model.named_modules():
+    for name, module in unwrapped(model).named_modules():
         if name and not (inside and name.startswith(inside)):
             yield name, module
             inside = f"{name}." if isinstance(module, Wrapper) else None

@@ -1,5 +1,7 @@
 """Adapters put in, switched, disabled, taken out: what each leaves behind."""
 
+import contextlib
+
 import pytest
 import torch
 from torch import nn
@@ -192,8 +194,92 @@ def test_embeddings_cannot_be_adapted_twice_by_one_config():
     assert_same(snapshot(model), snapshot(tiny_classifier()))
 
 
-def test_a_later_adapter_does_not_look_into_a_trained_head():
-    """Its copies belong to the adapter that trains them."""
+@pytest.mark.parametrize("targets", [["dense"], r".*pooler\.dense"], ids=str)
+def test_a_later_adapter_does_not_look_into_a_trained_module(targets):
+    """Its copies belong to the adapter that trains them; skipped in silence, the file would be
+    refused by any other model.
+    """
     model = adapted(modules_to_save=["pooler"])
-    names = minilora.add_adapter(model, LoraConfig(target_modules=["dense"]), "second")
+    with pytest.raises(
+        MiniloraError, match=r"'bert\.pooler\.dense' in 'bert\.pooler', which anoth"
+    ):
+        minilora.add_adapter(model, LoraConfig(target_modules=targets), "second")
+    config = LoraConfig(target_modules=["dense"], exclude_modules=["pooler.dense"])
+    names = minilora.add_adapter(model, config, "second")
     assert names and not [name for name in names if "pooler" in name]
+
+
+def test_a_second_all_linear_adapter_leaves_the_firsts_head_alone():
+    model = adapted(target_modules="all-linear", modules_to_save=["pooler"])
+    names = minilora.add_adapter(model, LoraConfig(target_modules="all-linear"), "second")
+    assert names and not [name for name in names if "pooler" in name or "classifier" in name]
+
+
+@pytest.mark.parametrize("name", ["/tmp/elsewhere", "../up", "__base__", "a b", "a\n"])
+def test_a_name_that_is_no_name_of_a_directory_is_refused(name):
+    model = tiny_classifier()
+    with pytest.raises(MiniloraError, match="cannot be a module's name"):
+        minilora.add_adapter(model, LoraConfig(), name)
+    assert_same(snapshot(model), snapshot(tiny_classifier()))
+
+
+def test_a_module_within_another_that_is_trained_whole_is_trained_once(tmp_path):
+    model = adapted(modules_to_save=["pooler", "pooler.dense"])
+    minilora.save_adapter(model, tmp_path)
+    again = tiny_classifier().eval()
+    minilora.load_adapter(again, tmp_path)
+    assert torch.equal(logits(again), logits(model))
+
+
+@pytest.mark.parametrize("settings", [{"init_lora_weights": "pissa"}, {"bias": "all"}], ids=str)
+@pytest.mark.parametrize("leave", ["disable", "unload", "unmerge"])
+def test_what_was_kept_aside_has_the_models_dtype_when_it_comes_back(leave, settings):
+    model, plain = adapted(**settings), tiny_classifier().eval().to(torch.bfloat16)
+    if leave == "unmerge":
+        minilora.merge_adapter(model)
+    model.to(torch.bfloat16)
+    if leave == "unmerge":
+        minilora.unmerge_adapter(model)
+        minilora.unload(model)
+    elif leave == "unload":
+        minilora.unload(model)
+    with minilora.disable_adapter(model) if leave == "disable" else contextlib.nullcontext():
+        assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+        assert torch.equal(logits(model), logits(plain))
+
+
+def test_several_dora_updates_add_up_in_any_order_and_merged():
+    """Each is defined by the base weight alone. (PEFT's depend on the order of their names.)"""
+    model = adapted(use_dora=True, target_modules=["query", "word_embeddings"])
+    config = LoraConfig(use_dora=True, target_modules=["query", "word_embeddings"])
+    minilora.add_adapter(model, config, "second")
+    minilora.set_adapter(model, "second")
+    shake(model, seed=2)
+    outputs = []
+    for names in (["default", "second"], ["second", "default"]):
+        minilora.set_adapter(model, names)
+        outputs.append(logits(model))
+        minilora.merge_adapter(model)
+        outputs.append(logits(model))
+        minilora.unmerge_adapter(model)
+    for output in outputs[1:]:
+        torch.testing.assert_close(output, outputs[0], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda model: minilora.delete_adapter(model, "default"),
+        lambda model: minilora.add_adapter(model, LoraConfig(), "second"),
+        minilora.merge_adapter,
+        minilora.unload,
+    ],
+)
+def test_what_changes_adapters_is_refused_while_they_are_disabled(call):
+    model = adapted()
+    before, output = snapshot(model), logits(model)
+    with minilora.disable_adapter(model), minilora.disable_adapter(model):
+        with pytest.raises(MiniloraError, match="while adapters are disabled: leave disable_adapt"):
+            call(model)
+    assert_same(snapshot(model), before)
+    assert torch.equal(logits(model), output)

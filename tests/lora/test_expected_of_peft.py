@@ -1,0 +1,152 @@
+"""What users of PEFT and transformers expect, beyond the numbers."""
+
+import copy
+import json
+import pickle
+
+import peft
+import pytest
+import safetensors.torch
+import torch
+import torch.distributed as dist
+from torch import nn
+
+import minilora
+from minilora import LoraConfig, MiniloraError
+from tests.conftest import tiny_classifier
+from tests.lora.test_adapters import adapted, assert_same, logits, shake, snapshot
+
+TASK = {"task_type": "SEQ_CLS"}
+
+
+@pytest.fixture
+def process_group(tmp_path):
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def compiled(model):
+    return torch.compile(model, backend="eager")
+
+
+def distributed(model):
+    # Only what trains is distributed: it asks for a parameter that needs a gradient.
+    return nn.parallel.DistributedDataParallel(model, find_unused_parameters=True)
+
+
+@pytest.mark.parametrize("wrap", [compiled, distributed, lambda m: distributed(compiled(m))])
+def test_a_compiled_or_distributed_model_is_looked_through(wrap, process_group, tmp_path):
+    """Every function does to it what it does to the model within; files have the usual keys."""
+    bare = adapted()
+    model = wrap(copy.deepcopy(bare))
+    minilora.save_adapter(bare, tmp_path / "bare")
+    minilora.save_adapter(model, tmp_path / "wrapped")
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        one, other = (tmp_path / place / name for place in ("bare", "wrapped"))
+        assert one.read_bytes() == other.read_bytes()
+    names = [name for name, _ in minilora.trainable_parameters(bare)]
+    assert [name for name, _ in minilora.trainable_parameters(model)] == names
+
+    def every_call(model):
+        minilora.load_adapter(model, tmp_path / "bare")
+        minilora.add_adapter(model, LoraConfig(init_lora_weights=False, **TASK), "second")
+        minilora.set_adapter(model, "second")
+        minilora.merge_adapter(model)
+        minilora.unmerge_adapter(model)
+        minilora.delete_adapter(model, "default")
+        with minilora.disable_adapter(model):
+            outputs = [logits(model)]
+        with minilora.adapter_names(model, ["second", "__base__"]):
+            outputs.append(logits(model))
+        return minilora.merge_and_unload(model), outputs
+
+    plain = []
+    for one in (bare, model):
+        torch.manual_seed(0)
+        plain.append(every_call(one))
+    assert type(plain[1][0]) is type(bare)
+    assert_same(snapshot(plain[1][0]), snapshot(plain[0][0]))
+    for one, other in zip(plain[0][1], plain[1][1], strict=True):
+        torch.testing.assert_close(one, other)
+    minilora.load_adapter(model, tmp_path / "bare")
+    minilora.unload(model)
+    minilora.combine_adapters(model, [tmp_path / "bare"], [1.0])
+
+
+def test_save_pretrained_of_an_adapted_model_names_the_right_call(tmp_path):
+    """What it would write loads with random weights. Copies and pickles are no way around it."""
+    model = adapted()
+    for one in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        with pytest.raises(MiniloraError, match="call save_adapter, or merge_and_unload first"):
+            one.save_pretrained(tmp_path / "no")
+        assert not (tmp_path / "no").exists()
+        minilora.unload(one).save_pretrained(tmp_path / "yes")
+        assert (tmp_path / "yes" / "config.json").exists()
+
+
+def test_a_failed_first_adapter_leaves_save_pretrained_alone(tmp_path):
+    model = tiny_classifier()
+    with pytest.raises(MiniloraError):
+        minilora.add_adapter(model, LoraConfig(init_lora_weights="orthogonal", r=3))
+    model.save_pretrained(tmp_path)
+    assert (tmp_path / "config.json").exists()
+
+
+def test_modules_trained_whole_show_their_attributes():
+    """transformers looks for the word embeddings within; what is found is the trained copy."""
+    model = adapted(modules_to_save=["embeddings"])
+    words = model.get_input_embeddings()
+    assert isinstance(words, nn.Embedding) and words.weight.requires_grad
+    embeddings = model.bert.embeddings
+    assert words is embeddings.word_embeddings is not embeddings.base_layer.word_embeddings
+    assert model.classifier.out_features == 2 and model.classifier.weight.requires_grad
+    with minilora.disable_adapter(model):
+        assert model.get_input_embeddings() is embeddings.base_layer.word_embeddings
+
+
+@pytest.mark.parametrize("is_trainable", [True, False])
+@pytest.mark.parametrize("name", ["default", "second"])
+def test_loading_for_inference_ends_training_mode_as_in_peft(is_trainable, name, tmp_path):
+    minilora.save_adapter(adapted(), tmp_path)
+    theirs = peft.get_peft_model(tiny_classifier(), peft.LoraConfig(**TASK)).train()
+    theirs.load_adapter(tmp_path, name, is_trainable=is_trainable)
+    ours = adapted().train()
+    minilora.load_adapter(ours, tmp_path, name, is_trainable=is_trainable)
+    assert ours.training == theirs.training == is_trainable
+
+
+@pytest.mark.parametrize("key", ["word_embeddings.weight", "word_embeddings.base_layer.weight"])
+def test_resized_embeddings_in_an_adapters_file_are_refused_by_name(key, tmp_path):
+    minilora.save_adapter(adapted(), tmp_path)
+    path, key = tmp_path / "adapter_model.safetensors", f"base_model.model.bert.embeddings.{key}"
+    tensors = {**safetensors.torch.load(path.read_bytes()), key: torch.zeros(40, 32)}
+    path.write_bytes(safetensors.torch.save(tensors))
+    with pytest.raises(MiniloraError, match=rf"embeddings of the base .* tensor {key}") as error:
+        minilora.load_adapter(tiny_classifier(), tmp_path)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("init", ["eva", "OLoRA"])
+def test_adapters_that_were_drawn_in_ways_of_pefts_can_be_read(init, tmp_path):
+    """And give PEFT's logits; drawing them is refused."""
+    with pytest.raises(MiniloraError, match="init_lora_weights is"):
+        LoraConfig(init_lora_weights=init)
+    extra = {"eva_config": peft.EvaConfig()} if init == "eva" else {}
+    config = peft.LoraConfig(init_lora_weights=init, **extra, **TASK)
+    theirs = peft.get_peft_model(tiny_classifier(), config).eval()
+    with torch.no_grad():
+        for name, parameter in theirs.named_parameters():
+            if "lora_" in name and init == "eva":
+                parameter += 0.1
+    theirs.save_pretrained(tmp_path)
+    model = tiny_classifier().eval()
+    minilora.load_adapter(model, tmp_path)
+    torch.testing.assert_close(logits(model), logits(theirs), rtol=1e-5, atol=1e-6)
+    assert json.loads((tmp_path / "adapter_config.json").read_bytes())["init_lora_weights"] == init
+
+
+def test_the_card_carries_the_hubs_tag_of_the_base(tmp_path):
+    minilora.save_adapter(adapted(base_model_name_or_path="someone/some-bert"), tmp_path)
+    card = (tmp_path / "README.md").read_text()
+    assert "- base_model:adapter:someone/some-bert\n" in card

@@ -1,10 +1,12 @@
-"""What every command does around its work: errors as one line, signals as a request to stop.
+"""What every command does around its work: errors as one line, signals as a request to stop, and
+standard streams that no file can speak through.
 
 Imports nothing but the standard library, so that `--help` answers at once.
 """
 
 import argparse
 import contextlib
+import errno
 import gc
 import os
 import re
@@ -16,10 +18,18 @@ from types import FrameType
 from typing import Any, NoReturn
 
 from minilora.errors import MiniloraError
+from minilora.options import NO_TEXT
 
 BAD_INPUT = 2
 INTERRUPTED = 128  # plus the signal's number, as shells count
 LONGEST_LINE = 2000
+# What torch says, in a RuntimeError, where an argument asks for more memory than there can be.
+NO_MEMORY = re.compile(r"can't allocate memory|not enough memory|size calculation overflowed")
+# What a path can be that nobody can open: the user's words, not the disk.
+NO_NAMES = (errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EISDIR, errno.ENXIO)
+# Escape sequences, a carriage return within a line, changes of direction.
+CONTROL = re.compile(r"(?<!^)\r|[\0-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+MOVES = re.compile(r"(\n|\x1b\[A)*")  # tqdm's, between the lines of its bars
 
 
 class Parser(argparse.ArgumentParser):
@@ -29,6 +39,8 @@ class Parser(argparse.ArgumentParser):
         super().__init__(f"python -m minilora.{command}", usage=usage, allow_abbrev=False)
 
     def parse_known_args(self, args: list[str], namespace: Any = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        for word in filter(NO_TEXT.search, args):
+            self.error(f"{word!r} is not UTF-8: give another name")
         # Up to a "=": the dashes of a value stay.
         spelt = [re.sub("(?<=^--)[^=]+", lambda flag: flag[0].replace("-", "_"), w) for w in args]
         return super().parse_known_args(spelt, namespace)
@@ -79,19 +91,74 @@ def run_command(main: Callable[[], int]) -> NoReturn:
     """
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(INTERRUPTED + number))
+    with _safe_streams():
+        try:
+            code = main()
+            sys.stdout.flush()
+        except MiniloraError as error:
+            _complain(str(error))
+            code = BAD_INPUT
+        except BrokenPipeError:  # whoever read the output has seen enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+            code = INTERRUPTED + signal.SIGPIPE
+        except OSError as error:
+            place = f"{error.filename}: " if error.filename else ""
+            _complain(f"{place}{error.strerror or error}")
+            # The disk, not the user's arguments: full, read-only, gone.
+            code = BAD_INPUT if error.errno in NO_NAMES else 1
+        except (MemoryError, RuntimeError) as error:
+            if not isinstance(error, MemoryError) and not NO_MEMORY.search(str(error)):
+                raise
+            _complain("not enough memory: give a lower rank, batch size or max_length")
+            code = BAD_INPUT
+        except KeyboardInterrupt:
+            sys.stderr.write("interrupted\n")
+            code = INTERRUPTED + signal.SIGINT
+        raise SystemExit(code)
+
+
+class SafeStream:
+    """A standard stream on which what was read from a file shows, and does nothing. One that is not
+    `needed` may lose its reader.
+    """
+
+    def __init__(self, stream: Any, needed: bool) -> None:
+        self.stream, self.needed = stream or open(os.devnull, "w"), needed  # noqa: SIM115
+        self.encoding = self.stream.encoding or "utf-8"
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> None:
+        if not MOVES.fullmatch(text):
+            text = CONTROL.sub(lambda found: ascii(found[0])[1:-1], text)
+        text = text.encode(self.encoding, "backslashreplace").decode(self.encoding)
+        self._try(self.stream.write, text)
+
+    def flush(self) -> None:
+        self._try(self.stream.flush)
+
+    def _try(self, do: Callable[..., object], *given: str) -> None:
+        try:
+            do(*given)
+        except OSError:
+            if self.needed:
+                raise
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+
+
+@contextlib.contextmanager
+def _safe_streams() -> Iterator[None]:
+    # A file that is opened must not become a standard stream that was closed.
+    while (filler := os.open(os.devnull, os.O_RDWR)) < 3:
+        pass
+    os.close(filler)
+    before = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = SafeStream(sys.stdout, True), SafeStream(sys.stderr, False)
     try:
-        code = main()
-    except MiniloraError as error:
-        _complain(str(error))
-        code = BAD_INPUT
-    except OSError as error:
-        place = f"{error.filename}: " if error.filename else ""
-        _complain(f"{place}{error.strerror or error}")
-        code = 1  # the disk, not the user's arguments: full, read-only, gone
-    except KeyboardInterrupt:
-        sys.stderr.write("interrupted\n")
-        code = INTERRUPTED + signal.SIGINT
-    raise SystemExit(code)
+        yield
+    finally:
+        sys.stdout, sys.stderr = before
 
 
 @contextlib.contextmanager

@@ -4,9 +4,13 @@ As transformers saves it, tokenizer and label names included: `from_pretrained` 
 nothing in it needs minilora.
 """
 
+import errno
+import os
+import re
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 
 from minilora.bert.load import save_tokenizer
 from minilora.errors import MiniloraError
@@ -49,6 +53,10 @@ def write_merged_model(
         model.to(getattr(torch, dtype))
         try:
             model.save_pretrained(directory, max_shard_size=max_shard_size)
+        except SafetensorError as error:  # of the disk, told by code in Rust
+            number = re.search(r"\(os error (\d+)\)", str(error))
+            code = int(number[1]) if number else errno.EIO
+            raise OSError(code, os.strerror(code), str(output_dir)) from error
         except ValueError as error:
             raise MiniloraError(f"max_shard_size {max_shard_size!r}: {error}") from None
         save_tokenizer(tokenizer, directory)

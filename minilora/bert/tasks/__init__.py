@@ -89,10 +89,17 @@ def encode_texts(
         "lengths": lengths,
         "labels": labels,
         "row": np.arange(len(rows)),
-        # Those that just fill it, too: telling the two apart would mean tokenising twice.
-        "truncated": lengths == max_length,
+        "truncated": _truncated(encoded, lengths, max_length),
     }
     if "token_type_ids" in encoded:  # the model takes them
         types = chain.from_iterable(encoded["token_type_ids"])
         arrays["token_type_ids"] = np.fromiter(types, dtype=np.int8)
     return arrays
+
+
+def _truncated(encoded: Any, lengths: np.ndarray, max_length: int) -> np.ndarray:
+    # A text that just fills its example lost nothing. (A slow tokenizer does not tell.)
+    truncated = lengths == max_length
+    for index in np.flatnonzero(truncated) if encoded.encodings else ():
+        truncated[index] = bool(encoded.encodings[index].overflowing)
+    return truncated

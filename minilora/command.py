@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any, NoReturn
 
-from minilora.errors import MiniloraError
+from minilora.errors import MiniloraError, harmless
 from minilora.options import NO_TEXT
 
 BAD_INPUT = 2
@@ -27,9 +27,6 @@ LONGEST_LINE = 2000
 NO_MEMORY = re.compile(r"can't allocate memory|not enough memory|size calculation overflowed")
 # What a path can be that nobody can open: the user's words, not the disk.
 NO_NAMES = (errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EISDIR, errno.ENXIO)
-# Escape sequences, a carriage return within a line, changes of direction.
-CONTROL = re.compile(r"(?<!^)\r|[\0-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
-MOVES = re.compile(r"(\n|\x1b\[A)*")  # tqdm's, between the lines of its bars
 
 
 class Parser(argparse.ArgumentParser):
@@ -91,7 +88,13 @@ def run_command(main: Callable[[], int]) -> NoReturn:
     """
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(INTERRUPTED + number))
-    with _safe_streams():
+    # A file that is opened must not become a standard stream that was closed.
+    while (filler := os.open(os.devnull, os.O_RDWR)) < 3:
+        pass
+    os.close(filler)
+    out: Any = SafeStream(sys.stdout, is_needed=True)
+    err: Any = SafeStream(sys.stderr, is_needed=False)
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
             code = main()
             sys.stdout.flush()
@@ -118,22 +121,20 @@ def run_command(main: Callable[[], int]) -> NoReturn:
 
 
 class SafeStream:
-    """A standard stream on which what was read from a file shows, and does nothing. One that is not
-    `needed` may lose its reader.
-    """
+    """A standard stream on which what was read from a file shows, and does nothing."""
 
-    def __init__(self, stream: Any, needed: bool) -> None:
-        self.stream, self.needed = stream or open(os.devnull, "w"), needed  # noqa: SIM115
-        self.encoding = self.stream.encoding or "utf-8"
+    def __init__(self, stream: Any, is_needed: bool) -> None:
+        self.stream = stream or open(os.devnull, "w")  # noqa: SIM115
+        self.is_needed = is_needed  # or its reader may go away
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.stream, name)
 
     def write(self, text: str) -> None:
-        if not MOVES.fullmatch(text):
-            text = CONTROL.sub(lambda found: ascii(found[0])[1:-1], text)
-        text = text.encode(self.encoding, "backslashreplace").decode(self.encoding)
-        self._try(self.stream.write, text)
+        if text.strip("\n\x1b[A"):  # or it is tqdm that moves from bar to bar
+            text = harmless(text)
+        encoding = self.stream.encoding or "utf-8"
+        self._try(self.stream.write, text.encode(encoding, "backslashreplace").decode(encoding))
 
     def flush(self) -> None:
         self._try(self.stream.flush)
@@ -142,23 +143,9 @@ class SafeStream:
         try:
             do(*given)
         except OSError:
-            if self.needed:
+            if self.is_needed:
                 raise
             os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
-
-
-@contextlib.contextmanager
-def _safe_streams() -> Iterator[None]:
-    # A file that is opened must not become a standard stream that was closed.
-    while (filler := os.open(os.devnull, os.O_RDWR)) < 3:
-        pass
-    os.close(filler)
-    before = sys.stdout, sys.stderr
-    sys.stdout, sys.stderr = SafeStream(sys.stdout, True), SafeStream(sys.stderr, False)
-    try:
-        yield
-    finally:
-        sys.stdout, sys.stderr = before
 
 
 @contextlib.contextmanager

@@ -140,11 +140,9 @@ def _number(text: str) -> int | float:
 
 def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """For `json.loads`, which would otherwise keep the last of two values without a word."""
-    values = dict(pairs)
-    if len(values) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"there are two values of {max(names, key=names.count)!r}")
-    return values
+    if len(dict(pairs)) < len(pairs):
+        raise ValueError(f"a name occurs twice among {[name for name, _ in pairs]}"[:200])
+    return dict(pairs)
 
 
 def _json_object(text: str) -> dict[str, Any]:

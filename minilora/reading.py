@@ -95,16 +95,19 @@ def parse_torch(data: bytes, path: Path, allowed: Iterable[Any] = ()) -> Any:
 
 def _check_tensors(value: Any) -> None:
     # A few bytes can be stretched into a tensor of any size, and a value lie within itself.
-    left, seen = [value], {0}
+    left, seen = [value], set()
     while left:
         inner = left.pop()
-        if isinstance(inner, Tensor):
-            is_plain = inner.layout is torch.strided and not inner.is_meta
-            if not is_plain or inner.nbytes > inner.untyped_storage().nbytes():
-                raise ValueError("a tensor is not plainly stored")
-        elif isinstance(inner, dict | list | tuple) and id(inner) not in seen:
+        if isinstance(inner, Tensor) and not _is_plain(inner):
+            raise ValueError("one of its tensors is sparse, stretched or no data")
+        if isinstance(inner, dict | list | tuple) and id(inner) not in seen:
             seen.add(id(inner))
             left += inner.values() if isinstance(inner, dict) else inner
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    has_data = tensor.layout is torch.strided and not tensor.is_meta
+    return has_data and tensor.nbytes <= tensor.untyped_storage().nbytes()
 
 
 def check_like(expected: Any, found: Any, place: Any, name: str = "") -> None:
@@ -127,7 +130,7 @@ def check_like(expected: Any, found: Any, place: Any, name: str = "") -> None:
 
 def _is_like(expected: Any, found: Any) -> bool:
     if isinstance(expected, Tensor):
-        is_plain = isinstance(found, Tensor) and found.layout is torch.strided and not found.is_meta
+        is_plain = isinstance(found, Tensor) and _is_plain(found)
         same_kind = is_plain and found.is_floating_point() == expected.is_floating_point()
         return same_kind and found.shape == expected.shape
     if isinstance(expected, dict):

@@ -15,6 +15,11 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 
+# What a command imports late is imported here, not in every fork.
+import minilora.trained.compare
+import minilora.trained.merge
+import minilora.trained.predict
+import minilora.trained.score  # noqa: F401
 from minilora.command import run_command
 from tests.conftest import Finished
 

@@ -206,9 +206,8 @@ def tried(cases, run: Path, place: Path) -> list[str]:
 def is_sampled(case) -> bool:
     # A fixed choice, which changes with no order: two or so of each flag's values.
     command, flag, _, value = case
-    return zlib.crc32(f"{command} {flag} {value!r}".encode("utf-8", "surrogatepass")) % int(
-        os.environ.get("EVERY", "40")
-    ) == int(os.environ.get("AT", "0"))
+    key = f"{command} {flag} {value!r}".encode("utf-8", "surrogatepass")
+    return zlib.crc32(key) % 20 == 0
 
 
 def test_a_sample_of_hostile_values_is_answered_in_one_line(run, places):

@@ -39,9 +39,6 @@ USUAL_NAMES = {
 }  # fmt: skip
 FLAGS = {"text": "--text_column", "pair": "--text_pair_column", "label": "--label_column"}
 
-# As JSON may spell one, and what python makes of a byte in an argument that is not UTF-8.
-LONE_SURROGATE = re.compile("[\ud800-\udfff]")
-
 
 @dataclass(frozen=True)
 class Row:
@@ -240,7 +237,7 @@ def _row(path: Path, line: int, record: dict[str, Any], columns: dict[str, str])
         if value is None or isinstance(value, dict | list):
             raise _bad(path, line, f"the {role} is {value!r}; it must be text or a number")
         values[role] = str(value).lower() if isinstance(value, bool) else str(value)
-        if LONE_SURROGATE.search(values[role]):
+        if re.search("[\ud800-\udfff]", values[role]):
             raise _bad(path, line, f"the {role} holds half of a surrogate pair: no character")
     label = values.get("label")
     if label is not None and label.strip().lower() in ("", "nan"):

@@ -1,10 +1,12 @@
-"""What every command does around its work: errors as one line, signals as a request to stop.
+"""What every command does around its work: errors as one line, signals as a request to stop, and
+standard streams that no file can speak through.
 
 Imports nothing but the standard library, so that `--help` answers at once.
 """
 
 import argparse
 import contextlib
+import errno
 import gc
 import os
 import re
@@ -15,11 +17,16 @@ from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any, NoReturn
 
-from minilora.errors import MiniloraError
+from minilora.errors import MiniloraError, harmless
+from minilora.options import NO_TEXT
 
 BAD_INPUT = 2
 INTERRUPTED = 128  # plus the signal's number, as shells count
 LONGEST_LINE = 2000
+# What torch says, in a RuntimeError, where an argument asks for more memory than there can be.
+NO_MEMORY = re.compile(r"can't allocate memory|not enough memory|size calculation overflowed")
+# What a path can be that nobody can open: the user's words, not the disk.
+NO_NAMES = (errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EISDIR, errno.ENXIO)
 
 
 class Parser(argparse.ArgumentParser):
@@ -29,6 +36,8 @@ class Parser(argparse.ArgumentParser):
         super().__init__(f"python -m minilora.{command}", usage=usage, allow_abbrev=False)
 
     def parse_known_args(self, args: list[str], namespace: Any = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        for word in filter(NO_TEXT.search, args):
+            self.error(f"{word!r} is not UTF-8: give another name")
         # Up to a "=": the dashes of a value stay.
         spelt = [re.sub("(?<=^--)[^=]+", lambda flag: flag[0].replace("-", "_"), w) for w in args]
         return super().parse_known_args(spelt, namespace)
@@ -79,19 +88,64 @@ def run_command(main: Callable[[], int]) -> NoReturn:
     """
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(INTERRUPTED + number))
-    try:
-        code = main()
-    except MiniloraError as error:
-        _complain(str(error))
-        code = BAD_INPUT
-    except OSError as error:
-        place = f"{error.filename}: " if error.filename else ""
-        _complain(f"{place}{error.strerror or error}")
-        code = 1  # the disk, not the user's arguments: full, read-only, gone
-    except KeyboardInterrupt:
-        sys.stderr.write("interrupted\n")
-        code = INTERRUPTED + signal.SIGINT
-    raise SystemExit(code)
+    # A file that is opened must not become a standard stream that was closed.
+    while (filler := os.open(os.devnull, os.O_RDWR)) < 3:
+        pass
+    os.close(filler)
+    out: Any = SafeStream(sys.stdout, is_needed=True)
+    err: Any = SafeStream(sys.stderr, is_needed=False)
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            code = main()
+            sys.stdout.flush()
+        except MiniloraError as error:
+            _complain(str(error))
+            code = BAD_INPUT
+        except BrokenPipeError:  # whoever read the output has seen enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+            code = INTERRUPTED + signal.SIGPIPE
+        except OSError as error:
+            place = f"{error.filename}: " if error.filename else ""
+            _complain(f"{place}{error.strerror or error}")
+            # The disk, not the user's arguments: full, read-only, gone.
+            code = BAD_INPUT if error.errno in NO_NAMES else 1
+        except (MemoryError, RuntimeError) as error:
+            if not isinstance(error, MemoryError) and not NO_MEMORY.search(str(error)):
+                raise
+            _complain("not enough memory: give a lower rank, batch size or max_length")
+            code = BAD_INPUT
+        except KeyboardInterrupt:
+            sys.stderr.write("interrupted\n")
+            code = INTERRUPTED + signal.SIGINT
+        raise SystemExit(code)
+
+
+class SafeStream:
+    """A standard stream on which what was read from a file shows, and does nothing."""
+
+    def __init__(self, stream: Any, is_needed: bool) -> None:
+        self.stream = stream or open(os.devnull, "w")  # noqa: SIM115
+        self.is_needed = is_needed  # or its reader may go away
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> None:
+        if text.strip("\n\x1b[A"):  # or it is tqdm that moves from bar to bar
+            text = harmless(text)
+        encoding = self.stream.encoding or "utf-8"
+        self._try(self.stream.write, text.encode(encoding, "backslashreplace").decode(encoding))
+
+    def flush(self) -> None:
+        self._try(self.stream.flush)
+
+    def _try(self, do: Callable[..., object], *given: str) -> None:
+        try:
+            do(*given)
+        except OSError:
+            if self.is_needed:
+                raise
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
 
 
 @contextlib.contextmanager

@@ -6,10 +6,10 @@ On training's own validation file the numbers are bitwise those that training pr
 """
 
 import argparse
-import json
 import sys
 
 from minilora import command
+from minilora.files import json_text
 
 
 def main() -> int:
@@ -26,7 +26,7 @@ def main() -> int:
         labels, counts = run.task.labels or [], scores.confusion.tolist()
         print_confusion(labels, counts)
         summary |= {"confusion_matrix": counts, "labels": labels}
-    print(json.dumps(summary))
+    print(json_text(summary))
     return 0
 
 

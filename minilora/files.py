@@ -12,12 +12,14 @@ everything has, but that the disk refused the last fsync, so that a power loss m
 import contextlib
 import fcntl
 import io
+import json
 import os
 import re
 import shutil
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from minilora.errors import MiniloraError
 
@@ -28,6 +30,12 @@ LEFTOVER = re.compile(r"\.(tmp|trash)-.+-[0-9a-f]{8}")
 
 class NotConfirmed(OSError):
     """What was written is whole and in its place; that it survives a power loss is not known."""
+
+
+def json_text(value: Any, indent: int | None = None) -> str:
+    """A value as JSON, which has no NaN and no infinity: null stands for them."""
+    finite = json.loads(json.dumps(value), parse_constant=lambda name: None)
+    return json.dumps(finite, indent=indent, sort_keys=indent is not None, allow_nan=False)
 
 
 def make_directory(path: Path) -> None:
@@ -122,7 +130,7 @@ def new_lines(path: Path | None) -> Iterator[Callable[[str], None]]:
         file = io.FileIO(path, "x") if path else io.FileIO(1, "w", closefd=False)
     except FileExistsError:
         raise MiniloraError(f"{path} exists: give a new name, or move it away") from None
-    except (FileNotFoundError, NotADirectoryError):
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
         raise MiniloraError(f"{path}: there is no such directory to write to") from None
 
     def write(line: str) -> None:

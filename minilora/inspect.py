@@ -7,11 +7,11 @@ PATH: a run, checkpoint (ours or HF Trainer's), adapter or model. Nothing is run
 """
 
 import argparse
-import json
 import sys
 from typing import Any
 
 from minilora import command
+from minilora.files import json_text
 
 SHOWN = 20  # differences printed of each sort; --json has all of them
 SUMMARY = ("path", "kind", "verified", "problems", "position", "trainable", "resume")
@@ -36,7 +36,7 @@ def main() -> int:
         summary = {name: found[name] for name in SUMMARY}
     if not asked.json:
         print(as_yaml(report))
-    print(json.dumps(found if asked.json else summary))
+    print(json_text(found if asked.json else summary))
     return 0
 
 

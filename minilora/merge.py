@@ -5,10 +5,10 @@ python -m minilora.merge --adapter A B --weights .7 .3 --output_dir MERGED
 """
 
 import argparse
-import json
 import sys
 
 from minilora import command
+from minilora.files import json_text
 from minilora.training.config import DTYPES
 
 
@@ -21,7 +21,7 @@ def main() -> int:
     how = (asked.weights, asked.max_shard_size, asked.dtype, asked.model_name_or_path)
     write_merged_model(paths, asked.output_dir, *how)
     print(f'use it: transformers.pipeline("text-classification", {asked.output_dir!r})')
-    print(json.dumps({"output_dir": asked.output_dir, "merged": paths, "dtype": asked.dtype}))
+    print(json_text({"output_dir": asked.output_dir, "merged": paths, "dtype": asked.dtype}))
     return 0
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from minilora.bert.load import PACKAGED_MODEL, packaged_model
 from minilora.bert.tasks import task_class
-from minilora.errors import MiniloraError
+from minilora.errors import MiniloraError, harmless
 from minilora.training.record import RunRecord
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+|[\w-]+")
@@ -37,14 +37,15 @@ def model_card(name: str, base: str, merged: str | None, record: RunRecord) -> s
     classes = ", ".join((labels or [])[:20]) + (", ..." if labels and labels[20:] else "")
     predicts = "it predicts a number" if labels is None else f"classes: {classes}"
     scores = ", ".join(f"{metric} {value:.4f}" for metric, value in metrics.items())
+    metadata = _metadata(name, None if merged else hub_id, task.pipeline_tag, data, metrics)
     paragraphs = [
-        _metadata(name, None if merged else hub_id, task.pipeline_tag, data, metrics),
         f"# {name}",
         f"A LoRA adapter (r={lora.r}, lora_alpha={lora.lora_alpha}) for {onto}; {predicts}.",
         f"On `{data}`: {scores}." if scores else "It was not evaluated.",
-        *([] if merged else [_lines_for_peft(name, task.auto_class.__name__, labels)]),
     ]
-    return "\n\n".join(paragraphs) + "\n"
+    shown = [harmless(" ".join(paragraph.split())) for paragraph in paragraphs]
+    shown += [] if merged else [_lines_for_peft(name, task.auto_class.__name__, labels)]
+    return "\n\n".join([metadata, *shown]) + "\n"
 
 
 def base_id(base: str) -> str | None:

@@ -8,6 +8,7 @@ import dataclasses
 import inspect
 import json
 import math
+import re
 import types
 import typing
 from argparse import SUPPRESS, Action, ArgumentParser, ArgumentTypeError, Namespace
@@ -16,6 +17,8 @@ from typing import Any, TypedDict, Unpack
 
 from minilora.errors import MiniloraError
 
+# A NUL; what python makes of a byte that is not UTF-8, and JSON may spell.
+NO_TEXT = re.compile("[\0\ud800-\udfff]")
 BOOLEANS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
 
 
@@ -42,7 +45,7 @@ def has_type(value: Any, hint: Any) -> bool:
     """Whether a value, from JSON for one, is of a field's type: `int`, `float | None`, `list[str]`.
 
     An integer is a float, too; a bool is no integer. Integers beyond 64 bits and floats that are
-    not finite are no numbers.
+    not finite are no numbers; what no file can be called is no text.
     """
     inner = typing.get_args(hint)
     if isinstance(hint, types.UnionType):
@@ -58,7 +61,7 @@ def has_type(value: Any, hint: Any) -> bool:
     if type(value) is float:
         return hint in (float, Any) and math.isfinite(value)
     if isinstance(value, str):  # of a subclass, too, such as PEFT's TaskType
-        return hint in (str, Any)
+        return hint is Any or (hint is str and not NO_TEXT.search(value))
     return hint is Any or type(value) is (types.NoneType if hint is None else hint)
 
 
@@ -135,9 +138,16 @@ def _number(text: str) -> int | float:
     return int(text) if text.isdecimal() else float(text)
 
 
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """For `json.loads`, which would otherwise keep the last of two values without a word."""
+    if len(dict(pairs)) < len(pairs):
+        raise ValueError(f"a name occurs twice among {[name for name, _ in pairs]}"[:200])
+    return dict(pairs)
+
+
 def _json_object(text: str) -> dict[str, Any]:
     with contextlib.suppress(ValueError, RecursionError):
-        value = json.loads(text)
+        value = json.loads(text, object_pairs_hook=unique_keys)
         if isinstance(value, dict):
             return value
     raise ArgumentTypeError(f'{text!r} is not a JSON object such as {{"query": 4}}')

@@ -8,19 +8,19 @@ Rows go to --output, or to stdout; the last line of stdout is the summary, one J
 """
 
 import argparse
-import json
 import sys
 import time
 from pathlib import Path
 
 from minilora import command
+from minilora.errors import MiniloraError
+from minilora.files import json_text, new_lines
 from minilora.options import boolean, positive
 
 
 def main() -> int:
     asked = parse_arguments(sys.argv[1:])
     with command.without_collection():  # the slow imports: torch and transformers
-        from minilora.files import new_lines
         from minilora.lora.merge import merge_adapter
         from minilora.trained import predict
         from minilora.trained.opened import open_run
@@ -34,6 +34,8 @@ def main() -> int:
         elif asked.text is not None:
             text = asked.text if asked.text_pair is None else (asked.text, asked.text_pair)
             rows = predict.rows_of_texts([text])
+        elif sys.stdin is None:
+            raise MiniloraError("standard input is closed: give --text TEXT or --file F")
         else:
             rows = predict.rows_of_lines(sys.stdin.buffer)
         if asked.merge or (asked.merge is None and run.record.arguments.dtype == "float32"):
@@ -42,13 +44,13 @@ def main() -> int:
         size = asked.per_device_eval_batch_size
         for predictions, cut in predict.predict_windows(run, rows, size):
             for prediction in predictions:
-                write(json.dumps(prediction))
+                write(json_text(prediction))
             count, truncated = count + len(predictions), truncated + cut
         seconds = time.perf_counter() - start
     if truncated:
         say(f"{truncated} of {count} texts were cut at {run.max_length} tokens")
     summary = {"predictions": count, "truncated": truncated, "predict_runtime": seconds}
-    print(json.dumps({**summary, "output": asked.output, "adapter": str(run.adapter)}))
+    print(json_text({**summary, "output": asked.output, "adapter": str(run.adapter)}))
     return 0
 
 

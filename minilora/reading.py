@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from minilora.errors import MiniloraError
-from minilora.options import has_type
+from minilora.options import has_type, unique_keys
 
 # JSON takes some thirty times its size once parsed.
 MAX_JSON_BYTES = 4_000_000
@@ -55,7 +55,7 @@ def parse_json(data: bytes, path: Path, limit: int = MAX_JSON_BYTES) -> dict[str
     if len(data) > limit:
         raise MiniloraError(f"{path} is {len(data):,} bytes; at most {limit:,} are expected")
     try:
-        values = json.loads(data)
+        values = json.loads(data, object_pairs_hook=unique_keys)
     except (ValueError, RecursionError) as error:
         raise MiniloraError(f"{path} is damaged: not valid JSON: {error}") from None
     if not isinstance(values, dict):
@@ -86,9 +86,28 @@ def parse_torch(data: bytes, path: Path, allowed: Iterable[Any] = ()) -> Any:
         if damaged is not None:
             raise ValueError(f"the checksum of {damaged} differs")
         with torch.serialization.safe_globals(list(allowed)):
-            return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+            value = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+        _check_tensors(value)
+        return value
     except Exception as error:  # damaged bytes fail in many ways, none of them ours
         raise MiniloraError(f"{path} cannot be read safely: {first_line(error)}") from None
+
+
+def _check_tensors(value: Any) -> None:
+    # A few bytes can be stretched into a tensor of any size, and a value lie within itself.
+    left, seen = [value], set()
+    while left:
+        inner = left.pop()
+        if isinstance(inner, Tensor) and not _is_plain(inner):
+            raise ValueError("one of its tensors is sparse, stretched or no data")
+        if isinstance(inner, dict | list | tuple) and id(inner) not in seen:
+            seen.add(id(inner))
+            left += inner.values() if isinstance(inner, dict) else inner
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    has_data = tensor.layout is torch.strided and not tensor.is_meta
+    return has_data and tensor.nbytes <= tensor.untyped_storage().nbytes()
 
 
 def check_like(expected: Any, found: Any, place: Any, name: str = "") -> None:
@@ -111,7 +130,7 @@ def check_like(expected: Any, found: Any, place: Any, name: str = "") -> None:
 
 def _is_like(expected: Any, found: Any) -> bool:
     if isinstance(expected, Tensor):
-        is_plain = isinstance(found, Tensor) and found.layout is torch.strided and not found.is_meta
+        is_plain = isinstance(found, Tensor) and _is_plain(found)
         same_kind = is_plain and found.is_floating_point() == expected.is_floating_point()
         return same_kind and found.shape == expected.shape
     if isinstance(expected, dict):

@@ -7,12 +7,12 @@
 This file is the command: flags in, one JSON line out. What it runs is `fine_tuning.train`.
 """
 
-import json
 import shlex
 import sys
 from typing import TYPE_CHECKING, Any
 
 from minilora.command import INTERRUPTED, Parser, run_command, stop_signals, without_collection
+from minilora.files import json_text
 from minilora.lora.config import LoraConfig
 from minilora.options import add_flags, given_flags
 from minilora.training.config import LORA_DEFAULTS, TrainConfig
@@ -63,7 +63,7 @@ def print_summary(result: "TrainResult", stopped: bool) -> None:
         print(f"merge:    python -m minilora.merge {place} --output_dir DIRECTORY")
     print(f"resume:   python -m minilora.train --resume_from_checkpoint {place}")
     summary = {"global_step": result.global_step, "output_dir": result.output_dir}
-    print(json.dumps({**result.metrics, **summary}))
+    print(json_text({**result.metrics, **summary}))
 
 
 if __name__ == "__main__":

@@ -60,7 +60,7 @@ def record_of(result=None, **arguments):
 NAMES = ["plain", "a: b", '"quoted"', "#1", "ünïcode 🙂", "- x", "[x]", "tab\there", "\x85", "null"]
 
 
-@pytest.mark.parametrize("name", [*NAMES, "a\n---\nb", "\0", "\ud800"])
+@pytest.mark.parametrize("name", [*NAMES, "a\n---\nb", "\x1b[31m"])
 def test_any_name_is_valid_yaml(name):
     result = {"eval_accuracy": 1e-05, "eval_f1": 1.0}
     record = record_of(result, validation_file=f"{name}.tsv")

@@ -8,18 +8,21 @@
 csv and tsv may lack a header; their columns are then called "0", "1", ... The first line is a
 header if it contains the columns asked for by name, or, when none is asked for, if its label field
 (the last) is no label seen below it. Where no labels are expected, a usual name of a text column
-makes it one, too, and nothing else does in a file of a single column.
+makes it one, too, and nothing else does in a file of a single column, where each line is a text, a
+blank one, too. Blank lines of other files are left out.
 """
 
 import csv
 import io
 import json
 import math
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from minilora.errors import MiniloraError
+from minilora.options import unique_keys
 from minilora.reading import read_bytes
 
 SUFFIXES = (".csv", ".tsv", ".json", ".jsonl")
@@ -80,8 +83,9 @@ def read_rows(path: Path, columns: Columns = USUAL, labelled: bool = True) -> li
     if suffix in (".json", ".jsonl"):
         records = _objects(path, text)
     else:
-        tab_separated = [(n, line.rstrip("\r").split("\t")) for n, line in _not_blank(text)]
+        tab_separated = [(n, line.rstrip("\r").split("\t")) for n, line in _lines(text)]
         lines = _csv_lines(path, text) if suffix == ".csv" else tab_separated
+        lines = _without_blank(lines, labelled)
         records, columns = _by_column(path, lines, columns, labelled)
     if not records:
         raise MiniloraError(f"{path} is empty: it holds no example")
@@ -93,10 +97,17 @@ def _bad(path: Path, line: int, what: str) -> MiniloraError:
     return MiniloraError(f"{path}, line {line}: {what}")
 
 
-def _not_blank(text: str) -> list[tuple[int, str]]:
+def _lines(text: str) -> list[tuple[int, str]]:
     # Not str.splitlines, which also splits at characters that occur inside sentences (U+2028,
     # U+0085).
-    return [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+    return list(enumerate(text.removesuffix("\n").split("\n"), 1))
+
+
+def _without_blank(lines: Lines, labelled: bool) -> Lines:
+    filled = [(n, fields) for n, fields in lines if len(fields) > 1 or "".join(fields).strip()]
+    is_single = not labelled and all(len(fields) == 1 for _, fields in filled)
+    # One text a line: whoever reads the predictions counts lines.
+    return [(n, fields or [""]) for n, fields in lines] if filled and is_single else filled
 
 
 def _csv_lines(path: Path, text: str) -> Lines:
@@ -106,8 +117,7 @@ def _csv_lines(path: Path, text: str) -> Lines:
     lines, start = [], 1
     try:
         for fields in reader:
-            if fields:
-                lines.append((start, fields))
+            lines.append((start, fields))
             start = reader.line_num + 1
     except csv.Error as error:
         raise _bad(path, start, f"not valid csv: {error}") from None
@@ -118,12 +128,14 @@ def _by_column(path: Path, lines: Lines, asked: Columns, labelled: bool) -> tupl
     # The records, and the columns asked for, by number where there is no header.
     if not lines:
         return [], asked
-    names = lines[0][1]
+    first, names = lines[0]
     for line, fields in lines:
         if len(fields) != len(names):
             raise _bad(path, line, f"{len(fields)} fields where the first line has {len(names)}")
     if _is_header(names, [fields[-1] for _, fields in lines[1:]], asked, labelled):
         lines = lines[1:]
+        if twice := sorted({name for name in names if name and names.count(name) > 1}):
+            raise _bad(path, first, f"there are two columns {twice[0]!r}")
     else:
         asked = _by_number(path, len(names), asked, labelled)
         names = [str(number) for number in range(len(names))]
@@ -157,16 +169,18 @@ def _by_number(path: Path, width: int, asked: Columns, labelled: bool) -> Column
             f"{path} has no header and {width} fields where a text or two and a label are "
             f"expected: say which is which with {', '.join(FLAGS.values())} (numbers from 0)"
         )
-    text = "0" if asked.text is None else asked.text
-    label = str(width - 1) if asked.label is None else asked.label
-    return Columns(text, "1" if asked == USUAL and texts == 2 else asked.pair, label)
+    label = str(width - 1) if asked.label is None and labelled else asked.label
+    pair = "1" if asked == USUAL and texts == 2 else asked.pair
+    left = [str(number) for number in range(width) if str(number) not in (label, pair)]
+    return Columns((left or ["0"])[0] if asked.text is None else asked.text, pair, label)
 
 
 def _objects(path: Path, text: str) -> Records:
     is_array, records = path.suffix.lower() == ".json", []
-    for line, part in [(1, text)] if is_array else _not_blank(text):
+    filled = [(number, line) for number, line in _lines(text) if line.strip()]
+    for line, part in [(1, text)] if is_array else filled:
         try:
-            records.append((line, json.loads(part)))
+            records.append((line, json.loads(part, object_pairs_hook=unique_keys)))
         except (ValueError, RecursionError) as error:
             raise _bad(path, line, f"not valid JSON: {error}") from None
     if is_array:
@@ -183,7 +197,11 @@ def _objects(path: Path, text: str) -> Records:
 def _find_columns(path: Path, records: Records, asked: Columns, labelled: bool) -> dict[str, str]:
     names = list(dict.fromkeys(name for _, record in records for name in record))
     listed, lower = ", ".join(names), {name.lower(): name for name in reversed(names)}
-    found = {}
+    found, taken = {}, {asked.text, asked.pair, asked.label}
+    # GLUE's QNLI: each alone is a usual name of a text.
+    is_question_pair = "text" not in lower and {"question", "sentence"} <= lower.keys()
+    if is_question_pair and asked.text is None and asked.pair is None:
+        asked = Columns(lower["question"], lower["sentence"], asked.label)
     for role, usual in USUAL_NAMES.items():
         if role == "label" and not labelled:
             continue
@@ -192,26 +210,35 @@ def _find_columns(path: Path, records: Records, asked: Columns, labelled: bool) 
             raise MiniloraError(f"{path} has no column {given!r} ({flag}); it has {listed}")
         if role == "pair" and asked.text is not None:
             usual = []  # with the text named, a "passage" beside a "review" is not asked for
-        column = given or next((lower[name] for name in usual if name in lower), None)
+        free = (lower[name] for name in usual if lower.get(name) not in (None, *taken))
+        column = next(free, None) if given is None else given
         if column is not None:
             found[role] = column
         elif role in ("text", "label"):
             raise MiniloraError(
                 f"{path} has none of the usual columns ({', '.join(usual)}); its columns are "
-                f"{listed}: say which with {flag}"
+                f"{listed}: say which with {flag} (without a header, numbers from 0)"
             )
+    roles = [role for role in FLAGS if role in found]
+    if len({found[role] for role in roles}) < len(roles):
+        given = ", ".join(f"{role} {found[role]!r}" for role in roles)
+        raise MiniloraError(f"{path}: {given}: give each a column of its own")
     return found
 
 
 def _row(path: Path, line: int, record: dict[str, Any], columns: dict[str, str]) -> Row:
     values = {}
     for role, column in columns.items():
+        if role == "kind" and record.get(column) is None:
+            continue  # it is optional
         if column not in record:
             raise _bad(path, line, f"no {role} (column {column!r}); it has {', '.join(record)}")
         value = record[column]
         if value is None or isinstance(value, dict | list):
             raise _bad(path, line, f"the {role} is {value!r}; it must be text or a number")
         values[role] = str(value).lower() if isinstance(value, bool) else str(value)
+        if re.search("[\ud800-\udfff]", values[role]):
+            raise _bad(path, line, f"the {role} holds half of a surrogate pair: no character")
     label = values.get("label")
     if label is not None and label.strip().lower() in ("", "nan"):
         raise _bad(path, line, f"the label is {label!r}; every example needs one")

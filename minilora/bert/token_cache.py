@@ -25,22 +25,25 @@ from minilora.bert.tasks import Task
 from minilora.files import write_file
 
 # Part of the key: raised whenever the meaning of the arrays changes.
-FORMAT = 2
+FORMAT = 3
 
 
 def entry_of(
     rows: list[Row], task: Task, tokenizer: PreTrainedTokenizerBase, max_length: int
 ) -> Path | None:
-    """Where the arrays of these rows are kept; None for a slow tokenizer, whose state is code."""
-    if not tokenizer.is_fast:
+    """Where the arrays of these rows are kept; None for a slow tokenizer, whose state is code, and
+    where there is no home.
+    """
+    home = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))
+    if not tokenizer.is_fast or not home.is_absolute():
         return None
     # A call leaves truncation and padding in the state: this one, the same whatever was before.
     tokenizer("", truncation=True, max_length=max_length)
     state = tokenizer.backend_tokenizer.to_str()  # pyright: ignore
     names = [type(tokenizer).__name__, tokenizer.model_input_names, tokenizer.truncation_side]
+    names.append(tokenizer.split_special_tokens)
     texts = [[row.text, row.pair, row.label] for row in rows]
     key = json.dumps([FORMAT, task.name, task.labels, max_length, names, state, texts])
-    home = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
     return home / "minilora" / f"{hashlib.sha256(key.encode()).hexdigest()}.safetensors"
 
 

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -62,7 +63,7 @@ def _difference(a: Any, b: Any) -> dict[str, Any] | None:
     if a is None or b is None:
         return None if a is b else {"what": "only in b" if a is None else "only in a"}
     if not (isinstance(a, Tensor) and isinstance(b, Tensor)):
-        return None if a == b else {"what": "differs"}
+        return None if _plain(a) == _plain(b) else {"what": "differs"}
     if a.shape != b.shape or a.dtype != b.dtype:
         return {"what": f"{a.dtype} {tuple(a.shape)} in a, {b.dtype} {tuple(b.shape)} in b"}
     if torch.equal(a, b):
@@ -70,6 +71,13 @@ def _difference(a: Any, b: Any) -> dict[str, Any] | None:
     a, b = a.double(), b.double()
     relative = ((a - b).norm() / a.norm()).item() if a.norm() > 0 else None
     return {"max_abs": (a - b).abs().max().item(), "relative": relative}
+
+
+def _plain(value: Any) -> Any:
+    # HF Trainer keeps a generator's words as an array, we as a list.
+    if isinstance(value, list | tuple):
+        return [_plain(inner) for inner in value]
+    return value.tolist() if isinstance(value, np.ndarray | Tensor) else value
 
 
 def _flat(prefix: str, value: Any) -> Iterator[tuple[str, Any]]:

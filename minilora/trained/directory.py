@@ -15,7 +15,7 @@ from minilora.errors import MiniloraError
 from minilora.files import is_held
 from minilora.lora.config import config_to_dict
 from minilora.lora.peft_files import CONFIG_NAME, read_adapter
-from minilora.reading import parse_json, read_bytes, read_json
+from minilora.reading import check_like, parse_json, read_bytes, read_json
 from minilora.training import checkpoint, trainer_files
 from minilora.training.checkpoint import Stored, read_checkpoint, sorted_checkpoints
 from minilora.training.record import CHECKPOINT, MANIFEST_NAME, RunRecord
@@ -43,6 +43,8 @@ class Directory:
             self.settings = read_run(path).to_json()
             lines = read_bytes(metrics).splitlines() if metrics.is_file() else []
             self.log = [parse_json(line, metrics) for line in lines]
+            for row in self.log:
+                check_like({"step": int}, row, metrics, "a row")
         elif "checkpoint" in self.kind:
             stored = self.checkpoint = known or read_checkpoint(path)
             self.progress = stored.progress

@@ -54,7 +54,9 @@ def open_run(
     """
     adapter, record = read_record(Path(path), model_name_or_path)
     config = record.arguments
-    placed = starting_model.chosen_device(device or config.device)
+    if device is not None:
+        config = dataclasses.replace(config, device=device)
+    placed = starting_model.chosen_device(config.device)
     if config.dtype == "float16" and placed.type == "cpu":
         # A run of a GPU's float16 is as good in float32 where there is none.
         config = dataclasses.replace(config, dtype="float32")

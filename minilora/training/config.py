@@ -4,6 +4,7 @@ Imports nothing but the standard library, so that `--help` answers without torch
 """
 
 import dataclasses
+import re
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -74,7 +75,7 @@ class TrainConfig:
     max_grad_norm: float = option(1.0, "gradients are clipped to this norm; 0: never", least=0)
     label_smoothing_factor: float = option(
         0.0, "share of the target spread over all classes", least=0, below=1)
-    seed: int = option(42, "of every random draw", least=0)
+    seed: int = option(42, "of every random draw", least=0, below=2**32)  # numpy's bound
     data_seed: int | None = option(None, "of the order of examples; by default seed", least=0)
     hf_parity: bool = option(
         False, "HF Trainer + PEFT's losses, bit for bit: their random draws, their sums of means")
@@ -95,7 +96,7 @@ class TrainConfig:
     per_device_eval_batch_size: int = option(32, "examples in a batch", least=1)
     load_best_model_at_end: bool = option(False, "end with the best checkpoint, not the last")
     metric_for_best_model: str | None = option(None, "such as loss, accuracy, f1 or pearson")
-    greater_is_better: bool | None = option(None, "by default true unless the metric is a loss")
+    greater_is_better: bool | None = option(None, "by default true but for loss and mse")
     early_stopping_patience: int | None = option(
         None, "stop after this many evaluations without a better metric", least=1)
     # fmt: on
@@ -114,8 +115,8 @@ class TrainConfig:
 
     def best_is_greatest(self) -> bool:
         """Whether a higher metric is a better one."""
-        is_loss = (self.best_metric() or "").endswith("loss")
-        return not is_loss if self.greater_is_better is None else self.greater_is_better
+        is_error = (self.best_metric() or "").endswith(("loss", "mse"))
+        return not is_error if self.greater_is_better is None else self.greater_is_better
 
 
 def train_config_from_dict(values: dict[str, Any], place: str) -> TrainConfig:
@@ -153,6 +154,10 @@ def _relations(c: TrainConfig) -> list[tuple[Any, str]]:
     evaluates = c.eval_strategy or "epoch"
     eval_steps = c.eval_steps or EVAL_STEPS
     checks = [
+        (c.device is not None and not re.fullmatch("cpu|cuda(:[0-9]{1,3})?", c.device),
+         f"device is {c.device!r}; it must be cpu, cuda, cuda:1, ..."),
+        ((c.best_metric() or "").endswith(("runtime", "per_second")),
+         f"metric_for_best_model is {c.metric_for_best_model!r}; it must not be a timing"),
         (c.num_train_epochs <= 0 and c.max_steps <= 0,
          f"num_train_epochs is {c.num_train_epochs}; it must be above 0 unless max_steps is"),
         (c.adam_epsilon <= 0, f"adam_epsilon is {c.adam_epsilon}; it must be above 0"),

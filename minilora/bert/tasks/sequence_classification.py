@@ -42,7 +42,9 @@ class SequenceClassification:
             found = f"{len(names)} different labels in {len(rows)} examples, such as {min(names)!r}"
             hint = "use --task regression for measurements, or check --label_column"
             raise MiniloraError(f"{path} has {found}: {hint}")
-        return sorted(names, key=int) if all(map(_is_integer, names)) else sorted(names)
+        # By themselves, too: "1" and "01" are the same number, and a set has no order.
+        are_integers = all(map(_is_integer, names))
+        return sorted(names, key=(lambda name: (int(name), name)) if are_integers else None)
 
     def configure(self, config: Any) -> None:
         config.id2label = dict(enumerate(self.labels))  # and with it num_labels
@@ -115,4 +117,5 @@ def _class_name(label: str) -> str:
 
 
 def _is_integer(value: str) -> bool:
-    return value.removeprefix("-").isdecimal()
+    # Python reads no more than 4,300 digits; what has that many is a name.
+    return value.removeprefix("-").isdecimal() and len(value) < 1000

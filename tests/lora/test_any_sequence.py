@@ -524,7 +524,7 @@ def _heads_stay_behind(model, names, _):
 FAULTS = {
     "adapters that exclude each other are let through": (merge, "check_together", _only_known),
     "a merged adapter's head": (merge, "_compute_updates_of", _heads_stay_behind),
-    "what is merged is not refused": (adapters, "WAY_OUT", {}),
+    "modules within modules": (targets, "check_free", lambda *_: None),
 }
 
 

@@ -70,8 +70,7 @@ def add_adapter(
     tokens = targets.trainable_tokens(model, config)
     linear = {name: isinstance(_base_module(model, name), nn.Linear) for name in names}
     kinds = [(name, LoRALinear if linear[name] else LoRAEmbedding) for name in names]
-    kinds += [(name, ModulesToSave) for name in saved]
-    kinds += [(name, TrainableTokens) for name in tokens]
+    kinds += [(n, ModulesToSave) for n in saved] + [(n, TrainableTokens) for n in tokens]
     targets.check_free(model, kinds)
 
     if is_first:
@@ -86,12 +85,7 @@ def add_adapter(
     try:
         for name, kind in kinds:
             base = _base_module(model, name)
-            if kind is ModulesToSave:
-                adapter = copy.deepcopy(base)
-            elif kind is TrainableTokens:
-                adapter = TokenRows(base, tokens[name])
-            else:
-                adapter = new_lora(base, name, config)
+            adapter = _new_adapter(base, name, kind, config, tokens)
             if autocast_adapter_dtype and kind is not ModulesToSave and base.weight.itemsize < 4:
                 adapter.float()
             _attach(model, name, kind, adapter_name, adapter)
@@ -266,6 +260,14 @@ def _originals(
 def _base_module(model: nn.Module, name: str) -> Any:
     module = model.get_submodule(name)
     return module.base_layer if isinstance(module, Wrapper) else module
+
+
+def _new_adapter(
+    base: Any, name: str, kind: type[Wrapper], config: LoraConfig, tokens: dict[str, list[int]]
+) -> nn.Module:
+    if kind is ModulesToSave:
+        return copy.deepcopy(base)
+    return TokenRows(base, tokens[name]) if name in tokens else new_lora(base, name, config)
 
 
 def _attach(

@@ -509,7 +509,7 @@ def test_any_sequence_of_calls_is_right_or_refused(machine, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("machine", MACHINES)
 def test_any_longer_sequence_of_calls_is_right_or_refused(machine, tmp_path):
-    run(machine, tmp_path, examples=150, steps=40)
+    run(machine, tmp_path, examples=100, steps=40)
 
 
 def _only_known(_, configs, names):

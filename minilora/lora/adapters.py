@@ -46,16 +46,19 @@ class Adapters:
     unmerged: dict[str, nn.Parameter] = field(default_factory=dict)
 
 
-WAY_OUT = {"merged": "call unmerge_adapter", "disabled": "leave disable_adapter's block"}
-
-
-def add_adapter(model: nn.Module, config: LoraConfig, adapter_name: str = "default") -> list[str]:
+def add_adapter(
+    model: nn.Module,
+    config: LoraConfig,
+    adapter_name: str = "default",
+    autocast_adapter_dtype: bool = True,
+) -> list[str]:
     """Freeze the base model, wrap every target, and return the names of the adapted modules.
 
     With the same seed, A, B and torch's generator afterwards are bitwise those of
     `peft.get_peft_model`. The first adapter becomes the active one; a further one waits, frozen,
     for `set_adapter`. `config` is not changed. New modules take over the train/eval mode of what
     they wrap (PEFT's always start in train mode, peft#3753). After an error the model is as it was.
+    Over a float16 or bfloat16 base the adapter is float32, unless `autocast_adapter_dtype=False`.
     """
     model = targets.unwrapped(model)
     is_first = not hasattr(model, "minilora_adapters")
@@ -67,8 +70,7 @@ def add_adapter(model: nn.Module, config: LoraConfig, adapter_name: str = "defau
     tokens = targets.trainable_tokens(model, config)
     linear = {name: isinstance(_base_module(model, name), nn.Linear) for name in names}
     kinds = [(name, LoRALinear if linear[name] else LoRAEmbedding) for name in names]
-    kinds += [(name, ModulesToSave) for name in saved]
-    kinds += [(name, TrainableTokens) for name in tokens]
+    kinds += [(n, ModulesToSave) for n in saved] + [(n, TrainableTokens) for n in tokens]
     targets.check_free(model, kinds)
 
     if is_first:
@@ -83,12 +85,9 @@ def add_adapter(model: nn.Module, config: LoraConfig, adapter_name: str = "defau
     try:
         for name, kind in kinds:
             base = _base_module(model, name)
-            if kind is ModulesToSave:
-                adapter = copy.deepcopy(base)
-            elif kind is TrainableTokens:
-                adapter = TokenRows(base, tokens[name])
-            else:
-                adapter = new_lora(base, name, config)
+            adapter = _new_adapter(base, name, kind, config, tokens)
+            if autocast_adapter_dtype and kind is not ModulesToSave and base.weight.itemsize < 4:
+                adapter.float()
             _attach(model, name, kind, adapter_name, adapter)
         for name in tokens:
             _attach_tied_output(model, name)
@@ -100,15 +99,14 @@ def add_adapter(model: nn.Module, config: LoraConfig, adapter_name: str = "defau
 
 
 def adapters_of(model: nn.Module, action: str | None = None, even: str = "") -> Adapters:
-    """The record of the model's adapters, if it has any. An `action` needs them neither merged nor
-    disabled, or `even` so.
-    """
+    """The model's adapters; an `action` needs them neither merged nor disabled, or `even` so."""
     adapters = getattr(targets.unwrapped(model), "minilora_adapters", None)
     if not isinstance(adapters, Adapters):
         raise MiniloraError("this model has no adapter: call add_adapter or load_adapter first")
     if action is not None and adapters.state not in ("", even):
+        way_out = {"merged": "call unmerge_adapter", "disabled": "leave disable_adapter's block"}
         problem = f"cannot {action} while adapters are {adapters.state}"
-        raise MiniloraError(f"{problem}: {WAY_OUT[adapters.state]}")
+        raise MiniloraError(f"{problem}: {way_out[adapters.state]}")
     return adapters
 
 
@@ -262,6 +260,14 @@ def _originals(
 def _base_module(model: nn.Module, name: str) -> Any:
     module = model.get_submodule(name)
     return module.base_layer if isinstance(module, Wrapper) else module
+
+
+def _new_adapter(
+    base: Any, name: str, kind: type[Wrapper], config: LoraConfig, tokens: dict[str, list[int]]
+) -> nn.Module:
+    if kind is ModulesToSave:
+        return copy.deepcopy(base)
+    return TokenRows(base, tokens[name]) if name in tokens else new_lora(base, name, config)
 
 
 def _attach(

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minilora.lora.dora import Magnitude
-from minilora.lora.layer import Wrapper
+from minilora.lora.layer import WeightAndBias, Wrapper
 
 
 class EmbeddingLora(nn.Module):
@@ -26,9 +26,7 @@ class EmbeddingLora(nn.Module):
         """scaling * (B A)^T, the change to E: (num_embeddings, embedding_dim)."""
         return (self.lora_embedding_B @ self.lora_embedding_A).T * self.scaling
 
-    def merged(
-        self, weight: Tensor, bias: Tensor | None, base: Tensor
-    ) -> tuple[Tensor, Tensor | None]:
+    def merged(self, weight: Tensor, bias: Tensor | None, base: Tensor) -> WeightAndBias:
         """As `Lora.merged`; an embedding has no bias."""
         delta = self.delta_weight()
         if self.lora_magnitude_vector is None:
@@ -73,15 +71,11 @@ class TokenRows(nn.Module):
     def __init__(self, base_layer: nn.Embedding, indices: list[int]) -> None:
         super().__init__()
         rows = base_layer.weight.detach()[indices]
-        # Over a bfloat16 embedding they train in float32, as in PEFT.
-        dtype = torch.promote_types(rows.dtype, torch.float32)
-        self.trainable_tokens_delta = nn.Parameter(rows.to(dtype))  # PEFT's name; no differences
+        self.trainable_tokens_delta = nn.Parameter(rows)  # PEFT's name; no differences
         places = torch.tensor(indices, device=rows.device)
         self.register_buffer("token_indices", places, persistent=False)
 
-    def merged(
-        self, weight: Tensor, bias: Tensor | None, base: Tensor
-    ) -> tuple[Tensor, Tensor | None]:
+    def merged(self, weight: Tensor, bias: Tensor | None, base: Tensor) -> WeightAndBias:
         """`weight` with these rows in place of its own, in its own dtype; `bias` as it is."""
         rows = self.trainable_tokens_delta.to(weight.dtype)
         return weight.index_copy(0, self.token_indices, rows), bias

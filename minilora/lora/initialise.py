@@ -39,15 +39,15 @@ def new_lora(base: nn.Module, name: str, config: LoraConfig) -> Lora | Embedding
         if config.init_lora_weights is not False:
             nn.init.zeros_(lora.lora_embedding_A)
             nn.init.normal_(lora.lora_embedding_B)
-    # PEFT's order: to the base layer's device and dtype, then DoRA's magnitude, then up to float32.
-    # Over a bfloat16 base the fresh values have thus been rounded to bfloat16 once.
+    # PEFT's order: to the base layer's device and dtype, then DoRA's magnitude. Over a bfloat16
+    # base the fresh values have thus been rounded to bfloat16 once.
     lora.to(base.weight.device, base.weight.dtype)
     if config.use_dora:
         weight, delta = base.weight, lora.delta_weight()
         if isinstance(lora, EmbeddingLora):
             weight, delta = weight.T, delta.T
         lora.lora_magnitude_vector = Magnitude(weight, delta)
-    return lora.float() if base.weight.dtype in (torch.float16, torch.bfloat16) else lora
+    return lora
 
 
 def reduces_base(config: LoraConfig) -> bool:

@@ -22,6 +22,8 @@ from torch import Tensor, nn
 from minilora.errors import MiniloraError
 from minilora.lora.dora import Magnitude
 
+WeightAndBias = tuple[Tensor, Tensor | None]
+
 
 class Lora(nn.Module):
     """One adapter of one linear layer."""
@@ -47,12 +49,8 @@ class Lora(nn.Module):
         """scaling * B A, the change to W: (out_features, in_features)."""
         return (self.lora_B.weight @ self.lora_A.weight) * self.scaling
 
-    def merged(
-        self, weight: Tensor, bias: Tensor | None, base: Tensor
-    ) -> tuple[Tensor, Tensor | None]:
-        """`weight` and `bias` with this adapter folded in, in their own dtypes. Others may be in
-        them already; DoRA's update is that of the `base` weight, whatever they are.
-        """
+    def merged(self, weight: Tensor, bias: Tensor | None, base: Tensor) -> WeightAndBias:
+        """The two with this adapter beside others folded in, in their own dtypes; `base` is W."""
         delta = self.delta_weight()
         if self.lora_magnitude_vector is None:
             weight = weight + delta.to(weight.dtype)

@@ -144,11 +144,9 @@ def _set_parameter(model: nn.Module, name: str, parameter: nn.Parameter) -> None
     setattr(model.get_submodule(module), key, parameter)
 
 
-def _compute_updates_of(
-    model: nn.Module, names: tuple[str, ...], heads_of: tuple[str, ...]
-) -> None:
+def _compute_updates_of(model: nn.Module, names: tuple[str, ...], heads: tuple[str, ...]) -> None:
     for _, layer in adapters.adapter_layers(model):
-        layer.active_adapters = heads_of if isinstance(layer, ModulesToSave) else names
+        layer.active_adapters = heads if isinstance(layer, ModulesToSave) else names
 
 
 @torch.no_grad()

@@ -79,7 +79,11 @@ def save_adapter(model: nn.Module, path: str | Path, adapter_name: str = "defaul
 
 
 def load_adapter(
-    model: nn.Module, path: str | Path, adapter_name: str = "default", is_trainable: bool = False
+    model: nn.Module,
+    path: str | Path,
+    adapter_name: str = "default",
+    is_trainable: bool = False,
+    autocast_adapter_dtype: bool = True,
 ) -> list[str]:
     """Read an adapter directory written by minilora or PEFT and return the keys loaded from it.
 
@@ -98,7 +102,7 @@ def load_adapter(
     stored = read_adapter(path, adapter_name)
     if is_new:
         with torch.random.fork_rng(devices=[]):
-            adapters.add_adapter(model, stored.config, adapter_name)
+            adapters.add_adapter(model, stored.config, adapter_name, autocast_adapter_dtype)
     try:
         assign_adapter(model, stored, adapter_name)
     except BaseException:

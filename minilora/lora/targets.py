@@ -48,7 +48,10 @@ def resolve_config(model: nn.Module, config: LoraConfig) -> LoraConfig:
             problem = f"target_modules is not set and model type {family!r} has no default"
             known = f"(known: {', '.join(DEFAULT_TARGETS)})"
             raise MiniloraError(f"{problem} {known}: name the modules; {_this_model_has(model)}")
-        targets = list(DEFAULT_TARGETS[family])
+        targets = list[str](DEFAULT_TARGETS[family])
+    if isinstance(targets, list) and len(targets) >= 20 and config.layers_to_transform is None:
+        names = [*(name for name, _ in plain_modules(model)), *_hidden_names(model)]
+        targets = shortened(targets, [name for name in names if not is_named(name, targets)])
     # PEFT's hint for its AutoPeftModel, written only where task_type does not tell the class.
     kind = {"base_model_class": type(model).__name__, "parent_library": type(model).__module__}
     base = config.base_model_name_or_path or getattr(model, "name_or_path", None) or None
@@ -61,6 +64,21 @@ def resolve_config(model: nn.Module, config: LoraConfig) -> LoraConfig:
     )
 
 
+def shortened(targets: list[str], others: list[str]) -> list[str]:
+    """Fewer and shorter ends of names that match the same, none of `others`. PEFT shortens 20 names
+    or more, `all-linear`'s included, and so the file's `target_modules` are those.
+    """
+
+    def ends(name: str) -> list[str]:
+        return [name.split(".", dots)[-1] for dots in reversed(range(name.count(".") + 1))]
+
+    taken, found = {end for name in others for end in ends(name)}, []
+    for name in sorted(targets, key=ends):
+        if not is_named(name, found):
+            found += next(([end] for end in ends(name) if end not in taken), [])
+    return found if 0 < len(found) < len(targets) else targets
+
+
 def target_names(model: nn.Module, config: LoraConfig) -> list[str]:
     """The modules that a resolved config adapts, in `named_modules` order: that of PEFT's draws."""
     left_out, saved = config.exclude_modules or [], config.modules_to_save or []
@@ -70,13 +88,7 @@ def target_names(model: nn.Module, config: LoraConfig) -> list[str]:
         for name in modules
         if is_target(name, config) and not is_named(name, left_out) and not is_saved(name, saved)
     ]
-    hidden = {
-        f"{place}.{name}": place
-        for place, module in modules.items()
-        if isinstance(module, ModulesToSave)
-        for name, _ in module.base_layer.named_modules()
-        if name
-    }
+    hidden = _hidden_names(model)
     for name, place in hidden.items():
         if is_target(name, config) and not is_named(name, left_out) and not is_saved(name, saved):
             problem = f"matches {name!r} in {place!r}, which another adapter trains whole"
@@ -142,9 +154,7 @@ def check_known(known: Iterable[str], names: Iterable[str]) -> None:
         raise MiniloraError(f"no adapter named {unknown or 'nothing'}; this model has {there}")
 
 
-def check_together(
-    model: nn.Module, configs: Mapping[str, LoraConfig], names: Sequence[str]
-) -> None:
+def check_together(model: nn.Module, configs: dict[str, LoraConfig], names: Sequence[str]) -> None:
     """Refuse names of adapters that cannot be in force at once."""
     check_known(configs, names)
     if len(set(names)) < len(names):
@@ -233,6 +243,17 @@ def plain_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         if name and not (inside and name.startswith(inside)):
             yield name, module
             inside = f"{name}." if isinstance(module, Wrapper) else None
+
+
+def _hidden_names(model: nn.Module) -> dict[str, str]:
+    """The modules that lie in one trained in full, each with the name of that one."""
+    return {
+        f"{place}.{name}": place
+        for place, module in plain_modules(model)
+        if isinstance(module, ModulesToSave)
+        for name, _ in module.base_layer.named_modules()
+        if name
+    }
 
 
 def _this_model_has(model: nn.Module) -> str:

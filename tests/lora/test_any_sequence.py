@@ -509,7 +509,7 @@ def test_any_sequence_of_calls_is_right_or_refused(machine, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("machine", MACHINES)
 def test_any_longer_sequence_of_calls_is_right_or_refused(machine, tmp_path):
-    run(machine, tmp_path, examples=150, steps=40)
+    run(machine, tmp_path, examples=100, steps=40)
 
 
 def _only_known(_, configs, names):
@@ -524,7 +524,7 @@ def _heads_stay_behind(model, names, _):
 FAULTS = {
     "adapters that exclude each other are let through": (merge, "check_together", _only_known),
     "a merged adapter's head": (merge, "_compute_updates_of", _heads_stay_behind),
-    "what is merged is not refused": (adapters, "WAY_OUT", {}),
+    "modules within modules": (targets, "check_free", lambda *_: None),
 }
 
 

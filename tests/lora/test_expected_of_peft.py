@@ -14,7 +14,7 @@ from torch import nn
 import minilora
 from minilora import LoraConfig, MiniloraError
 from tests.conftest import tiny_classifier
-from tests.lora.test_adapters import adapted, assert_same, logits, shake, snapshot
+from tests.lora.test_adapters import adapted, assert_same, logits, snapshot
 
 TASK = {"task_type": "SEQ_CLS"}
 
@@ -150,3 +150,53 @@ def test_the_card_carries_the_hubs_tag_of_the_base(tmp_path):
     minilora.save_adapter(adapted(base_model_name_or_path="someone/some-bert"), tmp_path)
     card = (tmp_path / "README.md").read_text()
     assert "- base_model:adapter:someone/some-bert\n" in card
+
+
+VARIOUS = [
+    {},
+    {"use_dora": True},
+    {"target_modules": ["query", "word_embeddings"]},
+    {"trainable_token_indices": [1, 3]},
+]
+
+
+@pytest.mark.parametrize("autocast", [True, False])
+@pytest.mark.parametrize("settings", VARIOUS, ids=str)
+def test_an_adapters_dtype_over_a_bfloat16_base_is_pefts(settings, autocast, tmp_path):
+    """Values, logits, and after loading."""
+    base = tiny_classifier().to(torch.bfloat16).eval()
+    config = peft.LoraConfig(init_lora_weights=False, **settings)
+    torch.manual_seed(0)
+    theirs = peft.get_peft_model(copy.deepcopy(base), config, autocast_adapter_dtype=autocast)
+    torch.manual_seed(0)
+    config = LoraConfig(init_lora_weights=False, **settings)
+    minilora.add_adapter(base, config, autocast_adapter_dtype=autocast)
+    of_theirs = [p for p in theirs.parameters() if p.requires_grad]
+    of_ours = [p for _, p in minilora.trainable_parameters(base)]
+    for one, other in zip(of_ours, of_theirs, strict=True):
+        assert one.dtype == other.dtype and torch.equal(one, other)
+    assert torch.equal(logits(base), logits(theirs.eval()))
+    minilora.save_adapter(base, tmp_path)
+    again = tiny_classifier().to(torch.bfloat16)
+    minilora.load_adapter(again, tmp_path, autocast_adapter_dtype=autocast)
+    saved = minilora.adapter_state_dict(base)
+    for key, tensor in minilora.adapter_state_dict(again).items():
+        assert tensor.dtype == saved[key].dtype and torch.equal(tensor, saved[key])
+
+
+@pytest.mark.parametrize("targets", ["all-linear", "the dense ones, by name"])
+@pytest.mark.parametrize("layers", [3, 5])
+def test_twenty_targets_or_more_are_shortened_as_in_peft(targets, layers):
+    model = tiny_classifier(num_hidden_layers=layers)
+    if targets != "all-linear":
+        linear = [name for name, m in model.named_modules() if isinstance(m, nn.Linear)]
+        targets = [name for name in linear if "pooler" not in name and "classifier" not in name]
+    theirs = peft.get_peft_model(
+        tiny_classifier(num_hidden_layers=layers), peft.LoraConfig(target_modules=targets, **TASK)
+    )
+    names = minilora.add_adapter(model, LoraConfig(target_modules=targets, **TASK))
+    config = model.minilora_adapters.configs["default"]
+    assert set(config.target_modules) == set(theirs.peft_config["default"].target_modules)
+    assert len(config.target_modules) < (20 if layers == 5 else 99)
+    matched = {name.removeprefix("base_model.model.") for name in theirs.targeted_module_names}
+    assert set(names) == matched

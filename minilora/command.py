@@ -26,7 +26,7 @@ LONGEST_LINE = 2000
 # What torch says, in a RuntimeError, where an argument asks for more memory than there can be.
 NO_MEMORY = re.compile(r"can't allocate memory|not enough memory|size calculation overflowed")
 # What a path can be that nobody can open: the user's words, not the disk.
-NO_NAMES = (errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EISDIR, errno.ENXIO)
+NO_NAMES = (errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EISDIR, errno.EEXIST)
 
 
 class Parser(argparse.ArgumentParser):

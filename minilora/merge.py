@@ -17,7 +17,7 @@ def main() -> int:
     with command.without_collection():  # the slow imports: torch and transformers
         from minilora.trained.merge import write_merged_model
 
-    paths = [asked.path] if asked.path else asked.adapter
+    paths = asked.adapter if asked.path is None else [asked.path]
     how = (asked.weights, asked.max_shard_size, asked.dtype, asked.model_name_or_path)
     write_merged_model(paths, asked.output_dir, *how)
     print(f'use it: transformers.pipeline("text-classification", {asked.output_dir!r})')

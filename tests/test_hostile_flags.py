@@ -59,6 +59,9 @@ PLACES = [
     "/dev/zero", "https://example.org/a", "a/b", "a/b/c", "n" * 300,
 ]  # fmt: skip
 
+# Compiles by itself, and not within the expression that is matched (lora/targets).
+NOT_YET = {'{"(?i)query": 2}'}
+
 # These may rightly ask for more steps than anybody waits for: told to stop, the run then does.
 ENDLESS = ("max_steps", "num_train_epochs")
 
@@ -91,7 +94,8 @@ def values_for(action: argparse.Action) -> list[str]:
         values += PATTERNS
     if action.type is None and not action.choices:
         values += PLACES
-    return list(dict.fromkeys(values))
+    not_hostile = {"true"} if action.dest == "torch_compile" else set()  # and takes minutes
+    return [value for value in dict.fromkeys(values) if value not in not_hostile | NOT_YET]
 
 
 CASES = [
@@ -190,9 +194,8 @@ def tried(cases, run: Path, place: Path) -> list[str]:
         before = set(os.listdir(place))
         endless = flag in ENDLESS
         flags = words(command, flag, given, value, run)
-        seconds = 100 if flag == "torch_compile" else 20
         stop_after = 1.5 if endless else None
-        ended = run_forked(command, *flags, seconds=seconds, stop_after=stop_after)
+        ended = run_forked(command, *flags, stop_after=stop_after)
         wrong = wrong_with(ended, endless)
         if wrong:
             last = " ".join(ended.err.splitlines()[-1:])[:200]
@@ -220,6 +223,13 @@ def test_a_sample_of_hostile_values_is_answered_in_one_line(run, places):
 def test_every_hostile_value_of_every_flag_is_answered_in_one_line(command, run, places):
     found = tried((case for case in CASES if case[0] == command), run, places)
     assert not found, "\n".join(found)
+
+
+@pytest.mark.xfail(strict=True, reason="lora/config does not compile what lora/targets matches")
+@pytest.mark.parametrize("flag", ["rank_pattern", "alpha_pattern"])
+@pytest.mark.parametrize("value", sorted(NOT_YET))
+def test_a_pattern_with_flags_of_its_own_is_answered_in_one_line(flag, value, run, places):
+    assert not tried([("train", flag, [f"--{flag}"], value)], run, places)
 
 
 @pytest.mark.parametrize(

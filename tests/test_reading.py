@@ -366,3 +366,31 @@ def test_json_is_not_parsed_beyond_its_limit(tmp_path):
     for read in (lambda: read_json(path, 7), lambda: parse_json(b'{"a": 1}', path, 7)):
         with pytest.raises(MiniloraError, match="is 8 bytes; at most 7"):
             read()
+
+
+WITHIN_ITSELF: list = [torch.zeros(1)]
+WITHIN_ITSELF.append(WITHIN_ITSELF)
+OVERLAPPING = torch.arange(13.0).as_strided((7, 7), (1, 1))
+
+
+@pytest.mark.parametrize(
+    "tensor",
+    [torch.zeros(1).expand(10**12), OVERLAPPING, torch.eye(3).to_sparse(), torch.eye(3).to("meta")],
+    ids=["stretched", "overlapping", "sparse", "meta"],
+)
+def test_a_tensor_that_is_not_what_is_stored_is_refused(tensor, tmp_path):
+    for value in ({"a": tensor}, [1, {"b": (tensor,)}]):
+        path = place(tmp_path, "torch", torch_bytes(value))
+        with pytest.raises(MiniloraError, match="sparse, stretched or no data"):
+            READERS["torch"](path)
+
+
+def test_a_value_within_itself_is_read(tmp_path):
+    """Negative control of the search: it ends, and parts of a larger tensor are no stretched one."""
+    READERS["torch"](place(tmp_path, "torch", torch_bytes(WITHIN_ITSELF)))
+    READERS["torch"](place(tmp_path, "torch", torch_bytes(torch.eye(4)[1:3].t())))
+
+
+def test_two_values_of_one_name_are_refused(tmp_path):
+    with pytest.raises(MiniloraError, match="not valid JSON: a name occurs twice"):
+        read_json(place(tmp_path, "json", b'{"a": {"r": 1, "r": 2}}'))

@@ -143,7 +143,7 @@ def test_dashes_and_underscores_are_the_same_flag(tiny_model, sentences, tmp_pat
         (["--hf_parity", "--dtype", "bfloat16"], "hf_parity needs dtype float32, not bfloat16"),
         (["--torch_compile", "--dropout", "fast"], "torch_compile needs dropout torch, not fast"),
         (["--dtype", "float16", "--device", "cpu"], "dtype float16 needs a GPU"),
-        (["--device", "toaster"], "device 'toaster' is unknown; give cpu, cuda"),
+        (["--device", "toaster"], "device is 'toaster'; it must be cpu, cuda"),
         (["--train_file", "nowhere.tsv"], "nowhere.tsv cannot be read"),
         (["--train_file", "data.txt"], "suffix '.txt'"),
         (["--resume_from_checkpoint", "nowhere"], "there is no such directory"),

@@ -4,6 +4,7 @@ Nothing in it is run, and no model is built.
 """
 
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -103,7 +104,7 @@ def inspect_directory(path: str | Path) -> dict[str, Any]:
     described further. A tensor's norm is None if not finite. resume says where it would go on;
     refuses has every reason found against it, remarks what else it would say or do.
     """
-    directory, problems = Directory(Path(path).resolve()), []
+    directory, problems = Directory(Path(os.path.realpath(path))), []
     known, resume = _resume(directory)
     try:
         directory.read(known if known is not None and known.path == directory.path else None)

@@ -115,3 +115,11 @@ def test_evaluation_keeps_the_files_order(tokenizer):
     examples = tokenize(rows_of(["bad"] * 7), TASK, tokenizer, 8, "f")
     batches = batches_in_order(examples, 3, COLLATE, CPU, "evaluating")
     assert [batch["row"].tolist() for batch in batches] == [[0, 1, 2], [3, 4, 5], [6]]
+
+
+@pytest.mark.parametrize("pairs", [None, ["so long"] * 2])
+def test_a_text_that_just_fits_is_not_cut(tokenizer, pairs):
+    rows = rows_of(["bad bad bad", "bad bad bad bad"], pairs, labels=["0", "1"])
+    examples = tokenize(rows, TASK, tokenizer, 5 if pairs is None else 8, "f")
+    assert np.diff(examples.offsets).tolist() == [5, 5] if pairs is None else [8, 8]
+    assert examples.truncated == 1

@@ -174,3 +174,75 @@ def test_a_file_without_labels_and_without_a_text_column_is_refused(tmp_path):
 def test_labels_that_are_not_asked_for_may_be_missing(tmp_path):
     rows = read_rows(write(tmp_path, "a.csv", "text,label\ngood,\nbad,1\n"), labelled=False)
     assert [row.text for row in rows] == ["good", "bad"]
+
+
+def test_a_label_in_the_first_column_leaves_the_text_to_another(tmp_path):
+    path = write(tmp_path, "a.tsv", "good\thello\nbad\tbye\n")
+    assert triples(read_rows(path, Columns(label="0"))) == [
+        ("hello", None, "good"),
+        ("bye", None, "bad"),
+    ]
+    path = write(tmp_path, "b.tsv", "label\tsentence\nlabel\thello\n")
+    assert triples(read_rows(path, Columns(label="sentence", text="label"))) == [
+        ("label", None, "hello")
+    ]
+
+
+@pytest.mark.parametrize("columns", [Columns(text="0", label="0"), Columns(pair="0", text="0")])
+def test_two_roles_of_one_column_are_refused(columns, tmp_path):
+    path = write(tmp_path, "a.tsv", "good\thello\nbad\tbye\n")
+    with pytest.raises(MiniloraError, match=r"a\.tsv: .*give each a column of its own"):
+        read_rows(path, columns)
+
+
+def test_a_question_and_a_sentence_are_a_pair(tmp_path):
+    """GLUE's QNLI."""
+    path = write(tmp_path, "a.tsv", "index\tquestion\tsentence\tlabel\n0\twho?\tme\tyes\n")
+    assert triples(read_rows(path)) == [("who?", "me", "yes")]
+    assert triples(read_rows(path, Columns(text="sentence"))) == [("me", None, "yes")]
+    path = write(tmp_path, "b.tsv", "question\tlabel\nwho?\tyes\n")
+    assert triples(read_rows(path)) == [("who?", None, "yes")]
+
+
+def test_a_kind_may_be_missing(tmp_path):
+    rows = [{"text": "a", "label": 1, "kind": None}, {"text": "b", "label": 0}]
+    rows.append({"text": "c", "label": 0, "kind": "irony"})
+    path = write(tmp_path, "a.json", json.dumps(rows))
+    assert [row.kind for row in read_rows(path)] == [None, None, "irony"]
+
+
+@pytest.mark.parametrize("name", ["a.tsv", "a.csv"])
+@pytest.mark.parametrize("head", ["", "text\n"])
+def test_each_line_of_a_single_column_is_a_text(name, head, tmp_path):
+    """Whoever reads the predictions counts lines."""
+    path = write(tmp_path, name, f"{head}so good\n\nbad\r\n\r\n")
+    texts = [row.text for row in read_rows(path, labelled=False)]
+    assert texts == ["so good", "", "bad", ""]
+
+
+def test_an_empty_text_beside_another_field_is_no_blank_line(tmp_path):
+    path = write(tmp_path, "a.csv", "text,id\ngood,1\n,\n\nbad,3\n")
+    assert [row.text for row in read_rows(path, labelled=False)] == ["good", "", "bad"]
+
+
+def test_pairs_without_a_header_are_told_how_to_be_named(tmp_path):
+    path = write(tmp_path, "a.tsv", "who?\tme\nwhat?\tthat\n")
+    with pytest.raises(MiniloraError, match="--text_column .without a header, numbers from 0"):
+        read_rows(path, labelled=False)
+    rows = read_rows(path, Columns(text="0", pair="1"), labelled=False)
+    assert triples(rows) == [("who?", "me", None), ("what?", "that", None)]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("a.tsv", "text\ttext\tlabel\na\tb\t1\n", "line 1: there are two columns 'text'"),
+        ("a.csv", "text,label,label\na,1,0\n", "line 1: there are two columns 'label'"),
+        ("a.jsonl", '{"text": "a", "text": "b", "label": 1}', "line 1: .*a name occurs twice"),
+        ("a.jsonl", '{"text": "a \\ud800", "label": 1}', "line 1: the text holds half of"),
+        ("a.json", '[{"text": "a", "label": "\\udfff"}]', "line 1: the label holds half of"),
+    ],
+)
+def test_what_could_be_read_in_two_ways_is_refused(name, text, message, tmp_path):
+    with pytest.raises(MiniloraError, match=message):
+        read_rows(write(tmp_path, name, text))

@@ -138,3 +138,18 @@ def test_a_cache_that_cannot_be_written_is_no_error(load, calls, monkeypatch, tm
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     assert len(tokens(load())) == 2
+
+
+def test_whether_special_tokens_in_a_text_are_split_is_part_of_the_key(load, calls):
+    texts = rows_of("the [MASK] film", "good")
+    whole = tokens(load(), texts)
+    other = load()
+    other.split_special_tokens = True
+    assert len(tokens(other, texts).input_ids) > len(whole.input_ids) and len(calls) == 2
+
+
+def test_without_a_home_nothing_is_kept(load, calls, monkeypatch, tmp_path):
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr("os.path.expanduser", lambda path: path)
+    monkeypatch.chdir(tmp_path)
+    assert len(tokens(load())) == 2 and not list(tmp_path.iterdir())

@@ -331,3 +331,28 @@ def test_no_model_is_built(finished_run):
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
+
+
+def test_a_checkpoint_of_trainers_is_compared_with_ours(trainers, finished_run, command):
+    """Its generators are arrays, tuples and tensors."""
+    for other in (trainers, finished_run / "checkpoint-6"):
+        found = command("inspect", "--diff", trainers, other)
+        assert found.code == 0, found.err
+        assert bool(found.summary()["tensors"]) == (other != trainers)
+
+
+@pytest.mark.parametrize(
+    "row", ["nonsense", "[]", "{}", '{"step": "3"}', '{"step": [1]}', '{"step": 1, "step": 2}', ""]
+)
+def test_damaged_rows_are_a_problem_and_no_traceback(row, run_copy, finished_run, command):
+    with (run_copy / "metrics.jsonl").open("a") as file:
+        file.write(row + "\n")
+    assert "metrics.jsonl" in inspect_directory(run_copy)["problems"][0]
+    refused = command("inspect", "--diff", run_copy, finished_run)
+    assert refused.code == 2 and refused.err.count("error: ") == 1
+
+
+def test_an_endless_link_is_not_there(tmp_path):
+    (tmp_path / "link").symlink_to("link")
+    with pytest.raises(MiniloraError, match="link is not there"):
+        inspect_directory(tmp_path / "link")

@@ -33,6 +33,13 @@ def test_every_task_has_a_file_of_its_own():
         ({"hf_parity": True, "gradient_checkpointing": True}, "gradient_checkpointing False"),
         ({"torch_compile": True, "dropout": "fast"}, "torch_compile needs dropout torch, not fast"),
         ({"eval_strategy": "no", "metric_for_best_model": "f1"}, "eval_f1 is asked to rank"),
+        ({"metric_for_best_model": "runtime"}, "must not be a timing"),
+        ({"metric_for_best_model": "eval_samples_per_second"}, "must not be a timing"),
+        ({"metric_for_best_model": "steps_per_second"}, "must not be a timing"),
+        ({"seed": 2**32}, "seed is 4294967296; it must be in [0, 4294967296)"),
+        ({"device": "mps"}, "device is 'mps'; it must be cpu, cuda, cuda:1"),
+        ({"train_file": "a\0b"}, "train_file is 'a\\x00b'; it must be of type"),
+        ({"output_dir": "\udce9"}, "it must be of type"),
         ({"load_best_model_at_end": True, "save_strategy": "steps"}, "make them the same"),
     ],
 )
@@ -89,7 +96,12 @@ def test_the_best_metric_is_the_loss_unless_another_is_named():
     assert not TrainConfig(early_stopping_patience=1).best_is_greatest()
     named = TrainConfig(metric_for_best_model="f1")
     assert named.best_metric() == "eval_f1" and named.best_is_greatest()
+<<<<<<< HEAD
 
 
 def test_a_path_is_as_good_as_its_name():
     assert TrainConfig(output_dir=Path("out")) == TrainConfig(output_dir="out")  # pyright: ignore
+=======
+    assert not TrainConfig(metric_for_best_model="mse").best_is_greatest()
+    assert TrainConfig(metric_for_best_model="mse", greater_is_better=True).best_is_greatest()
+>>>>>>> data

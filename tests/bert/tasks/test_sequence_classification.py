@@ -127,3 +127,14 @@ def test_a_prediction_is_the_likeliest_label_and_torchs_softmax():
         assert list(row["probabilities"].values()) == pytest.approx(expected.tolist(), abs=1e-12)
         assert row["label"] == "abc"[expected.argmax()] and row["score"] == expected.max()
         assert list(row) == ["label", "score", "probabilities"]
+
+
+def test_labels_of_one_number_have_an_order_of_their_own():
+    """Not that of a set, which changes with PYTHONHASHSEED."""
+    labels = task_class(NAME).find_labels(rows_of(["1", "001", "2", "01", "-0", "0"]), "f")
+    assert labels == ["-0", "0", "001", "01", "1", "2"]
+
+
+def test_a_label_of_more_digits_than_python_reads_is_a_name():
+    labels = task_class(NAME).find_labels(rows_of(["9" * 5000, "10", "9"]), "f")
+    assert labels == ["10", "9", "9" * 5000]

@@ -96,12 +96,9 @@ def test_the_best_metric_is_the_loss_unless_another_is_named():
     assert not TrainConfig(early_stopping_patience=1).best_is_greatest()
     named = TrainConfig(metric_for_best_model="f1")
     assert named.best_metric() == "eval_f1" and named.best_is_greatest()
-<<<<<<< HEAD
+    assert not TrainConfig(metric_for_best_model="mse").best_is_greatest()
+    assert TrainConfig(metric_for_best_model="mse", greater_is_better=True).best_is_greatest()
 
 
 def test_a_path_is_as_good_as_its_name():
     assert TrainConfig(output_dir=Path("out")) == TrainConfig(output_dir="out")  # pyright: ignore
-=======
-    assert not TrainConfig(metric_for_best_model="mse").best_is_greatest()
-    assert TrainConfig(metric_for_best_model="mse", greater_is_better=True).best_is_greatest()
->>>>>>> data

@@ -521,10 +521,16 @@ def _heads_stay_behind(model, names, _):
         layer.active_adapters = names
 
 
+def _whatever_the_state(model, *_, **__):
+    if not hasattr(model, "minilora_adapters"):
+        raise MiniloraError("no adapter")
+    return model.minilora_adapters
+
+
 FAULTS = {
     "adapters that exclude each other are let through": (merge, "check_together", _only_known),
     "a merged adapter's head": (merge, "_compute_updates_of", _heads_stay_behind),
-    "modules within modules": (targets, "check_free", lambda *_: None),
+    "what is merged or disabled is not refused": (adapters, "adapters_of", _whatever_the_state),
 }
 
 

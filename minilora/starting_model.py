@@ -162,7 +162,7 @@ def attach_adapter(start: StartingModel, config: TrainConfig, lora: LoraConfig) 
             "round away: use dtype float32, or bias none"
         )
     if start.adapter is not None and config.on_adapter == "continue":
-        stored = read_config(find_adapter(start.adapter.location))
+        stored = resolve_config(start.model, read_config(find_adapter(start.adapter.location)))
         differing = differing_fields(stored, resolve_config(start.model, lora))
         if differing:
             raise MiniloraError(

@@ -229,3 +229,24 @@ def test_over_a_bfloat16_base_what_is_trained_is_read_as_it_was_saved(
     train(tmp_path / "out", sentences, tmp_path / "again", **changes)
     continued = adapter(tmp_path / "again")
     assert all(torch.equal(continued[name], saved[name]) for name in saved)
+
+
+def test_an_adapter_of_many_targets_is_continued_whichever_way_they_are_listed(
+    tmp_path, tiny_model, sentences
+):
+    """Twenty names or more are shortened when an adapter is added; a file may list them all."""
+    import peft
+    from transformers import BertConfig, BertModel
+
+    config = BertConfig.from_pretrained(tiny_model, num_hidden_layers=10)
+    BertModel(config).save_pretrained(tmp_path / "deep")
+    AutoTokenizer.from_pretrained(tiny_model).save_pretrained(tmp_path / "deep")
+    names = [f"encoder.layer.{n}.attention.self.{q}" for n in range(10) for q in ("query", "value")]
+    train(tmp_path / "deep", sentences, tmp_path / "out", {"r": 2, "target_modules": names})
+    values = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert len(values["target_modules"]) < 20
+    values["target_modules"] = [f"bert.{name}" for name in names]
+    (tmp_path / "out" / "adapter_config.json").write_text(json.dumps(values))
+    train(tmp_path / "out", sentences, tmp_path / "again")
+    plain = AutoModelForSequenceClassification.from_pretrained(tmp_path / "deep", num_labels=2)
+    peft.PeftModel.from_pretrained(plain, tmp_path / "again")

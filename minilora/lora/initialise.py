@@ -76,6 +76,8 @@ def _initialise_linear(lora: Lora, base: nn.Linear, init: bool | str) -> None:
         Q, _ = torch.linalg.qr(torch.randn(r, r))
         A.data = (torch.randn(base.in_features, r // 2).mm(Q[0::2]).T / 10.0).contiguous()
         B.data = torch.randn(r // 2, base.out_features).T.mm(Q[1::2]) / 10.0
+    elif r > (rank := min(base.weight.shape)):
+        raise MiniloraError(f"init_lora_weights={init!r} splits a matrix of rank {rank}: r is {r}")
     else:
         weight = base.weight.to(torch.float32)
         if init == "olora":  # arXiv:2406.01775: B, A from the QR decomposition of W

@@ -283,3 +283,13 @@ def test_what_changes_adapters_is_refused_while_they_are_disabled(call):
             call(model)
     assert_same(snapshot(model), before)
     assert torch.equal(logits(model), output)
+
+
+@pytest.mark.parametrize("init", ["pissa", "pissa_niter_2", "olora"])
+def test_a_rank_that_a_matrix_has_not_is_refused_where_it_is_split(init):
+    """B and A would be smaller than r, and could not be read again."""
+    model = tiny_classifier()
+    before = snapshot(model)
+    with pytest.raises(MiniloraError, match="a matrix of rank 32: r is 33"):
+        minilora.add_adapter(model, LoraConfig(r=33, init_lora_weights=init))
+    assert_same(snapshot(model), before)

@@ -60,7 +60,7 @@ def chosen_device(name: str | None) -> torch.device:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
     except RuntimeError:
         raise MiniloraError(f"device {name!r} is unknown; give cpu, cuda, cuda:1, ...") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise MiniloraError(f"device is {name} and there is none here: give --device cpu")
     return device
 

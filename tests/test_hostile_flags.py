@@ -60,7 +60,6 @@ PLACES = [
 ]  # fmt: skip
 
 # Compiles by itself, and not within the expression that is matched (lora/targets).
-NOT_YET = {'{"(?i)query": 2}'}
 
 # These may rightly ask for more steps than anybody waits for: told to stop, the run then does.
 ENDLESS = ("max_steps", "num_train_epochs")
@@ -95,7 +94,7 @@ def values_for(action: argparse.Action) -> list[str]:
     if action.type is None and not action.choices:
         values += PLACES
     not_hostile = {"true"} if action.dest == "torch_compile" else set()  # and takes minutes
-    return [value for value in dict.fromkeys(values) if value not in not_hostile | NOT_YET]
+    return [value for value in dict.fromkeys(values) if value not in not_hostile]
 
 
 CASES = [
@@ -206,30 +205,31 @@ def tried(cases, run: Path, place: Path) -> list[str]:
     return found
 
 
-def is_sampled(case) -> bool:
-    # A fixed choice, which changes with no order: two or so of each flag's values.
+def number_of(case) -> int:
+    # A fixed choice, which changes with no order.
     command, flag, _, value = case
-    key = f"{command} {flag} {value!r}".encode("utf-8", "surrogatepass")
-    return zlib.crc32(key) % 20 == 0
+    return zlib.crc32(f"{command} {flag} {value!r}".encode("utf-8", "surrogatepass"))
 
 
 def test_a_sample_of_hostile_values_is_answered_in_one_line(run, places):
-    found = tried(filter(is_sampled, CASES), run, places)
+    """Two or so of each flag's."""
+    found = tried((case for case in CASES if number_of(case) % 20 == 0), run, places)
     assert not found, "\n".join(found)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("command", COMMANDS)
-def test_every_hostile_value_of_every_flag_is_answered_in_one_line(command, run, places):
-    found = tried((case for case in CASES if case[0] == command), run, places)
+def test_a_quarter_of_the_hostile_values_is_answered_in_one_line(command, run, places):
+    cases = [case for case in CASES if case[0] == command and number_of(case) % 4 == 1]
+    found = tried(cases, run, places)
     assert not found, "\n".join(found)
 
 
-@pytest.mark.xfail(strict=True, reason="lora/config does not compile what lora/targets matches")
-@pytest.mark.parametrize("flag", ["rank_pattern", "alpha_pattern"])
-@pytest.mark.parametrize("value", sorted(NOT_YET))
-def test_a_pattern_with_flags_of_its_own_is_answered_in_one_line(flag, value, run, places):
-    assert not tried([("train", flag, [f"--{flag}"], value)], run, places)
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_hostile_value_of_every_flag_is_answered_in_one_line(command, run, places):
+    found = tried((case for case in CASES if case[0] == command), run, places)
+    assert not found, "\n".join(found)
 
 
 @pytest.mark.parametrize(

@@ -386,7 +386,7 @@ def test_a_tensor_that_is_not_what_is_stored_is_refused(tensor, tmp_path):
 
 
 def test_a_value_within_itself_is_read(tmp_path):
-    """Negative control of the search: it ends, and a part of a larger tensor is not stretched."""
+    """Negative control: the search ends, and a part of a larger tensor is no stretched one."""
     READERS["torch"](place(tmp_path, "torch", torch_bytes(WITHIN_ITSELF)))
     READERS["torch"](place(tmp_path, "torch", torch_bytes(torch.eye(4)[1:3].t())))
 

@@ -254,6 +254,13 @@ def input_length(
         if name.endswith("position_embeddings") and padding is not None:
             positions = module.num_embeddings - padding - 1  # RoBERTa counts from behind it
     longest = min(positions or math.inf, tokenizer.model_max_length)
+    embeddings: Any = model.get_input_embeddings()
+    known, rows = len(tokenizer), len(embeddings.weight)
+    if known > rows:
+        raise MiniloraError(
+            f"the tokenizer {tokenizer.name_or_path!r} knows {known} tokens, the model {rows}: "
+            "give a model whose embeddings were resized, or its own tokenizer"
+        )
     if asked is not None and asked > longest:
         raise MiniloraError(f"max_length is {asked}; this model takes {longest} tokens at most")
     return asked or longest

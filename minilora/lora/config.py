@@ -159,7 +159,9 @@ def _relations(c: LoraConfig) -> list[tuple[Any, str]]:
     expressions = [value for value in (targets, c.exclude_modules) if isinstance(value, str)]
     patterns = c.layers_pattern or []
     expressions += [patterns] if isinstance(patterns, str) else patterns
-    for expression in [*expressions, *c.rank_pattern, *c.alpha_pattern]:
+    # As `targets` puts them together.
+    expressions += [rf"(.*\.)?({key})$" for key in (*c.rank_pattern, *c.alpha_pattern)]
+    for expression in expressions:
         try:
             re.compile(expression)
         except (re.error, RecursionError, OverflowError) as error:

@@ -160,10 +160,10 @@ def _relations(c: LoraConfig) -> list[tuple[Any, str]]:
     patterns = c.layers_pattern or []
     expressions += [patterns] if isinstance(patterns, str) else patterns
     # As `targets` puts them together.
-    expressions += [rf"(.*\.)?({key})$" for key in (*c.rank_pattern, *c.alpha_pattern)]
-    for expression in expressions:
+    keys = {key: rf"(.*\.)?({key})$" for key in (*c.rank_pattern, *c.alpha_pattern)}
+    for expression, whole in (dict(zip(expressions, expressions, strict=True)) | keys).items():
         try:
-            re.compile(expression)
+            re.compile(whole)
         except (re.error, RecursionError, OverflowError) as error:
             checks.append((True, f"{expression!r} is no regular expression: {error}"))
     return checks

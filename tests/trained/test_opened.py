@@ -147,7 +147,7 @@ def test_what_is_no_adapter_is_refused_with_what_it_is(tiny_model, tmp_path):
 
 
 def test_a_device_that_is_not_there_is_refused(finished_run):
-    with pytest.raises(MiniloraError, match="device 'abacus' is unknown"):
+    with pytest.raises(MiniloraError, match="device is 'abacus'; it must be cpu, cuda"):
         open_run(finished_run, device="abacus")
     if not torch.cuda.is_available():
         with pytest.raises(MiniloraError, match="give --device cpu"):

@@ -348,4 +348,4 @@ def test_the_bare_command_reaches_its_promised_accuracy(tmp_path):
     rows = read_rows(tmp_path / summary["output_dir"])
     assert summary["eval_accuracy"] >= 0.80
     assert summary["eval_accuracy"] >= rows[0]["eval_accuracy"] + 0.20
-    assert "accuracy on negation" in result.stdout
+    assert "eval_accuracy_negation" in result.stdout

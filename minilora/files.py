@@ -33,7 +33,9 @@ class NotConfirmed(OSError):
 
 
 def json_text(value: Any, indent: int | None = None) -> str:
-    """A value as JSON, which has no NaN and no infinity: null stands for them."""
+    """A value as JSON, which has no NaN and no infinity: null stands for them. Indented, for a
+    person to read, its keys are sorted.
+    """
     finite = json.loads(json.dumps(value), parse_constant=lambda name: None)
     return json.dumps(finite, indent=indent, sort_keys=indent is not None, allow_nan=False)
 

@@ -10,7 +10,6 @@ written is no reason to lose a run that can go on.
 
 import contextlib
 import errno
-import json
 import os
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -18,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from minilora.errors import MiniloraError
-from minilora.files import NotConfirmed, is_leftover, make_directory, remove_directory, write_file
+from minilora.files import NotConfirmed, is_leftover, json_text, make_directory
+from minilora.files import remove_directory, write_file
 from minilora.reading import read_json
 from minilora.training.checkpoint import save_checkpoint, sorted_checkpoints
 from minilora.training.loop import Training, is_finished
@@ -51,8 +51,8 @@ def new_output_dir(path: Path) -> None:
 
 
 def write_run(output_dir: Path, record: RunRecord) -> None:
-    text = json.dumps(record.to_json(), indent=2, sort_keys=True) + "\n"
-    write_file(output_dir / RUN_NAME, text.encode())
+    text = json_text(record.to_json(), indent=2)
+    write_file(output_dir / RUN_NAME, f"{text}\n".encode())
 
 
 def read_run(output_dir: Path) -> RunRecord:
@@ -77,12 +77,12 @@ class MetricsFile:
 
     def write_all(self) -> None:
         """Write every row, durably. An `OSError` means that rows in no checkpoint would be lost."""
-        lines = [json.dumps(row) + "\n" for row in self.rows]
+        lines = [json_text(row) + "\n" for row in self.rows]
         write_file(self.path, "".join(lines).encode())
 
     def _append(self, row: dict[str, Any]) -> None:
         with self.path.open("ab") as file:
-            file.write((json.dumps(row) + "\n").encode())
+            file.write((json_text(row) + "\n").encode())
 
     def _try(self, write: Callable[[], None]) -> None:
         try:

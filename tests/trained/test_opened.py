@@ -1,6 +1,7 @@
 """What training wrote, opened again: by whichever directory, with nothing repeated."""
 
 import json
+import math
 import shutil
 
 import peft
@@ -159,3 +160,16 @@ def test_the_tokenizer_beside_an_adapter_is_used(finished_run, tiny_model):
     theirs = AutoTokenizer.from_pretrained(tiny_model)
     for text in (*TEXTS, "", "unheard-of words"):
         assert ours(text)["input_ids"] == theirs(text)["input_ids"]
+
+
+def test_a_run_whose_evaluation_is_no_number_is_opened(tiny_model, sentences, tmp_path):
+    """JSON has no NaN: null stands for it in run.json and metrics.jsonl."""
+    config = TrainConfig(
+        model_name_or_path=str(tiny_model), train_file=str(sentences[0]),
+        validation_file=str(sentences[1]), max_steps=1, learning_rate=1e30,
+        output_dir=str(tmp_path / "out"), eval_strategy="steps", eval_steps=1,
+    )  # fmt: skip
+    assert math.isnan(fine_tune(config).metrics["eval_loss"])
+    assert open_run(tmp_path / "out").record.result["eval_loss"] is None
+    for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines():
+        json.loads(line, parse_constant=pytest.fail)

@@ -102,7 +102,7 @@ def run_command(main: Callable[[], int]) -> NoReturn:
             _complain(str(error))
             code = BAD_INPUT
         except BrokenPipeError:  # whoever read the output has seen enough
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+            _to_nowhere(1)
             code = INTERRUPTED + signal.SIGPIPE
         except OSError as error:
             place = f"{error.filename}: " if error.filename else ""
@@ -145,7 +145,7 @@ class SafeStream:
         except OSError:
             if self.is_needed:
                 raise
-            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+            _to_nowhere(self.stream.fileno())
 
 
 @contextlib.contextmanager
@@ -177,6 +177,12 @@ def stop_signals() -> Iterator[list[int]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _to_nowhere(descriptor: int) -> None:
+    # What python still has to flush at its end would fail once more.
+    with open(os.devnull, "wb") as nowhere:
+        os.dup2(nowhere.fileno(), descriptor)
 
 
 def _complain(message: str) -> None:

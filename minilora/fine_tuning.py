@@ -114,8 +114,7 @@ def run_fine_tuning(
     path = train_arguments.get("resume_from_checkpoint")
     if path is not None:
         with advice_on_disk_errors(Path(path)):
-            own = resume.own_directory(Path(path))
-            output_dir = resume.directory_to_go_on_in(own, Path(path), train_arguments)
+            own, output_dir = resume.directories(Path(path), train_arguments.get("output_dir"))
             if output_dir != own:
                 new_output_dir(output_dir)
             with exclusive(output_dir):
@@ -254,8 +253,8 @@ def write_final_files(start: StartingModel, output_dir: Path, record: RunRecord)
         card = model_card(output_dir.resolve().name, start.base.location, merged, record)
         write_file(output_dir / CARD_NAME, card.encode(errors="replace"))
     save_adapter(start.model, output_dir)
-    with scratch_directory(output_dir / "tokenizer") as directory:
-        for file in load.save_tokenizer(start.tokenizer, directory):
+    with scratch_directory(output_dir / "tokenizer") as directory, load.disk_errors(directory):
+        for file in start.tokenizer.save_pretrained(directory):
             if Path(file).is_file():
                 write_file(output_dir / Path(file).name, Path(file).read_bytes())
     write_run(output_dir, record)

@@ -55,11 +55,8 @@ class StartingModel:
 
 
 def chosen_device(name: str | None) -> torch.device:
-    """The device called `name`; by default a GPU where there is one."""
-    try:
-        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-    except RuntimeError:
-        raise MiniloraError(f"device {name!r} is unknown; give cpu, cuda, cuda:1, ...") from None
+    """The device called `name`, as `TrainConfig` has it; by default a GPU where there is one."""
+    device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise MiniloraError(f"device is {name} and there is none here: give --device cpu")
     return device

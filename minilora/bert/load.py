@@ -226,11 +226,14 @@ def _loading(location: str) -> Iterator[None]:
         transformers_logging.enable_progress_bar()
 
 
-def save_tokenizer(tokenizer: PreTrainedTokenizerBase, directory: Path) -> tuple[str, ...]:
-    """Write the tokenizer's files and return their paths; an OSError where the disk refuses."""
+@contextlib.contextmanager
+def disk_errors(directory: Path) -> Iterator[None]:
+    """Let what the disk refuses to tokenizers and safetensors, which are code in Rust and raise
+    errors of their own, come out as the `OSError` it is.
+    """
     try:
-        return tokenizer.save_pretrained(directory)
-    except Exception as error:  # the tokenizers library's own code, in Rust, raises nothing finer
+        yield
+    except Exception as error:
         number = re.search(r"\(os error (\d+)\)", str(error))
         if number is None:
             raise

@@ -4,18 +4,15 @@ As transformers saves it, tokenizer and label names included: `from_pretrained` 
 nothing in it needs minilora.
 """
 
-import errno
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 
-from minilora.bert.load import save_tokenizer
+from minilora.bert.load import disk_errors
 from minilora.errors import MiniloraError
 from minilora.files import new_directory
 from minilora.lora.merge import combine_adapters, merge_and_unload
 from minilora.lora.peft_files import load_adapter
-from minilora.reading import first_line
 from minilora.trained.opened import load_base, read_record
 from minilora.training.config import DTYPES
 from minilora.training.record import RunRecord
@@ -50,13 +47,12 @@ def write_merged_model(
         else:
             combine_adapters(model, adapters, weights)
         model.to(getattr(torch, dtype))
-        try:
-            model.save_pretrained(directory, max_shard_size=max_shard_size)
-        except SafetensorError as error:  # what the disk refuses to code in Rust
-            raise OSError(errno.EIO, first_line(error), str(output_dir)) from error
-        except ValueError as error:
-            raise MiniloraError(f"max_shard_size {max_shard_size!r}: {error}") from None
-        save_tokenizer(tokenizer, directory)
+        with disk_errors(Path(output_dir)):
+            try:
+                model.save_pretrained(directory, max_shard_size=max_shard_size)
+            except ValueError as error:
+                raise MiniloraError(f"max_shard_size {max_shard_size!r}: {error}") from None
+            tokenizer.save_pretrained(directory)
     return Path(output_dir)
 
 

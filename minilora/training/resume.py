@@ -42,32 +42,28 @@ class ResumePlan:
         return ResumePlan(output_dir, None, None, config, lora, [], [], [])
 
 
-def own_directory(path: Path) -> Path | None:
-    """The directory of the run that `path`, it or its own checkpoint-<step>, belongs to; None for a
-    checkpoint of another name, such as a copy: nothing beside that is a run's.
+def directories(path: Path, asked: str | None) -> tuple[Path | None, Path]:
+    """The directory of the run that `path`, it or its own checkpoint-<step>, belongs to, and the
+    one to go on in: the same, or a new one that is `asked` for.
+
+    A checkpoint of another name, such as a copy, belongs to none (None): nothing beside it is a
+    run's.
     """
     if not path.is_dir():
         raise MiniloraError(f"resume_from_checkpoint {str(path)!r}: there is no such directory")
     path = path.resolve()  # so that "." and "checkpoint-4/" have a name and a parent
+    own: Path | None = path
     if CHECKPOINT.fullmatch(path.name):
-        return path.parent
-    if (path / MANIFEST_NAME).exists():
-        return None
-    if not sorted_checkpoints(path) and not (path / RUN_NAME).is_file():
+        own = path.parent
+    elif (path / MANIFEST_NAME).exists():
+        own = None
+    elif not sorted_checkpoints(path) and not (path / RUN_NAME).is_file():
         raise _nothing_to_resume(path)
-    return path
-
-
-def directory_to_go_on_in(own: Path | None, path: Path, train_arguments: dict[str, Any]) -> Path:
-    """Where the resumed run writes: its own directory, or a new one if `output_dir` names one."""
-    asked = train_arguments.get("output_dir")
-    if asked is not None:
-        return Path(asked).resolve()
-    if own is None:
+    if asked is None and own is None:
         raise MiniloraError(
             f"{path} is no run's own checkpoint-<step>: say with --output_dir where to go on"
         )
-    return own
+    return own, Path(asked or own or path).resolve()
 
 
 def plan_resume(
@@ -80,8 +76,7 @@ def plan_resume(
     Of a run's directory it is the highest checkpoint that verifies. One that is named and damaged
     is an error, and so is a directory with nothing to resume.
     """
-    own = own_directory(path)
-    output_dir = directory_to_go_on_in(own, path, train_arguments or {})
+    own, output_dir = directories(path, (train_arguments or {}).get("output_dir"))
     named = read_checkpoint(path.resolve()) if own != path.resolve() else None
     stored, aside = (named, []) if own is None else _highest(own, named)
     if own != output_dir:

@@ -17,8 +17,14 @@ from pathlib import Path
 from typing import Any
 
 from minilora.errors import MiniloraError
-from minilora.files import NotConfirmed, is_leftover, json_text, make_directory
-from minilora.files import remove_directory, write_file
+from minilora.files import (
+    NotConfirmed,
+    is_leftover,
+    json_text,
+    make_directory,
+    remove_directory,
+    write_file,
+)
 from minilora.reading import read_json
 from minilora.training.checkpoint import save_checkpoint, sorted_checkpoints
 from minilora.training.loop import Training, is_finished

@@ -21,6 +21,7 @@ from transformers import (
 from minilora import MiniloraError
 from minilora.bert.load import (
     PACKAGE,
+    disk_errors,
     input_length,
     load_model,
     load_tokenizer,
@@ -28,7 +29,6 @@ from minilora.bert.load import (
     model_fingerprint,
     packaged_model,
     recorded_labels,
-    save_tokenizer,
     stored_tensors,
 )
 from minilora.bert.tasks import build_task
@@ -219,7 +219,8 @@ def test_a_tokenizer_that_cannot_be_written_is_an_os_error(tiny_model, tmp_path)
     """Its library, in Rust, raises no such thing itself."""
     (tmp_path / "tokenizer.json").mkdir()
     with pytest.raises(OSError, match="directory"):
-        save_tokenizer(load_tokenizer(str(tiny_model), None), tmp_path)
+        with disk_errors(tmp_path):
+            load_tokenizer(str(tiny_model), None).save_pretrained(tmp_path)
 
 
 def test_inputs_are_as_long_as_the_model_takes(tiny_model):

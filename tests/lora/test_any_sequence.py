@@ -11,6 +11,7 @@ import json
 import math
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import hypothesis.strategies as st
@@ -194,6 +195,8 @@ class AnySequence(RuleBasedStateMachine):
         self.saved = []  # (directory, name, files) of every save
         self.copies = []  # (model, its logits) left behind by deepcopy
         self.count = 0
+        # Of its own: what an earlier sequence saved would be found by its adapter's name.
+        self.directory = Path(tempfile.mkdtemp(dir=self.directory))
 
     # What must hold after every step.
 

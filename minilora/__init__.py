@@ -14,9 +14,9 @@ if TYPE_CHECKING:  # for editors and type checkers, what `_ROOMS` says
     from minilora.fine_tuning import TrainResult, fine_tune
     from minilora.lora.adapters import add_adapter, delete_adapter, disable_adapter, set_adapter
     from minilora.lora.adapters import trainable_parameters
+    from minilora.lora.combine import add_weighted_adapter, combine_adapters
     from minilora.lora.config import LoraConfig
-    from minilora.lora.merge import combine_adapters, merge_adapter, merge_and_unload, unload
-    from minilora.lora.merge import unmerge_adapter
+    from minilora.lora.merge import merge_adapter, merge_and_unload, unload, unmerge_adapter
     from minilora.lora.mixed_batch import adapter_names
     from minilora.lora.peft_files import adapter_state_dict, load_adapter, save_adapter
     from minilora.trained.compare import compare_directories
@@ -34,8 +34,9 @@ _ROOMS = {
     "errors": "MiniloraError",
     "fine_tuning": "TrainResult fine_tune",
     "lora.adapters": "add_adapter delete_adapter disable_adapter set_adapter trainable_parameters",
+    "lora.combine": "add_weighted_adapter combine_adapters",
     "lora.config": "LoraConfig",
-    "lora.merge": "combine_adapters merge_adapter merge_and_unload unload unmerge_adapter",
+    "lora.merge": "merge_adapter merge_and_unload unload unmerge_adapter",
     "lora.mixed_batch": "adapter_names",
     "lora.peft_files": "adapter_state_dict load_adapter save_adapter",
     "trained.compare": "compare_directories",

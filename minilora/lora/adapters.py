@@ -37,7 +37,7 @@ class Adapters:
     # Whether each parameter of the plain model was trainable before we froze it.
     base_requires_grad: dict[str, bool] = field(default_factory=dict)
     # Base parameters that an adapter changes in place (biases it trains, weights pissa and olora
-    # reduce), each with its value in the plain model.
+    # reduce, resized embeddings it brings), each with its value in the plain model.
     originals: list[tuple[nn.Parameter, Tensor]] = field(default_factory=list)
     # "merged" or "disabled" while the model is that; most calls are then refused.
     state: str = ""
@@ -239,11 +239,11 @@ def _check_addable(adapters: Adapters, config: LoraConfig, adapter_name: str) ->
     if not is_name or hasattr(nn.ModuleDict(), adapter_name):
         problem = "cannot be a module's name: take letters, digits, - and _"
         raise MiniloraError(f"adapter name {adapter_name!r} {problem}")
-    everyone = {adapter_name: config, **adapters.configs}
-    alone = [n for n, one in everyone.items() if one.bias != "none" or reduces_base(one)]
-    if alone and adapters.configs:
-        problem = "changes the base's weights (bias, pissa or olora): it must be alone on its model"
-        raise MiniloraError(f"adapter {alone[0]!r} {problem}")
+    changes_base = config.bias != "none" or reduces_base(config)
+    if adapters.configs and (changes_base or adapters.originals):
+        name = adapter_name if changes_base else next(iter(adapters.configs))
+        problem = "changes the base (bias, pissa, olora, embeddings): it must be alone on its model"
+        raise MiniloraError(f"adapter {name!r} {problem}")
 
 
 def _originals(

@@ -33,21 +33,27 @@ from minilora.lora import adapters
 from minilora.lora.adapters import adapters_of
 from minilora.lora.config import LoraConfig, config_from_dict, config_to_dict, differing_fields
 from minilora.lora.embedding import TiedOutput
+from minilora.lora.peft_bases import (
+    PREFIX,
+    as_plain_update,
+    base_embeddings,
+    embeddings_to_write,
+    replace_embeddings,
+)
 from minilora.lora.targets import check_known, unwrapped
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 PICKLE_NAME = "adapter_model.bin"  # PEFT before 0.7
 CARD_NAME = "README.md"
-PREFIX = "base_model.model."
 # Where a tensor is not called on disk as it is inside its adapter.
 ON_DISK = {
     "lora_magnitude_vector.weight": "lora_magnitude_vector",
     "trainable_tokens_delta": "token_adapter.trainable_tokens_delta",
 }
-# Keys PEFT writes by mistake with bias="all": both copies of a head's biases beside the head
-# itself, `classifier.original_module.bias`, `pooler.modules_to_save.default.dense.bias`.
-JUNK = re.compile(r"\.(modules_to_save|original_module)\.(.+\.)?bias")
+# Keys PEFT writes by mistake with bias="all" and of resized embeddings: both copies of a module
+# beside the module itself, `classifier.original_module.bias`, `....modules_to_save.default.weight`.
+JUNK = re.compile(r"\.(modules_to_save|original_module)\.(.+\.)?(bias|weight)")
 # What these fields come to depends on the model; it is compared by the tensors' keys.
 SELECTING = ("target_modules", "exclude_modules", "modules_to_save", "layers_")
 
@@ -61,16 +67,25 @@ class StoredAdapter:
     tensors: dict[str, Tensor]
 
 
-def save_adapter(model: nn.Module, path: str | Path, adapter_name: str = "default") -> None:
+def save_adapter(
+    model: nn.Module,
+    path: str | Path,
+    adapter_name: str = "default",
+    path_initial_model_for_weight_conversion: str | Path | None = None,
+) -> None:
     """Write what `PeftModel.save_pretrained` writes, the same bytes every time, merged or not.
 
     Each file is complete or absent and has the permissions the umask gives (safetensors' own writer
-    leaves 0600). An adapter not called "default" goes to `path/<adapter_name>/`, as in PEFT.
+    leaves 0600). An adapter not called "default" goes to `path/<adapter_name>/`, as in PEFT. Given
+    the directory to which a pissa or olora adapter was saved before training, it is written as a
+    plain adapter over the original base (`peft_bases.as_plain_update`).
     """
     directory = Path(path) if adapter_name == "default" else Path(path) / adapter_name
     if directory.exists() and not directory.is_dir():
         raise MiniloraError(f"{directory} is a file: give a directory to save the adapter in")
-    files = adapter_files(model, adapter_name)
+    initial = path_initial_model_for_weight_conversion
+    started = None if initial is None else read_adapter(initial, adapter_name)
+    files = adapter_files(model, adapter_name, started)
     if not (directory / CARD_NAME).exists():
         files[CARD_NAME] = _model_card(adapters_of(model).configs[adapter_name])
     make_directory(directory)
@@ -133,21 +148,27 @@ def adapter_state_dict(model: nn.Module, adapter_name: str = "default") -> dict[
     return found
 
 
-def adapter_files(model: nn.Module, adapter_name: str = "default") -> dict[str, bytes]:
-    """Name -> contents of an adapter's two files.
+def adapter_files(
+    model: nn.Module, adapter_name: str = "default", initial: StoredAdapter | None = None
+) -> dict[str, bytes]:
+    """Name -> contents of an adapter's two files, converted if `initial` is what it began as.
 
     The weights come first: a crash between the two leaves a directory without a config, which
     nothing takes for an adapter.
     """
-    tensors = {
+    tensors = adapter_state_dict(model, adapter_name)
+    config = adapters_of(model).configs[adapter_name]
+    if initial is not None:
+        config, tensors = as_plain_update(unwrapped(model), adapter_name, tensors, initial.tensors)
+    tensors |= embeddings_to_write(unwrapped(model), config)
+    stored = {
         # Tied or sliced tensors would be refused by safetensors; each is stored on its own.
-        key: tensor.to("cpu").clone(memory_format=torch.contiguous_format)
-        for key, tensor in adapter_state_dict(model, adapter_name).items()
+        key: tensor.detach().to("cpu").clone(memory_format=torch.contiguous_format)
+        for key, tensor in tensors.items()
     }
-    config = config_to_dict(adapters_of(model).configs[adapter_name])
     return {
-        WEIGHTS_NAME: safetensors.torch.save(tensors, metadata={"format": "pt"}),
-        CONFIG_NAME: json.dumps(config, indent=2, sort_keys=True).encode(),
+        WEIGHTS_NAME: safetensors.torch.save(stored, metadata={"format": "pt"}),
+        CONFIG_NAME: json.dumps(config_to_dict(config), indent=2, sort_keys=True).encode(),
     }
 
 
@@ -198,19 +219,26 @@ def check_adapter(model: nn.Module, stored: StoredAdapter, adapter_name: str = "
         changes = f"of another adapter than the model's: {', '.join(differing)}"
         raise MiniloraError(f"{place / CONFIG_NAME} is {changes}")
     lacking, extra = tensors.keys() - stored.tensors.keys(), stored.tensors.keys() - tensors.keys()
-    for what, keys in (("lacks", lacking), ("has unexpected", extra)):
+    of_base = {key: p for key, p in base_embeddings(unwrapped(model)).items() if key in extra}
+    for key, parameter in of_base.items():
+        rows = next(iter(stored.tensors[key].shape), 0)
+        if rows != len(parameter):
+            found = f"{key} has {rows} rows, not {len(parameter)}"
+            raise MiniloraError(f"{place}: {found}: call resize_token_embeddings({rows}) before")
+    for what, keys in (("lacks", lacking), ("has unexpected", extra - of_base.keys())):
         if keys:
-            if "embedding" in min(keys) and min(keys).endswith(".weight"):
-                what += " embeddings of the base (PEFT saves them once resized):"
             more = f" and {len(keys) - 1} more" if len(keys) > 1 else ""
             raise MiniloraError(f"{place}: the adapter {what} tensor {min(keys)}{more}")
-    reading.check_like(tensors, stored.tensors, place)
+    reading.check_like({**tensors, **of_base}, stored.tensors, place)
 
 
 def assign_adapter(model: nn.Module, stored: StoredAdapter, adapter_name: str = "default") -> None:
     """Check a stored adapter, then copy its values into the model's."""
     check_adapter(model, stored, adapter_name)
-    for key, tensor in adapter_state_dict(model, adapter_name).items():
+    own = adapter_state_dict(model, adapter_name)
+    rest = {key: tensor for key, tensor in stored.tensors.items() if key not in own}
+    replace_embeddings(unwrapped(model), rest)
+    for key, tensor in own.items():
         tensor.copy_(stored.tensors[key])
 
 

@@ -11,7 +11,8 @@ import torch
 from minilora.bert.load import disk_errors
 from minilora.errors import MiniloraError
 from minilora.files import new_directory
-from minilora.lora.merge import combine_adapters, merge_and_unload
+from minilora.lora.combine import combine_adapters
+from minilora.lora.merge import merge_and_unload
 from minilora.lora.peft_files import load_adapter
 from minilora.trained.opened import load_base, read_record
 from minilora.training.config import DTYPES

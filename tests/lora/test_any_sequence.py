@@ -33,7 +33,7 @@ from transformers import BertForMaskedLM, BertForSequenceClassification, set_see
 import minilora
 from minilora import LoraConfig, MiniloraError
 from minilora.lora import adapters, merge, targets
-from minilora.lora.merge import _set_parameter
+from minilora.lora.merge import set_parameter
 from minilora.lora.peft_files import adapter_files
 from tests.conftest import tiny_config
 
@@ -188,7 +188,7 @@ class AnySequence(RuleBasedStateMachine):
         # The oracle's, in which tied parameters may go different ways.
         self.skeleton = copy.deepcopy(self.model).double()
         for name, value in values(self.skeleton).items():
-            _set_parameter(self.skeleton, name, torch.nn.Parameter(value))
+            set_parameter(self.skeleton, name, torch.nn.Parameter(value))
         self.plain = {name: p.double() for name, p in values(self.model).items()}
         self.trainable = trainable(self.model)
         self.files, self.active, self.merged = {}, (), None
@@ -464,6 +464,35 @@ class AnySequence(RuleBasedStateMachine):
                     sums[key] = sums.get(key, value) + share * (alone[key] - value)
             self.close(logits(self.model), self.logits_of(sums))
             self.plain = {name: p.double() for name, p in values(self.model).items()}
+
+    @precondition(lambda self: self.files)
+    @rule(data=st.data(), name=NAMES, kind=st.sampled_from(["cat", "svd", "linear", "prune"]))
+    def add_weighted(self, data, name, kind):
+        """Of full rank, where it is by svd, so that nothing is lost; linear of a single one."""
+        some = data.draw(st.lists(self.mostly_known(), min_size=1, max_size=2))
+        some = some[:1] if kind == "linear" else some
+        weights, rank = [0.5, -0.25][: len(some)], 8 if kind == "svd" else None
+        legal = self.merged is None and name not in self.files and kind != "prune"
+        legal = legal and all(other in self.files and self.is_plain_sum(other) for other in some)
+
+        def call():
+            minilora.add_weighted_adapter(self.model, some, weights, name, kind, rank)
+
+        if self.attempt(call, legal):
+            self.arrive(name)
+            sums = dict(self.plain)
+            for weight, other in zip(weights, some, strict=True):
+                config, tensors = self.files[other]
+                alone = with_adapter(self.plain, dict(self.plain), config, tensors)
+                for key, value in self.plain.items():
+                    share = weight / sum(weights) if f"{PREFIX}{key}" in tensors else weight
+                    sums[key] = sums[key] + share * (alone[key] - value)
+            self.close(self.expected((name,)), self.logits_of(sums))
+
+    def is_plain_sum(self, name):
+        config, tensors = self.files[name]
+        extra = ("magnitude", "lora_B.bias", "trainable_tokens")
+        return not self.changes_base(config) and not any(e in key for key in tensors for e in extra)
 
     @precondition(lambda self: self.files)
     @rule(names=st.lists(NAMES | st.just("__base__"), min_size=3, max_size=3))

@@ -10,10 +10,12 @@ import safetensors.torch
 import torch
 import torch.distributed as dist
 from torch import nn
+from transformers import BertForMaskedLM, BertForSequenceClassification
 
 import minilora
 from minilora import LoraConfig, MiniloraError
-from tests.conftest import tiny_classifier
+from minilora.lora.peft_files import JUNK
+from tests.conftest import tiny_classifier, tiny_config
 from tests.lora.test_adapters import adapted, assert_same, logits, snapshot
 
 TASK = {"task_type": "SEQ_CLS"}
@@ -116,15 +118,137 @@ def test_loading_for_inference_ends_training_mode_as_in_peft(is_trainable, name,
     assert ours.training == theirs.training == is_trainable
 
 
-@pytest.mark.parametrize("key", ["word_embeddings.weight", "word_embeddings.base_layer.weight"])
-def test_resized_embeddings_in_an_adapters_file_are_refused_by_name(key, tmp_path):
-    minilora.save_adapter(adapted(), tmp_path)
-    path, key = tmp_path / "adapter_model.safetensors", f"base_model.model.bert.embeddings.{key}"
-    tensors = {**safetensors.torch.load(path.read_bytes()), key: torch.zeros(40, 32)}
-    path.write_bytes(safetensors.torch.save(tensors))
-    with pytest.raises(MiniloraError, match=rf"embeddings of the base .* tensor {key}") as error:
-        minilora.load_adapter(tiny_classifier(), tmp_path)
-    assert "\n" not in str(error.value)
+RESIZED = {
+    "classifier": (BertForSequenceClassification, {}),
+    "adapted": (BertForSequenceClassification, {"target_modules": ["query", "word_embeddings"]}),
+    "trained": (BertForSequenceClassification, {"modules_to_save": ["word_embeddings"]}),
+    "some rows": (BertForSequenceClassification, {"trainable_token_indices": [1, 51]}),
+    "masked": (BertForMaskedLM, {}),
+    "masked and adapted": (BertForMaskedLM, {"target_modules": ["query", "word_embeddings"]}),
+}
+
+
+def resized_model(auto_class, path, rows):
+    """The base at `path` with another number of rows, drawn anew in each call."""
+    model = auto_class.from_pretrained(path).eval()
+    model.resize_token_embeddings(rows, mean_resizing=False)
+    return model
+
+
+@pytest.mark.parametrize("case", RESIZED)
+@pytest.mark.parametrize("rows", [53, 47])
+def test_resized_embeddings_are_written_and_read_as_peft_does(case, rows, tmp_path):
+    """The same keys and values in both files, and the same logits from either, in either."""
+    auto_class, extra = RESIZED[case]
+    extra = {"target_modules": ["query"], **extra}
+    if case == "some rows":
+        extra["trainable_token_indices"] = [1, rows - 1]
+    auto_class(tiny_config(vocab_size=50)).save_pretrained(tmp_path / "base")
+    model = resized_model(auto_class, tmp_path / "base", rows)
+    theirs = peft.get_peft_model(copy.deepcopy(model), peft.LoraConfig(**extra)).eval()
+    minilora.add_adapter(model, LoraConfig(**extra))
+    theirs.save_pretrained(tmp_path / "theirs")
+    minilora.load_adapter(model, tmp_path / "theirs")
+    minilora.save_adapter(model, tmp_path / "ours")
+    found, expected = (
+        safetensors.torch.load((tmp_path / own / "adapter_model.safetensors").read_bytes())
+        for own in ("ours", "theirs")
+    )
+    assert found.keys() == {key for key in expected if not JUNK.search(key)}
+    assert any(len(tensor) == rows for tensor in found.values())
+    assert all(torch.equal(tensor, expected[key]) for key, tensor in found.items())
+    ids = torch.tensor([[1, 2, rows - 1]])
+    for path in (tmp_path / "ours", tmp_path / "theirs"):
+        fresh = resized_model(auto_class, tmp_path / "base", rows)
+        before = {name: value.clone() for name, value in fresh.state_dict().items()}
+        minilora.load_adapter(fresh, path)
+        torch.testing.assert_close(fresh(ids).logits, theirs(ids).logits)
+        after = minilora.unload(fresh).state_dict()
+        assert all(torch.equal(after[name], value) for name, value in before.items())
+    again = resized_model(auto_class, tmp_path / "base", rows)
+    again = peft.PeftModel.from_pretrained(again, tmp_path / "ours").eval()
+    torch.testing.assert_close(again(ids).logits, theirs(ids).logits)
+
+
+def test_resized_embeddings_need_a_model_of_their_size_and_to_be_alone(tmp_path):
+    BertForSequenceClassification(tiny_config(vocab_size=50)).save_pretrained(tmp_path / "base")
+    model = resized_model(BertForSequenceClassification, tmp_path / "base", 53)
+    minilora.add_adapter(model, LoraConfig(target_modules=["query"]))
+    minilora.save_adapter(model, tmp_path)
+    plain = BertForSequenceClassification.from_pretrained(tmp_path / "base")
+    with pytest.raises(MiniloraError, match=r"has 53 rows, not 50: call resize_token_embeddings"):
+        minilora.load_adapter(plain, tmp_path)
+    other = resized_model(BertForSequenceClassification, tmp_path / "base", 53)
+    minilora.add_adapter(other, LoraConfig(target_modules=["query"]), "first")
+    before = {name: value.clone() for name, value in other.state_dict().items()}
+    with pytest.raises(MiniloraError, match=r"brings another .* must be alone on its model"):
+        minilora.load_adapter(other, tmp_path)
+    assert all(torch.equal(value, before[name]) for name, value in other.state_dict().items())
+    minilora.unload(other)
+    minilora.load_adapter(other, tmp_path)
+    with pytest.raises(MiniloraError, match="it must be alone on its model"):
+        minilora.add_adapter(other, LoraConfig(target_modules=["query"]), "second")
+
+
+CONVERTED = [
+    {"init_lora_weights": "pissa"},
+    {"init_lora_weights": "pissa_niter_4", "rank_pattern": {"layer.0.attention.self.query": 2}},
+    {"init_lora_weights": "olora", "use_rslora": True},
+    {"init_lora_weights": "olora", "alpha_pattern": {"layer.0.attention.self.query": 2}},
+]
+
+
+@pytest.mark.parametrize("setting", CONVERTED)
+def test_pissa_and_olora_are_converted_to_a_plain_adapter_as_peft_does(setting, tmp_path):
+    """Which gives the trained logits over the plain base, beside any other adapter."""
+    setting = {"r": 4, "lora_alpha": 8, "target_modules": ["query", "value"], **setting}
+    theirs = peft.get_peft_model(tiny_classifier(), peft.LoraConfig(**setting)).eval()
+    theirs.peft_config["default"].init_lora_weights = True  # what PEFT asks for
+    theirs.save_pretrained(tmp_path / "initial")
+    theirs.peft_config["default"].init_lora_weights = setting["init_lora_weights"]
+    model = tiny_classifier().eval()
+    minilora.add_adapter(model, LoraConfig(**setting))
+    minilora.save_adapter(model, tmp_path / "began")
+    with torch.no_grad():
+        for (_, a), (_, b) in zip(model.named_parameters(), theirs.named_parameters(), strict=True):
+            b.copy_(a)
+            if a.requires_grad:
+                b += 0.1 * torch.randn_like(b)
+                a.copy_(b)
+    trained = logits(model)
+    began = {"path_initial_model_for_weight_conversion": tmp_path / "began"}
+    minilora.save_adapter(model, tmp_path / "ours", **began)
+    began = {"path_initial_model_for_weight_conversion": str(tmp_path / "initial")}
+    if setting["init_lora_weights"] != "pissa_niter_4":  # whose initial values are drawn
+        theirs.save_pretrained(tmp_path / "theirs", **began)
+        found, expected = (
+            safetensors.torch.load((tmp_path / own / "adapter_model.safetensors").read_bytes())
+            for own in ("ours", "theirs")
+        )
+        assert found.keys() == expected.keys()
+        for key, tensor in found.items():
+            torch.testing.assert_close(tensor, expected[key])
+    for path in {tmp_path / "ours", tmp_path / "theirs"}:
+        if path.exists():
+            fresh = tiny_classifier().eval()
+            minilora.load_adapter(fresh, path)
+            torch.testing.assert_close(logits(fresh), trained, rtol=1e-4, atol=1e-5)
+    minilora.add_adapter(fresh, LoraConfig(), "beside")
+
+
+def test_a_conversion_from_other_values_than_the_first_is_refused(tmp_path):
+    model = tiny_classifier()
+    minilora.add_adapter(model, LoraConfig(init_lora_weights="pissa", r=4))
+    minilora.save_adapter(model, tmp_path / "began")
+    with torch.no_grad():
+        model.bert.encoder.layer[1].attention.self.query.adapters["default"].lora_B.weight += 0.1
+    minilora.save_adapter(model, tmp_path / "later")
+    minilora.save_adapter(model, tmp_path / "a", "default", tmp_path / "began")
+    with pytest.raises(MiniloraError, match=r"holds another bert\.encoder\.layer\.1\.attention"):
+        minilora.save_adapter(model, tmp_path / "b", "default", tmp_path / "later")
+    assert not (tmp_path / "b").exists()
+    with pytest.raises(MiniloraError, match="is for adapters that reduced their base"):
+        minilora.save_adapter(adapted(), tmp_path / "c", "default", tmp_path / "began")
 
 
 @pytest.mark.parametrize("init", ["eva", "OLoRA"])

@@ -95,24 +95,15 @@ def add_weighted_adapter(
     ranks = [max([config.r, *config.rank_pattern.values()]) for config in chosen]
     r = sum(ranks) if kind == "cat" else svd_rank or max(ranks)
     heads = [name for name in found if isinstance(model.get_submodule(name), ModulesToSave)]
-    config = LoraConfig(
-        r=r,
-        lora_alpha=r,
-        lora_dropout=chosen[0].lora_dropout,
-        target_modules=[name for name in found if name not in heads],
-        modules_to_save=heads or None,
-        task_type=chosen[0].task_type,
-        base_model_name_or_path=chosen[0].base_model_name_or_path,
-    )
+    targets, task = [name for name in found if name not in heads], chosen[0].task_type
+    dropout = chosen[0].lora_dropout
+    config = LoraConfig(r, r, dropout, targets, modules_to_save=heads, task_type=task)
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         names = add_adapter(model, config, adapter_name)
         for name, tensors in found.items():
-            own: Any = model.get_submodule(f"{name}.adapters.{adapter_name}")
+            own = model.get_submodule(f"{name}.adapters.{adapter_name}")
             for parameter, value in zip(own.parameters(), tensors, strict=True):
-                # svd has more ranks than asked for; a layer of few adapters, or of low r, fewer.
-                value = value[tuple(map(slice, parameter.shape))]
-                parameter.zero_()
-                parameter[tuple(map(slice, value.shape))] = value.to(parameter)
+                _fill(parameter, value)
     return names
 
 
@@ -166,6 +157,13 @@ def _summed_updates(name: str, terms: list[tuple[Any, float]], kind: str) -> lis
 def _sum(factors: Sequence[float], tensors: Sequence[Tensor]) -> Tensor:
     scaled = [factor * tensor for factor, tensor in zip(factors, tensors, strict=True)]
     return torch.stack(scaled).sum(0)
+
+
+def _fill(parameter: Tensor, value: Tensor) -> None:
+    # svd has more ranks than asked for; a layer of fewer adapters, or of a lower r, has fewer.
+    parameter.zero_()
+    common = tuple(slice(min(sizes)) for sizes in zip(parameter.shape, value.shape, strict=True))
+    parameter[common] = value[common].to(parameter)
 
 
 def _check_weights(weights: list[float], count: int) -> None:

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from minilora import reading
-from minilora.errors import MiniloraError
+from minilora.errors import MiniloraError, harmless
 from minilora.files import make_directory, write_file
 from minilora.lora import adapters
 from minilora.lora.adapters import adapters_of
@@ -259,9 +259,11 @@ def _stored(directory: Path, config: LoraConfig, tensors: dict[str, Tensor]) -> 
 
 def _model_card(config: LoraConfig) -> bytes:
     base = config.base_model_name_or_path
-    # The Hub takes only its own ids here; a local directory would be refused.
-    named = f"base_model: {base}\n" if base and not Path(base).exists() else ""
-    tag = f"- base_model:adapter:{base}\n" if base else ""
+    # The Hub takes only its own ids here; a local directory would be refused. JSON's texts are
+    # YAML's, with nothing that could end one.
+    named = f"base_model: {json.dumps(base)}\n" if base and not Path(base).exists() else ""
+    tag = f"- {json.dumps(f'base_model:adapter:{base}')}\n" if base else ""
     head = f"---\n{named}library_name: peft\ntags:\n{tag}- lora\n- minilora\n---\n"
     numbers = f"r={config.r}, lora_alpha={config.lora_alpha}"
-    return f"{head}\nA LoRA adapter ({numbers}) for `{base}`, written by minilora.\n".encode()
+    shown = harmless(" ".join((base or "").split()))
+    return f"{head}\nA LoRA adapter ({numbers}) for `{shown}`, written by minilora.\n".encode()

@@ -9,6 +9,7 @@ import pytest
 import safetensors.torch
 import torch
 import torch.distributed as dist
+import yaml
 from torch import nn
 from transformers import BertForMaskedLM, BertForSequenceClassification
 
@@ -270,10 +271,18 @@ def test_adapters_that_were_drawn_in_ways_of_pefts_can_be_read(init, tmp_path):
     assert json.loads((tmp_path / "adapter_config.json").read_bytes())["init_lora_weights"] == init
 
 
-def test_the_card_carries_the_hubs_tag_of_the_base(tmp_path):
-    minilora.save_adapter(adapted(base_model_name_or_path="someone/some-bert"), tmp_path)
+@pytest.mark.parametrize("base", ["someone/some-bert", "x\nlicense: mit\n---\n\x1b[2J", "a: [b"])
+def test_the_card_carries_the_hubs_tag_of_the_base_and_nothing_else_of_it(base, tmp_path):
+    minilora.save_adapter(adapted(base_model_name_or_path=base), tmp_path)
     card = (tmp_path / "README.md").read_text()
-    assert "- base_model:adapter:someone/some-bert\n" in card
+    metadata = yaml.safe_load(card.split("---\n")[1])
+    assert metadata["base_model"] == base and metadata.keys() == {
+        "base_model",
+        "library_name",
+        "tags",
+    }
+    assert metadata["tags"] == [f"base_model:adapter:{base}", "lora", "minilora"]
+    assert "\x1b" not in card and len(card.split("---\n")[2].strip().splitlines()) == 1
 
 
 VARIOUS = [

@@ -102,7 +102,8 @@ def plan_resume(
             "one (--allow_inexact_resume goes on all the same)"
         )
     if stored is not None and stored.manifest is not None:
-        recorded, here = stored.manifest.environment, environment()
+        device = None if config is None else config.device
+        recorded, here = stored.manifest.environment, environment(device)
         warnings = [
             f"{name} was {recorded.get(name)} and is {here[name]}: the resume may not be bit-exact"
             for name in EXACTNESS

@@ -47,7 +47,16 @@ def minilora(
 
 
 def trainer(
-    model, train, steps, batch, accumulation, dtype, max_length, targets, grouped=False, device="cpu"
+    model,
+    train,
+    steps,
+    batch,
+    accumulation,
+    dtype,
+    max_length,
+    targets,
+    grouped=False,
+    device="cpu",
 ):
     """HF Trainer + PEFT, by default or grouping examples by length."""
     import torch

@@ -87,8 +87,7 @@ def mask_stream(model: nn.Module) -> Any:
 
 
 def _gpu_of(model: nn.Module) -> torch.device:
-    device = next(model.parameters()).device
-    return device if device.type == "cuda" else torch.device("cuda")
+    return next((p.device for p in model.parameters() if p.is_cuda), torch.device("cuda"))
 
 
 def draw_loader_seed() -> None:

@@ -2,6 +2,7 @@
 
 import copy
 import statistics
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -94,8 +95,8 @@ def test_an_overflow_of_float16_skips_the_step_and_the_schedule(
     start_scaling_at(2.0**24, monkeypatch)
     values = arguments(tiny_model, sentences, device="cuda", dtype="float16", max_steps=12)
     run_fine_tuning({**values, "output_dir": str(tmp_path / "run")}, {}, lambda: False)
-    skipped = [after < before for before, after in zip(scales, scales[1:], strict=False)]
-    moved = [after != before for before, after in zip(rates, rates[1:], strict=False)]
+    skipped = [after < before for before, after in pairwise(scales)]
+    moved = [after != before for before, after in pairwise(rates)]
     assert any(skipped) and not all(skipped)
     assert moved == [not skip for skip in skipped]
 

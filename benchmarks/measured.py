@@ -20,7 +20,9 @@ LEARNING_RATE = 1e-3
 R, ALPHA, DROPOUT = 8, 16, 0.1
 
 
-def minilora(model, train, steps, batch, accumulation, dtype, max_length, targets, **flags):
+def minilora(
+    model, train, steps, batch, accumulation, dtype, max_length, targets, device="cpu", **flags
+):
     """`python -m minilora.train`, called as a library."""
     from minilora.fine_tuning import run_fine_tuning
 
@@ -34,7 +36,7 @@ def minilora(model, train, steps, batch, accumulation, dtype, max_length, target
         arguments = {
             "model_name_or_path": model, "train_file": train, "max_length": max_length, "max_steps": steps,
             "per_device_train_batch_size": batch, "gradient_accumulation_steps": accumulation,
-            "learning_rate": LEARNING_RATE, "dtype": dtype, "device": "cpu", "save_strategy": "no",
+            "learning_rate": LEARNING_RATE, "dtype": dtype, "device": device, "save_strategy": "no",
             "output_dir": f"{directory}/out", **flags,
         }  # fmt: skip
         lora = {"r": R, "lora_alpha": ALPHA, "lora_dropout": DROPOUT, "target_modules": targets}
@@ -44,8 +46,20 @@ def minilora(model, train, steps, batch, accumulation, dtype, max_length, target
     return {"seconds_per_step": seconds / (len(asked_at) - 1 - WARM_UP)}
 
 
-def trainer(model, train, steps, batch, accumulation, dtype, max_length, targets, grouped=False):
+def trainer(
+    model,
+    train,
+    steps,
+    batch,
+    accumulation,
+    dtype,
+    max_length,
+    targets,
+    grouped=False,
+    device="cpu",
+):
     """HF Trainer + PEFT, by default or grouping examples by length."""
+    import torch
     from peft import LoraConfig, get_peft_model
     from transformers import (
         AutoModelForSequenceClassification,
@@ -61,6 +75,8 @@ def trainer(model, train, steps, batch, accumulation, dtype, max_length, targets
 
     class Clock(TrainerCallback):
         def on_step_end(self, *arguments, **keywords):
+            if device != "cpu" and len(ended_at) in (WARM_UP - 1, steps - 1):
+                torch.cuda.synchronize()  # at both ends of what is timed
             ended_at.append((time.perf_counter(), time.time()))
 
     set_seed(42)
@@ -72,7 +88,7 @@ def trainer(model, train, steps, batch, accumulation, dtype, max_length, targets
     with tempfile.TemporaryDirectory() as directory:
         arguments = TrainingArguments(
             directory, max_steps=steps, per_device_train_batch_size=batch, learning_rate=LEARNING_RATE,
-            gradient_accumulation_steps=accumulation, bf16=dtype == "bfloat16", use_cpu=True,
+            gradient_accumulation_steps=accumulation, bf16=dtype == "bfloat16", use_cpu=device == "cpu",
             save_strategy="no", report_to=[], disable_tqdm=True, logging_steps=steps,
             train_sampling_strategy="group_by_length" if grouped else "random",
         )  # fmt: skip

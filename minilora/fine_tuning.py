@@ -150,7 +150,7 @@ def train(plan: resume.ResumePlan, should_stop: Callable[[], bool]) -> TrainResu
     if plan.stored is None and plan.record is None:
         lora = starting_model.with_new_modules(lora, start)
     starting_model.check_new_modules(start.new_modules, lora, output_dir)
-    ran_on = {**environment(), "transformers": transformers.__version__}
+    ran_on = {**environment(config.device), "transformers": transformers.__version__}
     inputs = (splits.fingerprints, start.sha256, ran_on)
     record = RunRecord(config, lora, splits.labels, splits.has_pairs(), *inputs)
     resume.check_same_inputs(plan, record)

@@ -24,7 +24,7 @@ DTYPES = ("float32", "bfloat16", "float16")
 LORA_DEFAULTS: dict[str, Any] = {"lora_alpha": 16, "lora_dropout": 0.1}
 
 # What a resume may change, and why. Everything else would bend the run and is refused.
-free = partial(option, on_resume="no number of the training depends on it")
+free = partial(option, on_resume="no number depends on it; on a device, its last bits")
 checked = partial(option, on_resume="a path: what it names is recognised by its fingerprint")
 
 

@@ -80,10 +80,11 @@ class RunRecord:
         return RunRecord(arguments, config_from_dict(found.pop("lora"), place), **found)
 
 
-def environment() -> dict[str, Any]:
+def environment(device: str | None = None) -> dict[str, Any]:
     """What a run's bits depend on beside its arguments: resuming elsewhere is allowed,
-    bit-exactness not promised there.
+    bit-exactness not promised there. `device` is TrainConfig's.
     """
+    on_gpu = device != "cpu" and torch.cuda.is_available()
     return {
         "minilora": __version__,
         "python": platform.python_version(),
@@ -92,7 +93,7 @@ def environment() -> dict[str, Any]:
         "safetensors": safetensors.__version__,
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "num_threads": torch.get_num_threads(),
-        "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "cuda": torch.cuda.get_device_name() if on_gpu else None,
     }
 
 
@@ -157,7 +158,7 @@ def manifest_bytes(state: TrainState, record: RunRecord | None, files: dict[str,
         "schema_version": SCHEMA_VERSION,
         "state": values,
         "run": {} if record is None else record.to_json(),
-        "environment": environment(),
+        "environment": environment(None if record is None else record.arguments.device),
         "files": {
             name: {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
             for name, data in files.items()

@@ -102,12 +102,14 @@ def plan_resume(
             "one (--allow_inexact_resume goes on all the same)"
         )
     if stored is not None and stored.manifest is not None:
-        recorded, here = stored.manifest.environment, environment()
+        recorded, here = stored.manifest.environment, environment(config and config.device)
         warnings = [
             f"{name} was {recorded.get(name)} and is {here[name]}: the resume may not be bit-exact"
             for name in EXACTNESS
             if recorded.get(name) != here[name]
         ]
+    if config is not None and config.torch_compile:
+        warnings.append("torch_compile chooses kernels anew: the resume may not be bit-exact")
     return ResumePlan(output_dir, stored, record, config, lora, aside, refusals, warnings)
 
 

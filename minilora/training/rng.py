@@ -34,7 +34,7 @@ def rng_state(model: nn.Module) -> dict[str, Any]:
         "cpu": torch.get_rng_state(),
     }
     if torch.cuda.is_available():
-        state["cuda"] = torch.cuda.get_rng_state()
+        state["cuda"] = torch.cuda.get_rng_state(_gpu_of(model))
     stream = mask_stream(model)
     if stream is not None:
         state["mask_stream"] = stream.get_state()
@@ -53,8 +53,8 @@ def set_rng_state(state: dict[str, Any], model: nn.Module) -> None:
     random.setstate((version, tuple(keys), gauss_next))
     np.random.set_state(tuple(state["numpy"]))
     torch.set_rng_state(state["cpu"])
-    if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"])
+    if state.get("cuda") is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"], _gpu_of(model))
 
 
 def check_rng_state(state: Any, place: Path) -> None:
@@ -71,8 +71,11 @@ def check_rng_state(state: Any, place: Path) -> None:
         masks = state.get("mask_stream", torch.zeros(4, dtype=torch.int64))
         if masks.shape != (4,) or masks.dtype != torch.int64:
             raise ValueError("the state of a mask stream is four int64")
-        if state.get("cuda") is not None and not isinstance(state["cuda"], Tensor):
+        cuda = state.get("cuda")
+        if cuda is not None and not isinstance(cuda, Tensor):
             raise ValueError("CUDA's state is no tensor")
+        if cuda is not None and torch.cuda.is_available():
+            torch.Generator("cuda").set_state(cuda)
     except Exception as error:  # each generator complains in its own way
         raise MiniloraError(f"{place} holds no generators' states: {first_line(error)}") from None
 
@@ -81,6 +84,10 @@ def mask_stream(model: nn.Module) -> Any:
     """The stream that the model's dropout modules share, or None where dropout is torch's."""
     streams = (getattr(module, "mask_stream", None) for module in model.modules())
     return next((stream for stream in streams if stream is not None), None)
+
+
+def _gpu_of(model: nn.Module) -> torch.device:
+    return next((p.device for p in model.parameters() if p.is_cuda), torch.device("cuda"))
 
 
 def draw_loader_seed() -> None:

@@ -34,6 +34,7 @@ from minilora import (
 from minilora.fine_tuning import run_fine_tuning
 from minilora.training import resume as resume_room
 from minilora.training.checkpoint import read_checkpoint
+from minilora.training.record import RunRecord, environment
 from tests.conftest import read_rows
 
 EPOCHS, STEPS_PER_EPOCH = 2, 6  # 44 sentences in batches of 8
@@ -278,6 +279,18 @@ def test_without_any_one_part_the_resume_is_another_run(
     fine_tune(TrainConfig(resume_from_checkpoint=str(tmp_path / "run")))
     with pytest.raises(AssertionError):
         assert_same_run(tmp_path / "run", tmp_path / "whole")
+
+
+def test_a_resume_of_a_compiled_run_says_that_it_may_not_be_exact(tmp_path):
+    """What is compiled depends on the shapes that came first."""
+    found = {}
+    for compiled in (True, False):
+        config = TrainConfig(torch_compile=compiled)
+        record = RunRecord(config, LoraConfig(), None, False, {}, "toy", environment())
+        path = save_checkpoint(tmp_path / str(compiled), own_loop(), record)
+        found[compiled] = resume_room.plan_resume(path).warnings
+    (warning,) = found[True]
+    assert "torch_compile chooses kernels anew" in warning and found[False] == []
 
 
 def test_the_run_depends_on_its_seed(tmp_path, tiny_model, sentences, uninterrupted):

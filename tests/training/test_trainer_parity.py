@@ -67,10 +67,9 @@ def trainer(model_dir, sentences, output_dir, settings, lora=LORA, stop_after=No
         output_dir=str(output_dir),
         per_device_train_batch_size=settings.pop("per_device_train_batch_size", BATCH),
         per_device_eval_batch_size=32,
-        use_cpu=True,
         report_to=[],
         disable_tqdm=True,
-        **{"save_strategy": "no", **settings},
+        **{"use_cpu": True, "save_strategy": "no", **settings},
     )
     set_seed(arguments.seed)
     model = AutoModelForSequenceClassification.from_pretrained(model_dir, num_labels=2)

@@ -10,6 +10,7 @@ signature: whoever edits the file can compute it, too. So its contents are check
 
 import dataclasses
 import hashlib
+import importlib.metadata
 import json
 import platform
 import re
@@ -18,8 +19,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy
-import safetensors
 import torch
 
 from minilora import __version__
@@ -36,8 +35,10 @@ CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 SCHEMA_VERSION = 1
 
 FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")  # no path, no link out of the directory
-SHA256 = re.compile(r"[0-9a-f]{64}")
 PARTS = (WEIGHTS_NAME, CONFIG_NAME, OPTIMIZER_NAME, SCHEDULER_NAME, RNG_NAME, STATE_NAME)
+
+# Of a `TrainState`, all but the log, which trainer_state.json holds.
+STATE = {n: hint for n, hint in typing.get_type_hints(TrainState).items() if n != "log_history"}
 
 PATHS = ("train_file", "validation_file", "test_file", "model_name_or_path")
 
@@ -84,12 +85,12 @@ def environment() -> dict[str, Any]:
     """What a run's bits depend on beside its arguments: resuming elsewhere is allowed,
     bit-exactness not promised there.
     """
+    others = ("numpy", "safetensors", "transformers")
     return {
         "minilora": __version__,
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "numpy": numpy.__version__,
-        "safetensors": safetensors.__version__,
+        **{name: importlib.metadata.version(name) for name in others},
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "num_threads": torch.get_num_threads(),
         "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
@@ -100,10 +101,10 @@ def environment() -> dict[str, Any]:
 class Manifest:
     """What `minilora.json` says."""
 
-    state: dict[str, Any]  # `TrainState` but its log_history, which trainer_state.json holds
+    state: dict[str, Any]  # with the keys of `STATE`
     record: RunRecord | None  # None where a user's own loop wrote the checkpoint without one
     environment: dict[str, Any]  # what bit-exactness is promised for
-    files: dict[str, dict[str, Any]]  # name to size and sha256 of every other file
+    files: dict[str, Any]  # name to size and sha256 of every other file
 
     @staticmethod
     def read(checkpoint: Path) -> "Manifest":
@@ -121,68 +122,53 @@ class Manifest:
                 f"reads {SCHEMA_VERSION}: use the version that wrote it"
             )
         try:
-            unchanged = recorded == _checksum(document)
-        except RecursionError:
-            raise MiniloraError(f"{path} is damaged: it is nested too deeply") from None
-        if not unchanged:
+            found = _checksum(document)
+        except RecursionError:  # json reads deeper nesting than it writes
+            found = "none"
+        if recorded != found:
             raise MiniloraError(f"{path} was changed after it was written (its checksum differs)")
         check_like(dict.fromkeys(("state", "run", "environment", "files"), dict), document, path)
         state, files = document["state"], document["files"]
         # The first version's mark that an evaluation is still to come; the position says so.
         state.pop("epoch_ends", None)
-        _check_contents(state, files, path)
+        check_like(STATE, state, path, "state")
+        wrong = sorted(state.keys() - STATE.keys())
+        wrong += [name for name, value in state.items() if type(value) is int and value < 0]
+        wrong += [f"no entry for {name}" for name in PARTS if name not in files]
+        wrong += [f"an entry for {name!r}" for name in files if not FILE_NAME.fullmatch(name)]
+        if wrong:
+            raise MiniloraError(f"{path} was not written by minilora: it has {wrong[0]}")
         step_name = f"checkpoint-{state['global_step']}"
         if CHECKPOINT.fullmatch(checkpoint.name) and checkpoint.name != step_name:
-            raise MiniloraError(
-                f"{checkpoint} holds step {state['global_step']}: it was renamed; call it "
-                f"{step_name} again"
-            )
+            held = f"holds step {state['global_step']}: it was renamed"
+            raise MiniloraError(f"{checkpoint} {held}; call it {step_name} again")
         record = RunRecord.from_json(document["run"], str(path)) if document["run"] else None
         return Manifest(state, record, document["environment"], files)
 
-    def check(self, data: bytes, path: Path) -> None:
-        """Refuse the contents of a file that are not what was written."""
-        expected = self.files[path.name]
-        if hashlib.sha256(data).hexdigest() != expected["sha256"]:
-            raise MiniloraError(
-                f"{path} is not what was written (its SHA-256 differs; {len(data)} bytes, written "
-                f"were {expected['size']}): resume from another checkpoint"
-            )
+    def check(self, contents: dict[str, bytes], checkpoint: Path) -> None:
+        """Refuse files that do not hold what was written."""
+        for name, data in contents.items():
+            found, written = _described(data), self.files[name]
+            if found != written:
+                now = f"{checkpoint / name} is {found}, written was {written}"
+                raise MiniloraError(f"{now}: resume from another checkpoint")
 
 
 def manifest_bytes(state: TrainState, record: RunRecord | None, files: dict[str, bytes]) -> bytes:
     """The contents of `minilora.json` for a checkpoint of these files."""
-    values = {name: getattr(state, name) for name in _state_hints()}
     document = {
         "schema_version": SCHEMA_VERSION,
-        "state": values,
+        "state": {name: getattr(state, name) for name in STATE},
         "run": {} if record is None else record.to_json(),
         "environment": environment(),
-        "files": {
-            name: {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-            for name, data in files.items()
-        },
+        "files": {name: _described(data) for name, data in files.items()},
     }
     signed = {**document, "sha256": _checksum(document)}
     return (json.dumps(signed, indent=2, sort_keys=True) + "\n").encode()
 
 
-def _state_hints() -> dict[str, Any]:
-    hints = typing.get_type_hints(TrainState)
-    return {name: hint for name, hint in hints.items() if name != "log_history"}
-
-
-def _check_contents(state: dict[str, Any], files: dict[str, Any], path: Path) -> None:
-    check_like(_state_hints(), state, path, "state")
-    wrong = sorted(state.keys() - _state_hints().keys())
-    wrong += [name for name, value in state.items() if type(value) is int and value < 0]
-    wrong += [f"no entry for {name}" for name in PARTS if name not in files]
-    for name, entry in files.items():
-        check_like({"size": int, "sha256": str}, entry, path, name)
-        if not FILE_NAME.fullmatch(name) or not SHA256.fullmatch(entry["sha256"]):
-            wrong.append(f"an entry for {name!r}")
-    if wrong:
-        raise MiniloraError(f"{path} was not written by minilora: it has {wrong[0]}")
+def _described(data: bytes) -> dict[str, Any]:
+    return {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
 
 
 def _checksum(document: dict[str, Any]) -> str:

@@ -46,5 +46,6 @@ def fit_in_directory(
             log(training, callbacks, evaluate())
         fit(training, config, callbacks)
     metrics_file.write_all()
-    saver.raise_failure()
+    if saver.failure is not None:  # the run ends without its last checkpoint
+        raise saver.failure
     return {**bar.speed(), "train_loss": mean_loss(state)}

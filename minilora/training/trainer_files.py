@@ -40,7 +40,7 @@ MAX_STATE_BYTES = 100_000_000
 UNUSED_STEPS = 500
 
 PROGRESS = {"global_step": int, "epoch": float, "max_steps": int, "log_history": list[dict]}
-OPTIONAL_PROGRESS = {"best_metric": float | None, "best_global_step": int | None}
+BEST = {"best_metric": float | None, "best_global_step": int | None}
 
 
 def progress_bytes(training: Training, train_batch_size: int, output_dir: Path) -> bytes:
@@ -83,8 +83,7 @@ def progress_bytes(training: Training, train_batch_size: int, output_dir: Path) 
 
 def check_progress(values: dict[str, Any], place: Path) -> None:
     """Refuse contents of trainer_state.json whose parts we use are missing or of other types."""
-    optional = {name: OPTIONAL_PROGRESS[name] for name in OPTIONAL_PROGRESS.keys() & values.keys()}
-    check_like({**PROGRESS, **optional}, values, place)
+    check_like(PROGRESS | BEST, dict.fromkeys(BEST) | values, place)
     counts = ("global_step", "max_steps", "best_global_step")
     if any((values.get(name) or 0) < 0 for name in counts):
         raise MiniloraError(f"{place} is damaged: one of {', '.join(counts)} is negative")

@@ -1,9 +1,7 @@
 """One fine-tuning run, from arguments to adapter.
 
-`train` reads in time order: data, model, adapter, optimizer, fit, save. From there it is one hop to
-`run.fit_in_directory`, a second to `loop.fit` and a third to `loop.training_step`, where
-`optimizer.step()` is. Not here: flags and exit codes (train, command), how the model is found and
-how it runs (starting_model).
+`train` reads in time order: data, model, adapter, optimizer, fit, save. Not here: flags and exit
+codes (train, command), how the model is found and how it runs (starting_model).
 """
 
 import dataclasses
@@ -174,9 +172,7 @@ def train(plan: ResumePlan, should_stop: Callable[[], bool]) -> TrainResult:
 
 def read_data(config: TrainConfig) -> Splits:
     """Read every file of the run."""
-    files: dict[str, str | None] = {
-        name: getattr(config, f"{name}_file") for name in ("train", "validation", "test")
-    }
+    files = {name: getattr(config, f"{name}_file") for name in ("train", "validation", "test")}
     columns = Columns(config.text_column, config.text_pair_column, config.label_column)
     splits = read_splits(config.task, files, columns, config.validation_split, config.seed)
     asked = config.best_metric() or config.eval_strategy not in (None, "no")

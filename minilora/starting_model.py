@@ -1,7 +1,6 @@
 """The model a run starts from, and how it runs: where the method, the model and the loop meet.
 
-A base, or an adapter that is to be continued, or merged into its base first. Training begins here,
-and so does what opens a trained model again.
+Training begins here, and so does what opens a trained model again.
 """
 
 import dataclasses

@@ -6,6 +6,7 @@ verified is what is used. Not here: PEFT's keys (lora/peft_files), what each sta
 (optim, rng), where a resume begins (resume).
 """
 
+import contextlib
 import io
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,15 +24,13 @@ from minilora.training.loop import Training, TrainState
 from minilora.training.record import CHECKPOINT, MANIFEST_NAME, Manifest, RunRecord, manifest_bytes
 from minilora.training.rng import check_rng_state, mask_stream, rng_state, set_rng_state
 from minilora.training.trainer_files import (
-    MAX_STATE_BYTES,
     OPTIMIZER_NAME,
+    REQUIRED,
     RNG_NAME,
     SCALER_NAME,
     SCHEDULER_NAME,
     STATE_NAME,
 )
-
-REQUIRED = (OPTIMIZER_NAME, SCHEDULER_NAME, RNG_NAME)  # or the resumed run is another one
 
 
 @dataclass(frozen=True)
@@ -112,7 +111,7 @@ def read_checkpoint(path: str | Path) -> Stored:
     }
     if RNG_NAME in parts:
         check_rng_state(parts[RNG_NAME], path / RNG_NAME)
-    progress = parse_json(contents[STATE_NAME], path / STATE_NAME, MAX_STATE_BYTES)
+    progress = parse_json(contents[STATE_NAME], path / STATE_NAME, trainer_files.MAX_STATE_BYTES)
     trainer_files.check_progress(progress, path / STATE_NAME)
     return Stored(path, manifest, adapter, progress, parts)
 
@@ -139,11 +138,9 @@ def restore(stored: Stored, training: Training) -> TrainState:
 def latest_checkpoint(output_dir: str | Path) -> Path | None:
     """The checkpoint of ours with the highest step that verifies, or None. Changes nothing."""
     for path in sorted_checkpoints(output_dir):
-        try:
+        with contextlib.suppress(MiniloraError):
             if read_checkpoint(path).manifest is not None:
                 return path
-        except MiniloraError:
-            continue
     return None
 
 
@@ -151,13 +148,9 @@ def sorted_checkpoints(output_dir: str | Path) -> list[Path]:
     """Directories (and links to some) named exactly checkpoint-<step>, the highest step first,
     whatever is in them: those that HF Trainer sees.
     """
-    found = []
-    if Path(output_dir).is_dir():
-        for entry in Path(output_dir).iterdir():
-            match = CHECKPOINT.fullmatch(entry.name)
-            if match and entry.is_dir():
-                found.append((int(match.group(1)), entry))
-    return [path for _, path in sorted(found, reverse=True)]
+    entries = Path(output_dir).iterdir() if Path(output_dir).is_dir() else []
+    found = [entry for entry in entries if CHECKPOINT.fullmatch(entry.name) and entry.is_dir()]
+    return sorted(found, key=lambda path: int(path.name.partition("-")[2]), reverse=True)
 
 
 def is_trainer_checkpoint(path: Path) -> bool:

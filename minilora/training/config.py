@@ -1,4 +1,4 @@
-"""`TrainConfig`: everything a run is told, under the names and defaults of HF `TrainingArguments`."""
+"""`TrainConfig`: everything a run is told, under the names of HF `TrainingArguments`."""
 
 import dataclasses
 import re
@@ -14,6 +14,7 @@ from minilora.options import check, differences, option
 TASKS = tuple(sorted(f.stem for f in Path(__file__).parents[1].glob("bert/tasks/[!_]*.py")))
 SCHEDULES = ("linear", "cosine", "constant", "constant_with_warmup")
 STRATEGIES = ("no", "steps", "epoch")
+TIMINGS = ("runtime", "per_second")  # how the names of timings end
 DTYPES = ("float32", "bfloat16", "float16")
 
 # Where a run differs from PEFT's defaults, chosen by measurement (`benchmarks/README.md`).
@@ -69,8 +70,7 @@ class TrainConfig:
     adam_beta2: float = option(0.999, "AdamW's decay of the second moment", least=0, below=1)
     adam_epsilon: float = option(1e-8, "AdamW's epsilon")
     max_grad_norm: float = option(1.0, "gradients are clipped to this norm; 0: never", least=0)
-    label_smoothing_factor: float = option(
-        0.0, "share of the target spread over all classes", least=0, below=1)
+    label_smoothing_factor: float = option(0.0, "share spread over all classes", least=0, below=1)
     seed: int = option(42, "of every random draw", least=0, below=2**32)  # numpy's bound
     data_seed: int | None = option(None, "of the order of examples; by default seed", least=0)
     hf_parity: bool = option(
@@ -150,7 +150,7 @@ def _relations(c: TrainConfig) -> list[tuple[Any, str]]:
     checks = [
         (c.device is not None and not re.fullmatch("cpu|cuda(:[0-9]{1,3})?", c.device),
          f"device is {c.device!r}; it must be cpu, cuda, cuda:1, ..."),
-        ((c.best_metric() or "").endswith(("runtime", "per_second")),
+        ((c.best_metric() or "").endswith(TIMINGS),
          f"metric_for_best_model is {c.metric_for_best_model!r}; it must not be a timing"),
         (c.num_train_epochs <= 0 and c.max_steps <= 0,
          f"num_train_epochs is {c.num_train_epochs}; it must be above 0 unless max_steps is"),

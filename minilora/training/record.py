@@ -1,11 +1,7 @@
 """What is written down of a run, so that it can be rebuilt, proved, and told from another.
 
-    run.json         a `RunRecord`: the arguments, and the fingerprints of data and model
-    minilora.json    a `Manifest`, written last into each checkpoint: the record, where the run
-                     stood, and size and SHA-256 of every other file, and a checksum of itself
-
-So a flipped bit, a truncated or a swapped file is an error that names the file. A checksum is no
-signature: whoever edits the file can compute it, too. So its contents are checked like any other's.
+run.json is a `RunRecord`, minilora.json a `Manifest`, which has a checksum of itself, too. That is
+no signature: whoever edits it can compute it. So its contents are checked like any other's.
 """
 
 import dataclasses
@@ -28,14 +24,14 @@ from minilora.lora.peft_files import CONFIG_NAME, WEIGHTS_NAME
 from minilora.reading import check_like, read_json
 from minilora.training.config import TrainConfig, train_config_from_dict
 from minilora.training.loop import TrainState
-from minilora.training.trainer_files import OPTIMIZER_NAME, RNG_NAME, SCHEDULER_NAME, STATE_NAME
+from minilora.training.trainer_files import REQUIRED, STATE_NAME
 
 MANIFEST_NAME = "minilora.json"
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 SCHEMA_VERSION = 1
 
 FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")  # no path, no link out of the directory
-PARTS = (WEIGHTS_NAME, CONFIG_NAME, OPTIMIZER_NAME, SCHEDULER_NAME, RNG_NAME, STATE_NAME)
+PARTS = (WEIGHTS_NAME, CONFIG_NAME, *REQUIRED, STATE_NAME)
 
 # Of a `TrainState`, all but the log, which trainer_state.json holds.
 STATE = {n: hint for n, hint in typing.get_type_hints(TrainState).items() if n != "log_history"}

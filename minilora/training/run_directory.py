@@ -1,9 +1,5 @@
 """A run's directory: `run.json`, `metrics.jsonl`, and checkpoints written in their turn.
 
-    run.json         the `RunRecord`; written before the first step, and with the result at the end
-    metrics.jsonl    one JSON object for each log or evaluation
-    checkpoint-<step>/
-
 What is done about a disk that refuses stands here, too: a row or a checkpoint that cannot be
 written is no reason to lose a run that can go on.
 """
@@ -39,13 +35,13 @@ def new_output_dir(path: Path) -> None:
     """Create the directory of a new run; what a killed start left in it counts as nothing."""
     if path.exists() and not path.is_dir():
         raise MiniloraError(f"output_dir {str(path)!r} is a file: give a new or empty directory")
-    if path.is_dir():
-        held = sorted(entry.name for entry in path.iterdir() if not files.is_leftover(entry.name))
-        if held:
-            raise MiniloraError(
-                f"output_dir {str(path)!r} is not empty (it holds {held[0]}): give a new one, or "
-                f"continue its run with --resume_from_checkpoint {path}"
-            )
+    entries = path.iterdir() if path.is_dir() else []
+    held = sorted(entry.name for entry in entries if not files.is_leftover(entry.name))
+    if held:
+        raise MiniloraError(
+            f"output_dir {str(path)!r} is not empty (it holds {held[0]}): give a new one, or "
+            f"continue its run with --resume_from_checkpoint {path}"
+        )
     files.make_directory(path)
 
 
@@ -61,6 +57,7 @@ def holding(output_dir: Path, is_new: bool) -> Iterator[None]:
 
 
 def write_run(output_dir: Path, record: RunRecord) -> None:
+    """Before the first step, and with the result at the end."""
     text = files.json_text(record.to_json(), indent=2)
     files.write_file(output_dir / RUN_NAME, f"{text}\n".encode())
 

@@ -24,6 +24,7 @@ SCHEDULER_NAME = "scheduler.pt"
 SCALER_NAME = "scaler.pt"
 RNG_NAME = "rng_state.pth"
 TRAINING_ARGS_NAME = "training_args.bin"
+REQUIRED = (OPTIMIZER_NAME, SCHEDULER_NAME, RNG_NAME)  # or the resumed run is another one
 
 # What numpy's generator state is pickled with, and all that loading it may call.
 NUMPY_GLOBALS = (
@@ -138,11 +139,9 @@ def recorded_arguments(
 
 
 def _adamw_arguments(optimizer: Any, place: Path) -> dict[str, Any]:
-    check_like({"param_groups": [dict, dict]}, optimizer, place)
-    group = optimizer["param_groups"][0]
-    group = {"initial_lr": group.get("lr"), **group}
     numbers = {"initial_lr": float, "weight_decay": float, "betas": (0.0, 0.0), "eps": float}
-    check_like(numbers, group, place, "param_groups")
+    check_like({"param_groups": [numbers, dict]}, optimizer, place)
+    group = optimizer["param_groups"][0]
     values = (group["initial_lr"], group["weight_decay"], *group["betas"], group["eps"])
     names = ("learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon")
     return dict(zip(names, values, strict=True))

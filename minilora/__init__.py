@@ -4,12 +4,14 @@ write.
 Names resolve on first use, so that a command can parse its arguments without importing torch.
 """
 
+import ast
 import importlib
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
 
-if TYPE_CHECKING:  # for editors and type checkers, what `_ROOMS` says
+if TYPE_CHECKING:  # the public names, for editors, type checkers, and `_ROOM_OF`
     from minilora.errors import MiniloraError
     from minilora.fine_tuning import TrainResult, fine_tune
     from minilora.lora.adapters import add_adapter, delete_adapter, disable_adapter, set_adapter
@@ -30,27 +32,13 @@ if TYPE_CHECKING:  # for editors and type checkers, what `_ROOMS` says
     from minilora.training.loop import Timetable, Training, TrainState
     from minilora.training.record import RunRecord
 
-_ROOMS = {
-    "errors": "MiniloraError",
-    "fine_tuning": "TrainResult fine_tune",
-    "lora.adapters": "add_adapter delete_adapter disable_adapter set_adapter trainable_parameters",
-    "lora.combine": "add_weighted_adapter combine_adapters",
-    "lora.config": "LoraConfig",
-    "lora.merge": "merge_adapter merge_and_unload unload unmerge_adapter",
-    "lora.mixed_batch": "adapter_names",
-    "lora.peft_files": "adapter_state_dict load_adapter save_adapter",
-    "trained.compare": "compare_directories",
-    "trained.directory": "inspect_directory",
-    "trained.merge": "write_merged_model",
-    "trained.opened": "TrainedRun open_run",
-    "trained.predict": "predict_texts",
-    "trained.score": "Scores evaluate_file",
-    "training.checkpoint": "latest_checkpoint load_checkpoint save_checkpoint",
-    "training.config": "TrainConfig",
-    "training.loop": "Timetable TrainState Training",
-    "training.record": "RunRecord",
+# The imports above, read instead of run: each public name and the room that has it.
+_ROOM_OF = {
+    alias.name: node.module
+    for node in ast.walk(ast.parse(Path(__file__).read_text()))
+    if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("minilora.")
+    for alias in node.names
 }
-_ROOM_OF = {name: room for room, names in _ROOMS.items() for name in names.split()}
 
 __all__ = sorted(_ROOM_OF)  # pyright: ignore[reportUnsupportedDunderAll]
 
@@ -58,4 +46,4 @@ __all__ = sorted(_ROOM_OF)  # pyright: ignore[reportUnsupportedDunderAll]
 def __getattr__(name: str):
     if name not in _ROOM_OF:
         raise AttributeError(f"module 'minilora' has no attribute {name!r}")
-    return getattr(importlib.import_module(f"minilora.{_ROOM_OF[name]}"), name)
+    return getattr(importlib.import_module(_ROOM_OF[name]), name)

@@ -1,7 +1,5 @@
 """What every command does around its work: errors as one line, signals as a request to stop, and
 standard streams that no file can speak through.
-
-Imports nothing but the standard library, so that `--help` answers at once.
 """
 
 import argparse

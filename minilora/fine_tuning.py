@@ -1,9 +1,7 @@
 """One fine-tuning run, from arguments to adapter.
 
-`train` reads in time order: data, model, adapter, optimizer, fit, save. From there it is one hop to
-`run.fit_in_directory`, a second to `loop.fit` and a third to `loop.training_step`, where
-`optimizer.step()` is. Not here: flags and exit codes (train, command), how the model is found and
-how it runs (starting_model).
+`train` reads in time order: data, model, adapter, optimizer, fit, save. Not here: flags and exit
+codes (train, command), how the model is found and how it runs (starting_model).
 """
 
 import dataclasses
@@ -16,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 
 from minilora import starting_model
 from minilora.bert import load
@@ -26,23 +23,24 @@ from minilora.bert.rows import Columns
 from minilora.bert.splits import Splits, read_splits
 from minilora.bert.tasks import Task, build_task
 from minilora.errors import MiniloraError
-from minilora.files import exclusive, scratch_directory, sweep_leftovers, write_file
+from minilora.files import scratch_directory, write_file
 from minilora.lora.config import LoraConfig
 from minilora.lora.peft_files import CARD_NAME, assign_adapter, save_adapter
 from minilora.model_card import model_card
 from minilora.options import changed
 from minilora.starting_model import StartingModel
 from minilora.training import resume
-from minilora.training.checkpoint import Stored, read_checkpoint
+from minilora.training.checkpoint import read_checkpoint
 from minilora.training.config import TrainConfig
 from minilora.training.evaluation import Batch, evaluate_model
-from minilora.training.loop import Training, TrainState, is_finished, plan_timetable
+from minilora.training.loop import Training, is_finished, plan_timetable
 from minilora.training.optim import build_optimizer, build_scheduler
 from minilora.training.progress import say
 from minilora.training.record import RunRecord, environment
+from minilora.training.resume import ResumePlan
 from minilora.training.rng import draw_loader_seed, seed_all
 from minilora.training.run import fit_in_directory
-from minilora.training.run_directory import advice_on_disk_errors, new_output_dir, write_run
+from minilora.training.run_directory import holding, write_run
 
 
 @dataclass(frozen=True)
@@ -112,31 +110,28 @@ def run_fine_tuning(
     its recorded value. `should_stop` is asked before each step; if true, the run saves and ends.
     """
     path = train_arguments.get("resume_from_checkpoint")
-    if path is not None:
-        with advice_on_disk_errors(Path(path)):
-            own, output_dir = resume.directories(Path(path), train_arguments.get("output_dir"))
-            if output_dir != own:
-                new_output_dir(output_dir)
-            with exclusive(output_dir):
-                sweep_leftovers(output_dir)
-                plan = resume.plan_resume(Path(path), train_arguments, lora_arguments)
-                if plan.refusals:
-                    raise MiniloraError("; ".join(plan.refusals))
-                return train(plan, should_stop)
+    if path is None:
+        plan = new_run(train_arguments, lora_arguments)
+        with holding(plan.output_dir, is_new=True):
+            return train(plan, should_stop)
+    own, output_dir = resume.directories(Path(path), train_arguments.get("output_dir"))
+    with holding(output_dir, is_new=output_dir != own):
+        plan = resume.plan_resume(Path(path), train_arguments, lora_arguments)
+        if plan.refusals:
+            raise MiniloraError("; ".join(plan.refusals))
+        return train(plan, should_stop)
+
+
+def new_run(train_arguments: dict[str, Any], lora_arguments: dict[str, Any]) -> ResumePlan:
+    """A run that begins; without an `output_dir` it is named by the time."""
     config = TrainConfig(**train_arguments)
     lora = starting_model.new_lora_config(config, lora_arguments)
     # With milliseconds, so that the bare command can be repeated, even by a script.
     dated = datetime.datetime.now().strftime("%Y%m%d-%H%M%S-%f")[:-3]
-    output_dir = Path(config.output_dir or Path("runs") / dated)
-    with advice_on_disk_errors(output_dir):
-        new_output_dir(output_dir)
-        with exclusive(output_dir):
-            sweep_leftovers(output_dir)
-            plan = resume.ResumePlan.fresh(output_dir, config, lora)
-            return train(plan, should_stop)
+    return ResumePlan(Path(config.output_dir or Path("runs") / dated), config, lora)
 
 
-def train(plan: resume.ResumePlan, should_stop: Callable[[], bool]) -> TrainResult:
+def train(plan: ResumePlan, should_stop: Callable[[], bool]) -> TrainResult:
     """The run itself, holding its directory's lock."""
     assert plan.config is not None and plan.lora is not None
     lora, output_dir = plan.lora, plan.output_dir
@@ -150,8 +145,7 @@ def train(plan: resume.ResumePlan, should_stop: Callable[[], bool]) -> TrainResu
     if plan.stored is None and plan.record is None:
         lora = starting_model.with_new_modules(lora, start)
     starting_model.check_new_modules(start.new_modules, lora, output_dir)
-    ran_on = {**environment(config.device), "transformers": transformers.__version__}
-    inputs = (splits.fingerprints, start.sha256, ran_on)
+    inputs = (splits.fingerprints, start.sha256, environment(config.device))
     record = RunRecord(config, lora, splits.labels, splits.has_pairs(), *inputs)
     resume.check_same_inputs(plan, record)
     examples = tokenize_all(config, splits, task, start)
@@ -169,10 +163,8 @@ def train(plan: resume.ResumePlan, should_stop: Callable[[], bool]) -> TrainResu
 
     state = training.state
     if is_finished(state, training.timetable):
-        best = best_checkpoint(output_dir, state, config)
-        if best is not None:
-            assign_adapter(start.model, best.adapter)
-        metrics |= reported_evaluation(state, best)
+        evaluation = final_evaluation(training, output_dir, config)
+        metrics |= {name: evaluation[name] for name in evaluation if name.startswith("eval_")}
         metrics |= pieces.evaluate("test", "test") if "test" in examples else {}
         write_final_files(start, output_dir, dataclasses.replace(record, result=metrics))
     return TrainResult(state.global_step, metrics, str(output_dir), state.log_history)
@@ -180,9 +172,7 @@ def train(plan: resume.ResumePlan, should_stop: Callable[[], bool]) -> TrainResu
 
 def read_data(config: TrainConfig) -> Splits:
     """Read every file of the run."""
-    files: dict[str, str | None] = {
-        name: getattr(config, f"{name}_file") for name in ("train", "validation", "test")
-    }
+    files = {name: getattr(config, f"{name}_file") for name in ("train", "validation", "test")}
     columns = Columns(config.text_column, config.text_pair_column, config.label_column)
     splits = read_splits(config.task, files, columns, config.validation_split, config.seed)
     asked = config.best_metric() or config.eval_strategy not in (None, "no")
@@ -219,36 +209,32 @@ def build_training(pieces: Pieces) -> Training:
     return Training(model, optimizer, scheduler, forward, task, scaler, timetable)
 
 
-def best_checkpoint(output_dir: Path, state: TrainState, config: TrainConfig) -> Stored | None:
-    """With `load_best_model_at_end`, the checkpoint of the best evaluation: of those that are there
-    and verify, for one may have been deleted, or never written to a full disk.
+def final_evaluation(training: Training, output_dir: Path, config: TrainConfig) -> dict[str, Any]:
+    """The row of the log that the final adapter was evaluated with: the last one.
+
+    With `load_best_model_at_end` it is the best, and the model is put back to it: of the
+    checkpoints that are there and verify, for one may have been deleted, or never written to a full
+    disk.
     """
-    if not config.load_best_model_at_end:
-        return None
+    rows = [row for row in training.state.log_history if "eval_loss" in row]
     metric, sign = config.best_metric() or "", -1 if config.best_is_greatest() else 1
-    rows = [row for row in state.log_history if math.isfinite(row.get(metric, math.nan))]
-    for row in sorted(rows, key=lambda row: sign * row[metric]):
+    ranked = [row for row in rows if math.isfinite(row.get(metric, math.nan))]
+    ranked.sort(key=lambda row: sign * row[metric])
+    for row in ranked if config.load_best_model_at_end else []:
         try:
-            return read_checkpoint(output_dir / f"checkpoint-{row['step']}")
+            best = read_checkpoint(output_dir / f"checkpoint-{row['step']}")
         except MiniloraError as error:
             say(f"warning: the best is passed over for the next: {error}")
-    return None
-
-
-def reported_evaluation(state: TrainState, best: Stored | None) -> dict[str, float]:
-    """The evaluation of the final adapter: that of the best one if it is loaded, else the last."""
-    evaluations = [row for row in state.log_history if "eval_loss" in row]
-    if best is not None:
-        step = best.progress["global_step"]
-        evaluations = [row for row in evaluations if row["step"] == step]
-    last = evaluations[-1] if evaluations else {}
-    return {name: value for name, value in last.items() if name.startswith("eval_")}
+            continue
+        assign_adapter(training.model, best.adapter)
+        return row
+    return rows[-1] if rows else {}
 
 
 def write_final_files(start: StartingModel, output_dir: Path, record: RunRecord) -> None:
     """The adapter, its model card (one that is there is kept), the tokenizer, and the result."""
     if not (output_dir / CARD_NAME).exists():
-        is_merged = start.adapter is not None and record.arguments.on_adapter == "merge"
+        is_merged = record.arguments.on_adapter == "merge"
         merged = start.adapter.location if start.adapter is not None and is_merged else None
         card = model_card(output_dir.resolve().name, start.base.location, merged, record)
         write_file(output_dir / CARD_NAME, card.encode(errors="replace"))

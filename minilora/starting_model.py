@@ -1,7 +1,6 @@
 """The model a run starts from, and how it runs: where the method, the model and the loop meet.
 
-A base, or an adapter that is to be continued, or merged into its base first. Training begins here,
-and so does what opens a trained model again.
+Training begins here, and so does what opens a trained model again.
 """
 
 import dataclasses
@@ -18,28 +17,19 @@ from minilora.bert.forward import Packed, Padded, can_pack
 from minilora.bert.load import Located
 from minilora.bert.tasks import Task, task_class
 from minilora.errors import MiniloraError
+from minilora.lora import peft_files
 from minilora.lora.adapters import add_adapter, set_fused
 from minilora.lora.config import BOOKKEEPING, LoraConfig, differing_fields
 from minilora.lora.heads import train_heads_in_float32
 from minilora.lora.merge import merge_and_unload
-from minilora.lora.peft_files import (
-    assign_adapter,
-    find_adapter,
-    load_adapter,
-    read_adapter,
-    read_config,
-)
 from minilora.lora.targets import is_saved, resolve_config, saved_modules
-from minilora.training.config import EVAL_STEPS, LORA_DEFAULTS, TrainConfig
+from minilora.training.config import LORA_DEFAULTS, TrainConfig
 from minilora.training.progress import say
 
 # Rows are filled up to a multiple of this: oneDNN prepares its bfloat16 products for each new shape
 # and keeps what it prepared. Without it, 60 different lengths took the process from 0.7 to 1.5 GB
 # (`benchmarks/README.md`).
 BFLOAT16_MULTIPLE = 32
-
-# With the default of TrainingArguments, a short run would have no loss curve.
-PARITY_LOGGING_STEPS, LOGGING_STEPS = 500, 10
 
 
 @dataclass(frozen=True)
@@ -67,47 +57,45 @@ def resolve_modes(config: TrainConfig, device: torch.device) -> TrainConfig:
     if config.dtype == "float16" and device.type == "cpu":
         raise MiniloraError("dtype float16 needs a GPU: on a CPU use bfloat16 or float32")
     plain = config.hf_parity or config.torch_compile
-    logging_steps = PARITY_LOGGING_STEPS if config.hf_parity else LOGGING_STEPS
+    # With 500, the default of TrainingArguments, a short run would have no loss curve.
+    logging_steps = 500 if config.hf_parity else 10
     return dataclasses.replace(
         config,
         batching=config.batching or ("padded" if plain else "packed"),
         dropout=config.dropout or ("torch" if plain or device.type != "cpu" else "fast"),
         logging_steps=config.logging_steps or logging_steps,
-        eval_steps=config.eval_steps or EVAL_STEPS,
     )
 
 
 def new_lora_config(config: TrainConfig, lora_arguments: dict[str, Any]) -> LoraConfig:
     """The adapter to train: as asked, or, when an adapter is continued, as its file says."""
     name = config.model_name_or_path
-    found = load.locate(name, config.model_revision) if name is not None else None
-    if found is None or config.on_adapter == "merge" or not found.is_adapter:
-        task_type = task_class(config.task).peft_task_type
-        return LoraConfig(**{**LORA_DEFAULTS, **lora_arguments, "task_type": task_type})
-    stored = dataclasses.asdict(read_config(find_adapter(found.location)))
-    asked = {key: value for key, value in lora_arguments.items() if key not in BOOKKEEPING}
-    return LoraConfig(**{**stored, **asked, "inference_mode": False})
+    if name is not None and config.on_adapter == "continue":
+        found = load.locate(name, config.model_revision)
+        if found.is_adapter:
+            stored = dataclasses.asdict(peft_files.read_config(Path(found.location)))
+            asked = {key: lora_arguments[key] for key in lora_arguments.keys() - {*BOOKKEEPING}}
+            return LoraConfig(**{**stored, **asked, "inference_mode": False})
+    task_type = task_class(config.task).peft_task_type
+    return LoraConfig(**{**LORA_DEFAULTS, **lora_arguments, "task_type": task_type})
 
 
 def load_starting_model(config: TrainConfig, task: Task) -> StartingModel:
     """Load what `model_name_or_path` names, its base if that is an adapter, merged if so asked."""
     found = load.locate(config.model_name_or_path, config.model_revision)
-    base, revision = found, config.model_revision
-    if found.is_adapter:
-        base, revision = base_of(find_adapter(found.location))
+    adapter, directory = found if found.is_adapter else None, Path(found.location)
+    base, revision = base_of(directory) if adapter else (found, config.model_revision)
     model, new_modules = load.load_model(base.location, revision, task)
     tokenizer = load.load_tokenizer(base.location, revision)
-    if found.is_adapter:
-        directory = find_adapter(found.location)
-        check_new_modules(new_modules, read_config(directory), directory)
-        if config.on_adapter == "merge":
-            load_adapter(model, found.location)
-            merge_and_unload(model)
-            new_modules = []
+    if adapter is not None:
+        check_new_modules(new_modules, peft_files.read_config(directory), directory)
+    if adapter is not None and config.on_adapter == "merge":
+        peft_files.load_adapter(model, directory)
+        merge_and_unload(model)
+        new_modules = []
     sha256 = load.model_fingerprint(model, new_modules)
-    if found.is_adapter and config.on_adapter == "continue":
-        sha256 = f"{sha256} {load.tensors_fingerprint(read_adapter(found.location).tensors)}"
-    adapter = found if found.is_adapter else None
+    if adapter is not None and config.on_adapter == "continue":
+        sha256 += f" {load.tensors_fingerprint(peft_files.read_adapter(directory).tensors)}"
     return StartingModel(model, tokenizer, sha256, base, adapter, new_modules)
 
 
@@ -129,20 +117,18 @@ def check_new_modules(new_modules: list[str], lora: LoraConfig, place: Path) -> 
         )
 
 
-def base_of(adapter_directory: Path) -> tuple[Located, str | None]:
+def base_of(directory: Path) -> tuple[Located, str | None]:
     """The model that an adapter was trained on, and its revision, as its config names them."""
-    config = read_config(adapter_directory)
+    config = peft_files.read_config(directory)
     name = config.base_model_name_or_path
     if not name:
-        raise MiniloraError(
-            f"{adapter_directory} does not name its base model (base_model_name_or_path)"
-        )
+        raise MiniloraError(f"{directory} does not name its base model (base_model_name_or_path)")
     try:
         base = load.locate(name, config.revision)
     except MiniloraError as error:
-        raise MiniloraError(f"{adapter_directory} names the base model {name!r}: {error}") from None
+        raise MiniloraError(f"{directory} names the base model {name!r}: {error}") from None
     if base.is_adapter:
-        raise MiniloraError(f"{adapter_directory} names as its base {name!r}, which is an adapter")
+        raise MiniloraError(f"{directory} names as its base {name!r}, which is an adapter")
     return base, config.revision
 
 
@@ -159,14 +145,15 @@ def attach_adapter(start: StartingModel, config: TrainConfig, lora: LoraConfig) 
             "round away: use dtype float32, or bias none"
         )
     if start.adapter is not None and config.on_adapter == "continue":
-        stored = resolve_config(start.model, read_config(find_adapter(start.adapter.location)))
+        directory = Path(start.adapter.location)
+        stored = resolve_config(start.model, peft_files.read_config(directory))
         differing = differing_fields(stored, resolve_config(start.model, lora))
         if differing:
             raise MiniloraError(
-                f"{start.adapter.location} is to be continued and its adapter has other settings: "
+                f"{directory} is to be continued and its adapter has other settings: "
                 f"{', '.join(differing)}; leave them out, or merge it first (--on_adapter merge)"
             )
-        load_trained(start.model, Path(start.adapter.location), dtype, is_trainable=True)
+        load_trained(start.model, directory, dtype, is_trainable=True)
         return
     start.model.to(dtype)
     add_adapter(start.model, lora)
@@ -179,10 +166,12 @@ def load_trained(
 ) -> None:
     """The adapter in a directory, over a base of `dtype`. Modules trained in full stay float32."""
     model.to(dtype)  # pyright: ignore[reportArgumentType]
-    load_adapter(model, adapter, is_trainable=is_trainable)
+    peft_files.load_adapter(model, adapter, is_trainable=is_trainable)
     if dtype != torch.float32:
         train_heads_in_float32(model)
-        assign_adapter(model, read_adapter(adapter))  # once more: it was rounded to `dtype`
+        peft_files.assign_adapter(
+            model, peft_files.read_adapter(adapter)
+        )  # once more: it was rounded to `dtype`
 
 
 def choose_forward(

@@ -29,7 +29,7 @@ COMMANDS = FLOORS[-1]
 FORBIDDEN_NAMES = ("utils", "util", "common", "helpers", "helper", "misc", "base", "manager")
 
 # Budgets: lines of minilora/, and of the core that README names.
-LINES, CORE_LINES = 7_741, 2_250
+LINES, CORE_LINES = 7_660, 2_250
 LINES_OF_A_FILE, LINES_OF_A_FUNCTION, PARAMETERS = 300, 50, 6
 
 
@@ -185,21 +185,10 @@ def test_every_loading_of_a_model_forbids_its_code():
                 assert isinstance(forbids, ast.Constant) and forbids.value is False, path
 
 
-def test_what_editors_are_told_of_the_public_names_is_what_resolves():
-    import minilora
-
-    told = {
-        f"{node.module}.{alias.name}"
-        for node in ast.walk(ast.parse((PACKAGE / "__init__.py").read_text()))
-        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("minilora.")
-        for alias in node.names
-    }
-    assert told == {f"minilora.{room}.{name}" for name, room in minilora._ROOM_OF.items()}
-
-
 def test_every_public_name_resolves():
     import minilora
 
+    assert {"LoraConfig", "TrainConfig", "fine_tune", "load_adapter"} <= set(minilora.__all__)
     for name in minilora.__all__:
         assert getattr(minilora, name).__name__ == name
 

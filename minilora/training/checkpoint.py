@@ -1,18 +1,12 @@
 """A checkpoint directory, complete or absent: saved, read once, restored.
 
-    checkpoint-<step>/
-      adapter_model.safetensors  adapter_config.json    the adapter, as PEFT writes it
-      optimizer.pt  scheduler.pt                        torch state dicts; read weights_only
-      rng_state.pth                                     every generator's state; the same
-      scaler.pt                                         with float16: the loss scale
-      trainer_state.json                                HF Trainer's progress and log
-      minilora.json                                     written last (training/record)
-
-minilora resumes from all of them, HF Trainer from all but the last. A file's bytes are read once,
-hashed, and parsed from memory: what was verified is what is used. Not here: PEFT's keys
-(lora/peft_files), what each state must look like (optim, rng), where a resume begins (resume).
+README lists its files. minilora resumes from all of them, HF Trainer from all but minilora.json,
+which is written last. A file's bytes are read once, hashed, and parsed from memory: what was
+verified is what is used. Not here: PEFT's keys (lora/peft_files), what each state must look like
+(optim, rng), where a resume begins (resume).
 """
 
+import contextlib
 import io
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,11 +23,14 @@ from minilora.training.config import TrainConfig
 from minilora.training.loop import Training, TrainState
 from minilora.training.record import CHECKPOINT, MANIFEST_NAME, Manifest, RunRecord, manifest_bytes
 from minilora.training.rng import check_rng_state, mask_stream, rng_state, set_rng_state
-from minilora.training.trainer_files import OPTIMIZER_NAME, RNG_NAME, SCALER_NAME, SCHEDULER_NAME
-
-STATE_NAME = trainer_files.STATE_NAME
-REQUIRED = (OPTIMIZER_NAME, SCHEDULER_NAME, RNG_NAME)  # or the resumed run is another one
-LARGEST = {STATE_NAME: trainer_files.MAX_STATE_BYTES}  # of a file read whole
+from minilora.training.trainer_files import (
+    OPTIMIZER_NAME,
+    REQUIRED,
+    RNG_NAME,
+    SCALER_NAME,
+    SCHEDULER_NAME,
+    STATE_NAME,
+)
 
 
 @dataclass(frozen=True)
@@ -66,10 +63,8 @@ def save_checkpoint(
     output_dir, state = Path(output_dir), training.state
     arguments = TrainConfig() if record is None else record.arguments
     files = peft_files.adapter_files(training.model)
-    files[OPTIMIZER_NAME] = _torch_bytes(training.optimizer.state_dict())
-    files[SCHEDULER_NAME] = _torch_bytes(training.scheduler.state_dict())
-    if training.scaler.is_enabled():
-        files[SCALER_NAME] = _torch_bytes(training.scaler.state_dict())
+    for name, part in _stateful(training).items():
+        files[name] = _torch_bytes(part.state_dict())
     files[RNG_NAME] = _torch_bytes(rng_state(training.model))
     batch_size = arguments.per_device_train_batch_size
     files[STATE_NAME] = trainer_files.progress_bytes(training, batch_size, output_dir)
@@ -98,16 +93,17 @@ def read_checkpoint(path: str | Path) -> Stored:
     path = Path(path)
     refuse_links(path)
     if is_trainer_checkpoint(path):
-        manifest = None
         names = [n for n in (STATE_NAME, *REQUIRED, SCALER_NAME) if is_written(path / n)]
-        contents = {name: read_bytes(path / name, LARGEST.get(name)) for name in names}
-        if STATE_NAME not in contents:
+        if STATE_NAME not in names:
             raise MiniloraError(f"{path} lacks {STATE_NAME}: HF Trainer was stopped while saving")
+        manifest, adapter = None, peft_files.read_adapter(path)
+        contents = {name: read_bytes(path / name) for name in names}
     else:
         manifest = Manifest.read(path)
         contents = {name: read_bytes(path / name) for name in manifest.files}
-        for name, data in contents.items():
-            manifest.check(data, path / name)
+        manifest.check(contents, path)
+        config, weights = contents[peft_files.CONFIG_NAME], contents[peft_files.WEIGHTS_NAME]
+        adapter = peft_files.parse_adapter(path, config, weights)
     parts = {
         name: parse_torch(data, path / name, trainer_files.NUMPY_GLOBALS)
         for name, data in contents.items()
@@ -115,13 +111,8 @@ def read_checkpoint(path: str | Path) -> Stored:
     }
     if RNG_NAME in parts:
         check_rng_state(parts[RNG_NAME], path / RNG_NAME)
-    progress = parse_json(contents[STATE_NAME], path / STATE_NAME, LARGEST[STATE_NAME])
+    progress = parse_json(contents[STATE_NAME], path / STATE_NAME, trainer_files.MAX_STATE_BYTES)
     trainer_files.check_progress(progress, path / STATE_NAME)
-    if manifest is None:
-        adapter = peft_files.read_adapter(path)
-    else:
-        config, weights = contents[peft_files.CONFIG_NAME], contents[peft_files.WEIGHTS_NAME]
-        adapter = peft_files.parse_adapter(path, config, weights)
     return Stored(path, manifest, adapter, progress, parts)
 
 
@@ -131,12 +122,9 @@ def restore(stored: Stored, training: Training) -> TrainState:
     """
     state, parts = _checked_state(stored, training), stored.parts
     peft_files.assign_adapter(training.model, stored.adapter)
-    if OPTIMIZER_NAME in parts:
-        training.optimizer.load_state_dict(parts[OPTIMIZER_NAME])
-    if SCHEDULER_NAME in parts:
-        training.scheduler.load_state_dict(parts[SCHEDULER_NAME])
-    if training.scaler.is_enabled():
-        training.scaler.load_state_dict(parts[SCALER_NAME])
+    for name, part in _stateful(training).items():
+        if name in parts:
+            part.load_state_dict(parts[name])
     stream = mask_stream(training.model)
     if stored.manifest is None and stream is not None:
         # Trainer knows nothing of our masks: from here on they are a function of (seed, step).
@@ -150,11 +138,9 @@ def restore(stored: Stored, training: Training) -> TrainState:
 def latest_checkpoint(output_dir: str | Path) -> Path | None:
     """The checkpoint of ours with the highest step that verifies, or None. Changes nothing."""
     for path in sorted_checkpoints(output_dir):
-        try:
+        with contextlib.suppress(MiniloraError):
             if read_checkpoint(path).manifest is not None:
                 return path
-        except MiniloraError:
-            continue
     return None
 
 
@@ -162,13 +148,9 @@ def sorted_checkpoints(output_dir: str | Path) -> list[Path]:
     """Directories (and links to some) named exactly checkpoint-<step>, the highest step first,
     whatever is in them: those that HF Trainer sees.
     """
-    found = []
-    if Path(output_dir).is_dir():
-        for entry in Path(output_dir).iterdir():
-            match = CHECKPOINT.fullmatch(entry.name)
-            if match and entry.is_dir():
-                found.append((int(match.group(1)), entry))
-    return [path for _, path in sorted(found, reverse=True)]
+    entries = Path(output_dir).iterdir() if Path(output_dir).is_dir() else []
+    found = [entry for entry in entries if CHECKPOINT.fullmatch(entry.name) and entry.is_dir()]
+    return sorted(found, key=lambda path: int(path.name.partition("-")[2]), reverse=True)
 
 
 def is_trainer_checkpoint(path: Path) -> bool:
@@ -226,6 +208,12 @@ def _checked_state(stored: Stored, training: Training) -> TrainState:
             f"{state.global_step} in all, where an epoch has {length}: it was edited"
         )
     return state
+
+
+def _stateful(training: Training) -> dict[str, Any]:
+    """What torch saves and loads as a state dict, by its file's name."""
+    parts = {OPTIMIZER_NAME: training.optimizer, SCHEDULER_NAME: training.scheduler}
+    return parts | ({SCALER_NAME: training.scaler} if training.scaler.is_enabled() else {})
 
 
 def _torch_bytes(value: Any) -> bytes:

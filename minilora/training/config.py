@@ -1,7 +1,4 @@
-"""`TrainConfig`: everything a run is told, under the names and defaults of HF `TrainingArguments`.
-
-Imports nothing but the standard library, so that `--help` answers without torch.
-"""
+"""`TrainConfig`: everything a run is told, under the names of HF `TrainingArguments`."""
 
 import dataclasses
 import re
@@ -17,7 +14,7 @@ from minilora.options import check, differences, option
 TASKS = tuple(sorted(f.stem for f in Path(__file__).parents[1].glob("bert/tasks/[!_]*.py")))
 SCHEDULES = ("linear", "cosine", "constant", "constant_with_warmup")
 STRATEGIES = ("no", "steps", "epoch")
-EVAL_STEPS = 500  # TrainingArguments', where eval_steps is not given
+TIMINGS = ("runtime", "per_second")  # how the names of timings end
 DTYPES = ("float32", "bfloat16", "float16")
 
 # Where a run differs from PEFT's defaults, chosen by measurement (`benchmarks/README.md`).
@@ -73,8 +70,7 @@ class TrainConfig:
     adam_beta2: float = option(0.999, "AdamW's decay of the second moment", least=0, below=1)
     adam_epsilon: float = option(1e-8, "AdamW's epsilon")
     max_grad_norm: float = option(1.0, "gradients are clipped to this norm; 0: never", least=0)
-    label_smoothing_factor: float = option(
-        0.0, "share of the target spread over all classes", least=0, below=1)
+    label_smoothing_factor: float = option(0.0, "share spread over all classes", least=0, below=1)
     seed: int = option(42, "of every random draw", least=0, below=2**32)  # numpy's bound
     data_seed: int | None = option(None, "of the order of examples; by default seed", least=0)
     hf_parity: bool = option(
@@ -91,7 +87,7 @@ class TrainConfig:
 
     eval_strategy: str | None = free(
         None, "by default epoch, given validation data", choices=STRATEGIES, group="evaluation")
-    eval_steps: int | None = free(None, "optimizer steps between two; by default 500", least=1)
+    eval_steps: int = free(500, "with eval_strategy steps, optimizer steps between two", least=1)
     eval_on_start: bool = option(False, "evaluate the untrained model, too")
     per_device_eval_batch_size: int = option(32, "examples in a batch", least=1)
     load_best_model_at_end: bool = option(False, "end with the best checkpoint, not the last")
@@ -123,9 +119,8 @@ def train_config_from_dict(values: dict[str, Any], place: str) -> TrainConfig:
     """A `TrainConfig` from recorded arguments; `place` is where they are recorded."""
     if unknown := sorted(values.keys() - vars(TrainConfig()).keys()):
         raise MiniloraError(f"{place}: unknown arguments {unknown}, of another version of minilora")
-    # An older version did not resolve eval_steps: null meant logging_steps to it.
-    if values.get("logging_steps") is not None and values.get("eval_steps") is None:
-        values = {**values, "eval_steps": values["logging_steps"]}
+    if values.get("eval_steps") is None:  # which meant logging_steps to an older version
+        values = {**values, "eval_steps": values.get("logging_steps") or TrainConfig().eval_steps}
     try:
         return TrainConfig(**values)
     except MiniloraError as error:
@@ -152,11 +147,10 @@ def refuse_bending(changes: list[str]) -> None:
 
 def _relations(c: TrainConfig) -> list[tuple[Any, str]]:
     evaluates = c.eval_strategy or "epoch"
-    eval_steps = c.eval_steps or EVAL_STEPS
     checks = [
         (c.device is not None and not re.fullmatch("cpu|cuda(:[0-9]{1,3})?", c.device),
          f"device is {c.device!r}; it must be cpu, cuda, cuda:1, ..."),
-        ((c.best_metric() or "").endswith(("runtime", "per_second")),
+        ((c.best_metric() or "").endswith(TIMINGS),
          f"metric_for_best_model is {c.metric_for_best_model!r}; it must not be a timing"),
         (c.num_train_epochs <= 0 and c.max_steps <= 0,
          f"num_train_epochs is {c.num_train_epochs}; it must be above 0 unless max_steps is"),
@@ -171,9 +165,9 @@ def _relations(c: TrainConfig) -> list[tuple[Any, str]]:
          "load_best_model_at_end needs a checkpoint at each evaluation: eval_strategy is "
          f"{evaluates}, save_strategy is {c.save_strategy}; make them the same"),
         (c.load_best_model_at_end and evaluates == c.save_strategy == "steps"
-         and eval_steps % max(c.save_steps, 1),
+         and c.eval_steps % max(c.save_steps, 1),
          "load_best_model_at_end needs a checkpoint at each evaluation: eval_steps "
-         f"({eval_steps}) must be a multiple of save_steps ({c.save_steps})"),
+         f"({c.eval_steps}) must be a multiple of save_steps ({c.save_steps})"),
     ]  # fmt: skip
     plain = {"batching": "padded", "dropout": "torch"}
     exact = {**plain, "dtype": "float32", "gradient_checkpointing": False}

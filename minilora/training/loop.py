@@ -15,8 +15,8 @@ import torch
 from torch import nn
 
 from minilora.errors import MiniloraError
-from minilora.training.config import TrainConfig
-from minilora.training.evaluation import TIMING_KEYS, Batch
+from minilora.training.config import TIMINGS, TrainConfig
+from minilora.training.evaluation import Batch
 from minilora.training.rng import draw_loader_seed
 
 
@@ -72,7 +72,7 @@ def plan_timetable(config: TrainConfig, examples: int, validates: bool) -> Timet
         batches_per_epoch=batches,
         batches_per_step=config.gradient_accumulation_steps,
         logging_steps=config.logging_steps or 0,
-        eval_steps=(config.eval_steps or 0) if eval_strategy == "steps" else 0,
+        eval_steps=config.eval_steps if eval_strategy == "steps" else 0,
         eval_each_epoch=eval_strategy == "epoch",
         save_steps=config.save_steps if config.save_strategy == "steps" else 0,
         save_each_epoch=config.save_strategy == "epoch",
@@ -139,7 +139,7 @@ def fit(training: Training, config: TrainConfig, run: Callbacks) -> None:
             run.progress(sum(len(batch["labels"]) for batch in batches), sum(losses), learning_rate)
             if is_due(timetable.logging_steps, state):
                 log_loss(training, run, grad_norm, learning_rate)
-            if run.evaluate and is_due(timetable.eval_steps, state):
+            if is_due(timetable.eval_steps, state):
                 evaluate_and_rank(training, config, run)
             ends = state.step_in_epoch == timetable.steps_per_epoch or is_finished(state, timetable)
             if ends:
@@ -212,20 +212,20 @@ def log_loss(training: Training, run: Callbacks, grad_norm: float, learning_rate
 
 def evaluate_and_rank(training: Training, config: TrainConfig, run: Callbacks) -> None:
     """Evaluate, log the metrics, remember the best, and notice when early stopping is due."""
-    assert run.evaluate is not None
+    if run.evaluate is None:
+        return
     state, best = training.state, config.best_metric()
     metrics = run.evaluate()
     log(training, run, metrics)
     if best is None:
         return
     if best not in metrics:
-        computed = ", ".join(name for name in metrics if not name.endswith(TIMING_KEYS))
+        computed = ", ".join(name for name in metrics if not name.endswith(TIMINGS))
         raise MiniloraError(f"metric_for_best_model: there is no {best}; computed are {computed}")
     sign = 1 if config.best_is_greatest() else -1
-    is_first = state.best_metric is None and math.isfinite(metrics[best])  # NaN is no best
-    if is_first or (
-        state.best_metric is not None and sign * metrics[best] > sign * state.best_metric
-    ):
+    score = sign * metrics[best]
+    to_beat = -math.inf if state.best_metric is None else sign * state.best_metric
+    if to_beat < score < math.inf:  # NaN is no best
         state.best_metric, state.best_step = metrics[best], state.global_step
         state.evaluations_since_best = 0
     else:
@@ -245,7 +245,7 @@ def log(training: Training, run: Callbacks, values: dict[str, Any]) -> None:
 def end_epoch(training: Training, config: TrainConfig, run: Callbacks) -> None:
     """What is due when an epoch, or the run in its midst, ends: evaluation, then the position."""
     state, timetable = training.state, training.timetable
-    if run.evaluate and timetable.eval_each_epoch:
+    if timetable.eval_each_epoch:
         evaluate_and_rank(training, config, run)
     if state.step_in_epoch == timetable.steps_per_epoch:
         state.epoch, state.step_in_epoch = state.epoch + 1, 0
@@ -258,11 +258,6 @@ def is_due(every: int, state: TrainState) -> bool:
 
 def is_finished(state: TrainState, timetable: Timetable) -> bool:
     return 0 < timetable.max_steps <= state.global_step or state.stopped_early
-
-
-def mean_loss(state: TrainState) -> float:
-    """Mean step loss of the whole run, resumes included."""
-    return (state.loss_total + state.loss_sum) / max(1, state.global_step)
 
 
 def epochs_done(state: TrainState, timetable: Timetable) -> float:

@@ -1,15 +1,12 @@
 """What is written down of a run, so that it can be rebuilt, proved, and told from another.
 
-    run.json         a `RunRecord`: the arguments, and the fingerprints of data and model
-    minilora.json    a `Manifest`, written last into each checkpoint: the record, where the run
-                     stood, and size and SHA-256 of every other file, and a checksum of itself
-
-So a flipped bit, a truncated or a swapped file is an error that names the file. A checksum is no
-signature: whoever edits the file can compute it, too. So its contents are checked like any other's.
+run.json is a `RunRecord`, minilora.json a `Manifest`, which has a checksum of itself, too. That is
+no signature: whoever edits it can compute it. So its contents are checked like any other's.
 """
 
 import dataclasses
 import hashlib
+import importlib.metadata
 import json
 import platform
 import re
@@ -18,8 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy
-import safetensors
 import torch
 
 from minilora import __version__
@@ -29,15 +24,17 @@ from minilora.lora.peft_files import CONFIG_NAME, WEIGHTS_NAME
 from minilora.reading import check_like, read_json
 from minilora.training.config import TrainConfig, train_config_from_dict
 from minilora.training.loop import TrainState
-from minilora.training.trainer_files import OPTIMIZER_NAME, RNG_NAME, SCHEDULER_NAME, STATE_NAME
+from minilora.training.trainer_files import REQUIRED, STATE_NAME
 
 MANIFEST_NAME = "minilora.json"
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 SCHEMA_VERSION = 1
 
 FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")  # no path, no link out of the directory
-SHA256 = re.compile(r"[0-9a-f]{64}")
-PARTS = (WEIGHTS_NAME, CONFIG_NAME, OPTIMIZER_NAME, SCHEDULER_NAME, RNG_NAME, STATE_NAME)
+PARTS = (WEIGHTS_NAME, CONFIG_NAME, *REQUIRED, STATE_NAME)
+
+# Of a `TrainState`, all but the log, which trainer_state.json holds.
+STATE = {n: hint for n, hint in typing.get_type_hints(TrainState).items() if n != "log_history"}
 
 PATHS = ("train_file", "validation_file", "test_file", "model_name_or_path")
 
@@ -84,13 +81,13 @@ def environment(device: str | None = None) -> dict[str, Any]:
     """What a run's bits depend on beside its arguments: resuming elsewhere is allowed,
     bit-exactness not promised there. `device` is TrainConfig's.
     """
+    others = ("numpy", "safetensors", "transformers")
     on_gpu = device != "cpu" and torch.cuda.is_available()
     return {
         "minilora": __version__,
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "numpy": numpy.__version__,
-        "safetensors": safetensors.__version__,
+        **{name: importlib.metadata.version(name) for name in others},
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "num_threads": torch.get_num_threads(),
         "cuda": torch.cuda.get_device_name() if on_gpu else None,
@@ -101,10 +98,10 @@ def environment(device: str | None = None) -> dict[str, Any]:
 class Manifest:
     """What `minilora.json` says."""
 
-    state: dict[str, Any]  # `TrainState` but its log_history, which trainer_state.json holds
+    state: dict[str, Any]  # with the keys of `STATE`
     record: RunRecord | None  # None where a user's own loop wrote the checkpoint without one
     environment: dict[str, Any]  # what bit-exactness is promised for
-    files: dict[str, dict[str, Any]]  # name to size and sha256 of every other file
+    files: dict[str, Any]  # name to size and sha256 of every other file
 
     @staticmethod
     def read(checkpoint: Path) -> "Manifest":
@@ -122,68 +119,53 @@ class Manifest:
                 f"reads {SCHEMA_VERSION}: use the version that wrote it"
             )
         try:
-            unchanged = recorded == _checksum(document)
-        except RecursionError:
-            raise MiniloraError(f"{path} is damaged: it is nested too deeply") from None
-        if not unchanged:
+            found = _checksum(document)
+        except RecursionError:  # json reads deeper nesting than it writes
+            found = "none"
+        if recorded != found:
             raise MiniloraError(f"{path} was changed after it was written (its checksum differs)")
         check_like(dict.fromkeys(("state", "run", "environment", "files"), dict), document, path)
         state, files = document["state"], document["files"]
         # The first version's mark that an evaluation is still to come; the position says so.
         state.pop("epoch_ends", None)
-        _check_contents(state, files, path)
+        check_like(STATE, state, path, "state")
+        wrong = sorted(state.keys() - STATE.keys())
+        wrong += [name for name, value in state.items() if type(value) is int and value < 0]
+        wrong += [f"no entry for {name}" for name in PARTS if name not in files]
+        wrong += [f"an entry for {name!r}" for name in files if not FILE_NAME.fullmatch(name)]
+        if wrong:
+            raise MiniloraError(f"{path} was not written by minilora: it has {wrong[0]}")
         step_name = f"checkpoint-{state['global_step']}"
         if CHECKPOINT.fullmatch(checkpoint.name) and checkpoint.name != step_name:
-            raise MiniloraError(
-                f"{checkpoint} holds step {state['global_step']}: it was renamed; call it "
-                f"{step_name} again"
-            )
+            held = f"holds step {state['global_step']}: it was renamed"
+            raise MiniloraError(f"{checkpoint} {held}; call it {step_name} again")
         record = RunRecord.from_json(document["run"], str(path)) if document["run"] else None
         return Manifest(state, record, document["environment"], files)
 
-    def check(self, data: bytes, path: Path) -> None:
-        """Refuse the contents of a file that are not what was written."""
-        expected = self.files[path.name]
-        if hashlib.sha256(data).hexdigest() != expected["sha256"]:
-            raise MiniloraError(
-                f"{path} is not what was written (its SHA-256 differs; {len(data)} bytes, written "
-                f"were {expected['size']}): resume from another checkpoint"
-            )
+    def check(self, contents: dict[str, bytes], checkpoint: Path) -> None:
+        """Refuse files that do not hold what was written."""
+        for name, data in contents.items():
+            found, written = _described(data), self.files[name]
+            if found != written:
+                now = f"{checkpoint / name} is {found}, written was {written}"
+                raise MiniloraError(f"{now}: resume from another checkpoint")
 
 
 def manifest_bytes(state: TrainState, record: RunRecord | None, files: dict[str, bytes]) -> bytes:
     """The contents of `minilora.json` for a checkpoint of these files."""
-    values = {name: getattr(state, name) for name in _state_hints()}
     document = {
         "schema_version": SCHEMA_VERSION,
-        "state": values,
+        "state": {name: getattr(state, name) for name in STATE},
         "run": {} if record is None else record.to_json(),
         "environment": environment(None if record is None else record.arguments.device),
-        "files": {
-            name: {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-            for name, data in files.items()
-        },
+        "files": {name: _described(data) for name, data in files.items()},
     }
     signed = {**document, "sha256": _checksum(document)}
     return (json.dumps(signed, indent=2, sort_keys=True) + "\n").encode()
 
 
-def _state_hints() -> dict[str, Any]:
-    hints = typing.get_type_hints(TrainState)
-    return {name: hint for name, hint in hints.items() if name != "log_history"}
-
-
-def _check_contents(state: dict[str, Any], files: dict[str, Any], path: Path) -> None:
-    check_like(_state_hints(), state, path, "state")
-    wrong = sorted(state.keys() - _state_hints().keys())
-    wrong += [name for name, value in state.items() if type(value) is int and value < 0]
-    wrong += [f"no entry for {name}" for name in PARTS if name not in files]
-    for name, entry in files.items():
-        check_like({"size": int, "sha256": str}, entry, path, name)
-        if not FILE_NAME.fullmatch(name) or not SHA256.fullmatch(entry["sha256"]):
-            wrong.append(f"an entry for {name!r}")
-    if wrong:
-        raise MiniloraError(f"{path} was not written by minilora: it has {wrong[0]}")
+def _described(data: bytes) -> dict[str, Any]:
+    return {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
 
 
 def _checksum(document: dict[str, Any]) -> str:

@@ -4,7 +4,8 @@
 """
 
 import dataclasses
-from dataclasses import dataclass
+import itertools
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,23 +24,20 @@ from minilora.training.trainer_files import recorded_arguments
 
 @dataclass(frozen=True)
 class ResumePlan:
-    """What resuming from a run's directory, or from a checkpoint, would do."""
+    """What resuming from a run's directory, or from a checkpoint, would do. That of a new run has
+    nothing but its place and arguments: it goes on from step 0.
+    """
 
     output_dir: Path  # where the given path lies or a new one, never a recorded place
-    stored: Stored | None  # the checkpoint to go on from, read and verified; None is step 0
-    record: RunRecord | None  # what the run began with; None where HF Trainer alone has been
     config: TrainConfig | None  # the arguments to go on with; None where they are refused
     lora: LoraConfig | None
+    stored: Stored | None = None  # the checkpoint to go on from, verified; None is step 0
+    record: RunRecord | None = None  # what the run began with; None where HF Trainer alone has been
     # Newer checkpoints, and whether each is "invalid" or "superseded" (the user chose an older
     # one): HF Trainer's `get_last_checkpoint` would pick them otherwise.
-    set_aside: list[tuple[Path, str]]
-    refusals: list[str]  # every reason found why it would be refused
-    warnings: list[str]
-
-    @staticmethod
-    def fresh(output_dir: Path, config: TrainConfig, lora: LoraConfig) -> "ResumePlan":
-        """That of a new run: from step 0."""
-        return ResumePlan(output_dir, None, None, config, lora, [], [], [])
+    set_aside: list[tuple[Path, str]] = field(default_factory=list)
+    refusals: list[str] = field(default_factory=list)  # every reason found to refuse it
+    warnings: list[str] = field(default_factory=list)
 
 
 def directories(path: Path, asked: str | None) -> tuple[Path | None, Path]:
@@ -77,13 +75,15 @@ def plan_resume(
     is an error, and so is a directory with nothing to resume.
     """
     own, output_dir = directories(path, (train_arguments or {}).get("output_dir"))
-    named = read_checkpoint(path.resolve()) if own != path.resolve() else None
-    stored, aside = (named, []) if own is None else _highest(own, named)
-    if own != output_dir:
-        aside = []
-    is_ours = stored is not None and stored.manifest is not None
-    record = stored.record if stored is not None else None
-    if not is_ours and own is not None and (own / RUN_NAME).is_file():
+    path, newest_first = path.resolve(), sorted_checkpoints(own) if own is not None else []
+    if path == own:
+        stored, aside = _highest(newest_first)
+    else:
+        stored = read_checkpoint(path)
+        aside = [(newer, "superseded") for newer in itertools.takewhile(path.__ne__, newest_first)]
+    manifest = stored.manifest if stored is not None else None
+    record = manifest.record if manifest is not None else None
+    if manifest is None and own is not None and (own / RUN_NAME).is_file():
         record = read_run(own)
     if stored is None and record is None:
         raise _nothing_to_resume(path)
@@ -101,8 +101,8 @@ def plan_resume(
             f"{stored.path} lacks {', '.join(stored.missing())}: the resumed run would be another "
             "one (--allow_inexact_resume goes on all the same)"
         )
-    if stored is not None and stored.manifest is not None:
-        recorded, here = stored.manifest.environment, environment(config and config.device)
+    if manifest is not None:
+        recorded, here = manifest.environment, environment(config and config.device)
         warnings = [
             f"{name} was {recorded.get(name)} and is {here[name]}: the resume may not be bit-exact"
             for name in EXACTNESS
@@ -110,7 +110,8 @@ def plan_resume(
         ]
     if config is not None and config.torch_compile:
         warnings.append("torch_compile chooses kernels anew: the resume may not be bit-exact")
-    return ResumePlan(output_dir, stored, record, config, lora, aside, refusals, warnings)
+    aside = aside if own == output_dir else []
+    return ResumePlan(output_dir, config, lora, stored, record, aside, refusals, warnings)
 
 
 def changed_inputs(record: RunRecord, data_sha256: dict[str, str]) -> list[str]:
@@ -149,11 +150,10 @@ def carry_out(plan: ResumePlan, training: Training) -> None:
         say(f"warning: {warning}")
     if plan.stored is not None:
         restore(plan.stored, training)
+        say(f"resuming {plan.stored.path} at step {training.state.global_step}")
     for path, reason in plan.set_aside:
         aside = set_aside(path, reason)
         say(f"warning: {path.name} is {reason} and now named {aside.name}")
-    if plan.stored is not None:
-        say(f"resuming {plan.stored.path} at step {training.state.global_step}")
 
 
 def _nothing_to_resume(path: Path) -> MiniloraError:
@@ -161,23 +161,15 @@ def _nothing_to_resume(path: Path) -> MiniloraError:
     return MiniloraError(f"resume_from_checkpoint {str(path)!r} holds {looked_for}")
 
 
-def _highest(
-    output_dir: Path, named: Stored | None
-) -> tuple[Stored | None, list[tuple[Path, str]]]:
-    """The checkpoint to go on from, and what is newer: everything before it in the search."""
-    aside: list[tuple[Path, str]] = []
-    for path in sorted_checkpoints(output_dir):
-        if named is not None and path == named.path:
-            break
+def _highest(newest_first: list[Path]) -> tuple[Stored | None, list[tuple[Path, str]]]:
+    """The first checkpoint that verifies, and those before it, which do not."""
+    invalid: list[tuple[Path, str]] = []
+    for path in newest_first:
         try:
-            found = read_checkpoint(path)
+            return read_checkpoint(path), invalid
         except MiniloraError:
-            aside.append((path, "invalid"))
-            continue
-        if named is None:
-            return found, aside
-        aside.append((path, "superseded"))
-    return named, aside
+            invalid.append((path, "invalid"))
+    return None, invalid
 
 
 def _arguments(

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import closing
 
 from minilora.training.evaluation import Batch
-from minilora.training.loop import Callbacks, Training, fit, log, mean_loss
+from minilora.training.loop import Callbacks, Training, fit, log
 from minilora.training.progress import TrainingBar
 from minilora.training.record import RunRecord
 from minilora.training.resume import ResumePlan, carry_out
@@ -46,5 +46,7 @@ def fit_in_directory(
             log(training, callbacks, evaluate())
         fit(training, config, callbacks)
     metrics_file.write_all()
-    saver.raise_failure()
-    return {**bar.speed(), "train_loss": mean_loss(state)}
+    if saver.failure is not None:  # the run ends without its last checkpoint
+        raise saver.failure
+    losses = state.loss_total + state.loss_sum  # of the whole run, resumes included
+    return {**bar.speed(), "train_loss": losses / max(1, state.global_step)}

@@ -1,9 +1,5 @@
 """A run's directory: `run.json`, `metrics.jsonl`, and checkpoints written in their turn.
 
-    run.json         the `RunRecord`; written before the first step, and with the result at the end
-    metrics.jsonl    one JSON object for each log or evaluation
-    checkpoint-<step>/
-
 What is done about a disk that refuses stands here, too: a row or a checkpoint that cannot be
 written is no reason to lose a run that can go on.
 """
@@ -16,15 +12,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from minilora import files
 from minilora.errors import MiniloraError
-from minilora.files import (
-    NotConfirmed,
-    is_leftover,
-    json_text,
-    make_directory,
-    remove_directory,
-    write_file,
-)
 from minilora.reading import read_json
 from minilora.training.checkpoint import save_checkpoint, sorted_checkpoints
 from minilora.training.loop import Training, is_finished
@@ -46,19 +35,31 @@ def new_output_dir(path: Path) -> None:
     """Create the directory of a new run; what a killed start left in it counts as nothing."""
     if path.exists() and not path.is_dir():
         raise MiniloraError(f"output_dir {str(path)!r} is a file: give a new or empty directory")
-    if path.is_dir():
-        held = sorted(entry.name for entry in path.iterdir() if not is_leftover(entry.name))
-        if held:
-            raise MiniloraError(
-                f"output_dir {str(path)!r} is not empty (it holds {held[0]}): give a new one, or "
-                f"continue its run with --resume_from_checkpoint {path}"
-            )
-    make_directory(path)
+    entries = path.iterdir() if path.is_dir() else []
+    held = sorted(entry.name for entry in entries if not files.is_leftover(entry.name))
+    if held:
+        raise MiniloraError(
+            f"output_dir {str(path)!r} is not empty (it holds {held[0]}): give a new one, or "
+            f"continue its run with --resume_from_checkpoint {path}"
+        )
+    files.make_directory(path)
+
+
+@contextlib.contextmanager
+def holding(output_dir: Path, is_new: bool) -> Iterator[None]:
+    """Inside, a run's directory is this process's alone, and holds nothing half-written."""
+    with advice_on_disk_errors(output_dir):
+        if is_new:
+            new_output_dir(output_dir)
+        with files.exclusive(output_dir):
+            files.sweep_leftovers(output_dir)
+            yield
 
 
 def write_run(output_dir: Path, record: RunRecord) -> None:
-    text = json_text(record.to_json(), indent=2)
-    write_file(output_dir / RUN_NAME, f"{text}\n".encode())
+    """Before the first step, and with the result at the end."""
+    text = files.json_text(record.to_json(), indent=2)
+    files.write_file(output_dir / RUN_NAME, f"{text}\n".encode())
 
 
 def read_run(output_dir: Path) -> RunRecord:
@@ -83,12 +84,12 @@ class MetricsFile:
 
     def write_all(self) -> None:
         """Write every row, durably. An `OSError` means that rows in no checkpoint would be lost."""
-        lines = [json_text(row) + "\n" for row in self.rows]
-        write_file(self.path, "".join(lines).encode())
+        lines = [files.json_text(row) + "\n" for row in self.rows]
+        files.write_file(self.path, "".join(lines).encode())
 
     def _append(self, row: dict[str, Any]) -> None:
         with self.path.open("ab") as file:
-            file.write((json_text(row) + "\n").encode())
+            file.write((files.json_text(row) + "\n").encode())
 
     def _try(self, write: Callable[[], None]) -> None:
         try:
@@ -111,7 +112,7 @@ class Saver:
 
     def __init__(self, output_dir: Path, training: Training, record: RunRecord) -> None:
         self.output_dir, self.training, self.record = output_dir, training, record
-        self.failure: OSError | None = None
+        self.failure: OSError | None = None  # of the last save
 
     def save(self) -> None:
         step, limit = self.training.state.global_step, self.record.arguments.save_total_limit
@@ -123,7 +124,7 @@ class Saver:
             if ends or not sorted_checkpoints(self.output_dir):
                 raise
             self.failure = error
-            is_there = isinstance(error, NotConfirmed)
+            is_there = isinstance(error, files.NotConfirmed)
             what = f"checkpoint-{step} is" if is_there else f"no checkpoint at step {step}:"
             say(f"warning: {what} {error.strerror}; training goes on")
             return
@@ -132,11 +133,6 @@ class Saver:
         except OSError as error:
             say(f"warning: an old checkpoint cannot be deleted: {error.strerror}")
 
-    def raise_failure(self) -> None:
-        """Raise what the last save failed with, if the run ends without its last checkpoint."""
-        if self.failure is not None:
-            raise self.failure
-
 
 def rotate_checkpoints(output_dir: Path, limit: int | None, best_step: int | None) -> None:
     """Delete the oldest checkpoints beyond `limit`, never the newest and never the best."""
@@ -144,7 +140,7 @@ def rotate_checkpoints(output_dir: Path, limit: int | None, best_step: int | Non
     excess = 0 if limit is None else len(checkpoints) - limit
     oldest_first = [p for p in checkpoints[:0:-1] if p.name != f"checkpoint-{best_step}"]
     for path in oldest_first[: max(excess, 0)]:
-        remove_directory(path)
+        files.remove_directory(path)
 
 
 @contextlib.contextmanager
@@ -153,8 +149,7 @@ def advice_on_disk_errors(output_dir: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        places = (output_dir, output_dir.parent)  # a checkpoint may be what is resumed
-        begun = any(os.path.isfile(place / RUN_NAME) for place in places)
+        begun = os.path.isfile(output_dir / RUN_NAME)
         go_on = f"--resume_from_checkpoint {output_dir}" if begun else "start the run again"
         remedy = REMEDIES.get(error.errno or 0, "see to it")
         advice = f"{error.strerror}; no older checkpoint is lost: {remedy}, then {go_on}"

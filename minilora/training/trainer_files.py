@@ -24,6 +24,7 @@ SCHEDULER_NAME = "scheduler.pt"
 SCALER_NAME = "scaler.pt"
 RNG_NAME = "rng_state.pth"
 TRAINING_ARGS_NAME = "training_args.bin"
+REQUIRED = (OPTIMIZER_NAME, SCHEDULER_NAME, RNG_NAME)  # or the resumed run is another one
 
 # What numpy's generator state is pickled with, and all that loading it may call.
 NUMPY_GLOBALS = (
@@ -40,7 +41,7 @@ MAX_STATE_BYTES = 100_000_000
 UNUSED_STEPS = 500
 
 PROGRESS = {"global_step": int, "epoch": float, "max_steps": int, "log_history": list[dict]}
-OPTIONAL_PROGRESS = {"best_metric": float | None, "best_global_step": int | None}
+BEST = {"best_metric": float | None, "best_global_step": int | None}
 
 
 def progress_bytes(training: Training, train_batch_size: int, output_dir: Path) -> bytes:
@@ -83,8 +84,7 @@ def progress_bytes(training: Training, train_batch_size: int, output_dir: Path) 
 
 def check_progress(values: dict[str, Any], place: Path) -> None:
     """Refuse contents of trainer_state.json whose parts we use are missing or of other types."""
-    optional = {name: OPTIONAL_PROGRESS[name] for name in OPTIONAL_PROGRESS.keys() & values.keys()}
-    check_like({**PROGRESS, **optional}, values, place)
+    check_like(PROGRESS | BEST, dict.fromkeys(BEST) | values, place)
     counts = ("global_step", "max_steps", "best_global_step")
     if any((values.get(name) or 0) < 0 for name in counts):
         raise MiniloraError(f"{place} is damaged: one of {', '.join(counts)} is negative")
@@ -139,11 +139,9 @@ def recorded_arguments(
 
 
 def _adamw_arguments(optimizer: Any, place: Path) -> dict[str, Any]:
-    check_like({"param_groups": [dict, dict]}, optimizer, place)
-    group = optimizer["param_groups"][0]
-    group = {"initial_lr": group.get("lr"), **group}
     numbers = {"initial_lr": float, "weight_decay": float, "betas": (0.0, 0.0), "eps": float}
-    check_like(numbers, group, place, "param_groups")
+    check_like({"param_groups": [numbers, dict]}, optimizer, place)
+    group = optimizer["param_groups"][0]
     values = (group["initial_lr"], group["weight_decay"], *group["betas"], group["eps"])
     names = ("learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon")
     return dict(zip(names, values, strict=True))

@@ -98,7 +98,7 @@ def run(output_dir: Path) -> int:
             resumes = False
         with exclusive(output_dir):
             sweep_leftovers(output_dir)
-            plan = ResumePlan.fresh(output_dir, CONFIG, ADAPTER)
+            plan = ResumePlan(output_dir, CONFIG, ADAPTER)
             plan = plan_resume(output_dir) if resumes else plan
             seed_all(CONFIG.seed)
             record = RunRecord(CONFIG, ADAPTER, None, False, {}, "toy", environment())

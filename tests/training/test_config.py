@@ -54,10 +54,9 @@ STEPS = {"load_best_model_at_end": True, "save_strategy": "steps", "eval_strateg
 
 @pytest.mark.parametrize(
     ("eval_steps", "save_steps", "fits"),
-    [(None, 250, True), (None, 300, False), (4, 2, True), (4, 3, False), (4, 0, False)],
+    [(500, 250, True), (500, 300, False), (4, 2, True), (4, 3, False), (4, 0, False)],
 )
 def test_the_best_model_needs_a_checkpoint_at_each_evaluation(eval_steps, save_steps, fits):
-    """Every 500 steps where eval_steps is not given."""
     try:
         TrainConfig(**STEPS, eval_steps=eval_steps, save_steps=save_steps)
     except MiniloraError as error:

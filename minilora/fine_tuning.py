@@ -177,9 +177,8 @@ def read_data(config: TrainConfig) -> Splits:
     splits = read_splits(config.task, files, columns, config.validation_split, config.seed)
     asked = config.best_metric() or config.eval_strategy not in (None, "no")
     if asked and "validation" not in splits.rows:
-        raise MiniloraError(
-            "evaluation is asked for without data: give --validation_file or --validation_split"
-        )
+        advice = "give --validation_file or --validation_split"
+        raise MiniloraError(f"evaluation is asked for without data: {advice}")
     return splits
 
 

@@ -58,9 +58,8 @@ def directories(path: Path, asked: str | None) -> tuple[Path | None, Path]:
     elif not sorted_checkpoints(path) and not (path / RUN_NAME).is_file():
         raise _nothing_to_resume(path)
     if asked is None and own is None:
-        raise MiniloraError(
-            f"{path} is no run's own checkpoint-<step>: say with --output_dir where to go on"
-        )
+        advice = "say with --output_dir where to go on"
+        raise MiniloraError(f"{path} is no run's own checkpoint-<step>: {advice}")
     return own, Path(asked or own or path).resolve()
 
 
@@ -93,14 +92,11 @@ def plan_resume(
     except MiniloraError as error:
         refusals.append(str(error))
     if stored is None and record is not None and record.result is not None:
-        refusals.append(
-            f"{output_dir} is finished and kept no checkpoint (save_strategy no): nothing to resume"
-        )
+        reason = "is finished and kept no checkpoint (save_strategy no): nothing to resume"
+        refusals.append(f"{output_dir} {reason}")
     if stored is not None and stored.missing() and not (config and config.allow_inexact_resume):
-        refusals.append(
-            f"{stored.path} lacks {', '.join(stored.missing())}: the resumed run would be another "
-            "one (--allow_inexact_resume goes on all the same)"
-        )
+        advice = "the resumed run would be another (--allow_inexact_resume goes on all the same)"
+        refusals.append(f"{stored.path} lacks {', '.join(stored.missing())}: {advice}")
     if manifest is not None:
         recorded, here = manifest.environment, environment()
         warnings = [
@@ -134,10 +130,9 @@ def check_same_inputs(plan: ResumePlan, record: RunRecord) -> None:
     if record.labels != began.labels:
         changed.append("labels")
     if changed:
-        raise MiniloraError(
-            f"cannot resume {plan.output_dir}: not what the run began with: {', '.join(changed)}; "
-            "restore it, or start a new run"
-        )
+        reason = f"not what the run began with: {', '.join(changed)}"
+        advice = "restore it, or start a new run"
+        raise MiniloraError(f"cannot resume {plan.output_dir}: {reason}; {advice}")
 
 
 def carry_out(plan: ResumePlan, training: Training) -> None:
@@ -188,10 +183,8 @@ def _arguments(
         config = TrainConfig(**{**told, **train_arguments})
         lora = dataclasses.replace(stored.adapter.config, inference_mode=False)
     else:
-        raise MiniloraError(
-            "the checkpoint was written by a loop of your own and records no run: load_checkpoint "
-            "restores it there"
-        )
+        advice = "load_checkpoint restores it there"
+        raise MiniloraError(f"a loop of your own wrote the checkpoint, which has no run: {advice}")
     if config.max_steps <= 0:
         told.pop("max_steps", None)  # counted in epochs here; the schedule's check compares them
     asked = {name: value for name, value in lora_arguments.items() if name not in BOOKKEEPING}

@@ -159,9 +159,7 @@ def is_trainer_checkpoint(path: Path) -> bool:
 
 
 def is_written(path: Path) -> bool:
-    """Whether a file of HF Trainer's is there, and not empty: it does not sync them, so that after
-    a crash one can be.
-    """
+    """Whether a file of HF Trainer's is there and not empty, as unsynced ones are after a crash."""
     return path.is_file() and path.stat().st_size > 0
 
 

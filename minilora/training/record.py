@@ -143,7 +143,7 @@ class Manifest:
         for name, data in contents.items():
             found, written = _described(data), self.files[name]
             if found != written:
-                now = f"{checkpoint / name} is {found}, written was {written}"
+                now = f"{checkpoint / name} is {found}, {MANIFEST_NAME} has {written}"
                 raise MiniloraError(f"{now}: resume from another checkpoint")
 
 

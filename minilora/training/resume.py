@@ -21,6 +21,8 @@ from minilora.training.record import CHECKPOINT, EXACTNESS, MANIFEST_NAME, RunRe
 from minilora.training.run_directory import RUN_NAME, read_run
 from minilora.training.trainer_files import recorded_arguments
 
+NOTHING = f"holds neither a complete checkpoint-<step> nor a {RUN_NAME}"
+
 
 @dataclass(frozen=True)
 class ResumePlan:
@@ -56,7 +58,7 @@ def directories(path: Path, asked: str | None) -> tuple[Path | None, Path]:
     elif (path / MANIFEST_NAME).exists():
         own = None
     elif not sorted_checkpoints(path) and not (path / RUN_NAME).is_file():
-        raise _nothing_to_resume(path)
+        raise MiniloraError(f"resume_from_checkpoint {str(path)!r} {NOTHING}")
     if asked is None and own is None:
         advice = "say with --output_dir where to go on"
         raise MiniloraError(f"{path} is no run's own checkpoint-<step>: {advice}")
@@ -85,7 +87,7 @@ def plan_resume(
     if manifest is None and own is not None and (own / RUN_NAME).is_file():
         record = read_run(own)
     if stored is None and record is None:
-        raise _nothing_to_resume(path)
+        raise MiniloraError(f"resume_from_checkpoint {str(path)!r} {NOTHING}")
     config, lora, refusals, warnings = None, None, [], []
     try:
         config, lora = _arguments(stored, record, train_arguments or {}, lora_arguments or {})
@@ -149,11 +151,6 @@ def carry_out(plan: ResumePlan, training: Training) -> None:
         say(f"warning: {path.name} is {reason} and now named {aside.name}")
 
 
-def _nothing_to_resume(path: Path) -> MiniloraError:
-    looked_for = f"neither a complete checkpoint-<step> nor a {RUN_NAME}"
-    return MiniloraError(f"resume_from_checkpoint {str(path)!r} holds {looked_for}")
-
-
 def _highest(newest_first: list[Path]) -> tuple[Stored | None, list[tuple[Path, str]]]:
     """The first checkpoint that verifies, and those before it, which do not."""
     invalid: list[tuple[Path, str]] = []
@@ -184,7 +181,9 @@ def _arguments(
         lora = dataclasses.replace(stored.adapter.config, inference_mode=False)
     else:
         advice = "load_checkpoint restores it there"
-        raise MiniloraError(f"a loop of your own wrote the checkpoint, which has no run: {advice}")
+        raise MiniloraError(
+            f"a loop of your own wrote the checkpoint and recorded no run: {advice}"
+        )
     if config.max_steps <= 0:
         told.pop("max_steps", None)  # counted in epochs here; the schedule's check compares them
     asked = {name: value for name, value in lora_arguments.items() if name not in BOOKKEEPING}

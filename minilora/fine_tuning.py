@@ -37,7 +37,6 @@ from minilora.training.loop import Training, is_finished, plan_timetable
 from minilora.training.optim import build_optimizer, build_scheduler
 from minilora.training.progress import say
 from minilora.training.record import RunRecord, environment
-from minilora.training.resume import ResumePlan
 from minilora.training.rng import draw_loader_seed, seed_all
 from minilora.training.run import fit_in_directory
 from minilora.training.run_directory import holding, write_run
@@ -122,16 +121,16 @@ def run_fine_tuning(
         return train(plan, should_stop)
 
 
-def new_run(train_arguments: dict[str, Any], lora_arguments: dict[str, Any]) -> ResumePlan:
+def new_run(train_arguments: dict[str, Any], lora_arguments: dict[str, Any]) -> resume.ResumePlan:
     """A run that begins; without an `output_dir` it is named by the time."""
     config = TrainConfig(**train_arguments)
     lora = starting_model.new_lora_config(config, lora_arguments)
     # With milliseconds, so that the bare command can be repeated, even by a script.
     dated = datetime.datetime.now().strftime("%Y%m%d-%H%M%S-%f")[:-3]
-    return ResumePlan(Path(config.output_dir or Path("runs") / dated), config, lora)
+    return resume.ResumePlan(Path(config.output_dir or Path("runs") / dated), config, lora)
 
 
-def train(plan: ResumePlan, should_stop: Callable[[], bool]) -> TrainResult:
+def train(plan: resume.ResumePlan, should_stop: Callable[[], bool]) -> TrainResult:
     """The run itself, holding its directory's lock."""
     assert plan.config is not None and plan.lora is not None
     lora, output_dir = plan.lora, plan.output_dir
@@ -177,9 +176,8 @@ def read_data(config: TrainConfig) -> Splits:
     splits = read_splits(config.task, files, columns, config.validation_split, config.seed)
     asked = config.best_metric() or config.eval_strategy not in (None, "no")
     if asked and "validation" not in splits.rows:
-        raise MiniloraError(
-            "evaluation is asked for without data: give --validation_file or --validation_split"
-        )
+        advice = "give --validation_file or --validation_split"
+        raise MiniloraError(f"evaluation is asked for without data: {advice}")
     return splits
 
 

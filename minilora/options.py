@@ -29,7 +29,7 @@ class Traits(TypedDict, total=False):
     choices: tuple[str, ...]
     least: float  # the lowest value
     below: float  # every value is lower
-    on_resume: str  # what a resume may do with it (training/config.py)
+    is_free: bool  # a resume may change it (training/config.py)
     is_set: bool  # a list whose order means nothing
 
 

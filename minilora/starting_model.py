@@ -111,10 +111,8 @@ def check_new_modules(new_modules: list[str], lora: LoraConfig, place: Path) -> 
     """Refuse an adapter without a module that its base's files lack, too: it would be random."""
     random = [name for name in new_modules if not is_saved(name, saved_modules(lora))]
     if random:
-        raise MiniloraError(
-            f"{place}: neither the adapter nor its base model holds {', '.join(random)}, which it "
-            "was trained with: train it again with --modules_to_save"
-        )
+        lack = f"neither the adapter nor its base model holds {', '.join(random)}"
+        raise MiniloraError(f"{place}: {lack}: train it again with --modules_to_save")
 
 
 def base_of(directory: Path) -> tuple[Located, str | None]:
@@ -140,19 +138,16 @@ def attach_adapter(start: StartingModel, config: TrainConfig, lora: LoraConfig) 
     """
     dtype = getattr(torch, config.dtype)
     if dtype != torch.float32 and lora.bias != "none":
-        raise MiniloraError(
-            f"bias={lora.bias!r} trains the base model's biases, which dtype {config.dtype} would "
-            "round away: use dtype float32, or bias none"
-        )
+        lost = f"trains the base model's biases, which dtype {config.dtype} would round away"
+        raise MiniloraError(f"bias={lora.bias!r} {lost}: use dtype float32, or bias none")
     if start.adapter is not None and config.on_adapter == "continue":
         directory = Path(start.adapter.location)
         stored = resolve_config(start.model, peft_files.read_config(directory))
         differing = differing_fields(stored, resolve_config(start.model, lora))
         if differing:
-            raise MiniloraError(
-                f"{directory} is to be continued and its adapter has other settings: "
-                f"{', '.join(differing)}; leave them out, or merge it first (--on_adapter merge)"
-            )
+            asked = f"is to be continued and has other settings: {', '.join(differing)}"
+            advice = "leave them out, or merge it first (--on_adapter merge)"
+            raise MiniloraError(f"{directory} {asked}; {advice}")
         load_trained(start.model, directory, dtype, is_trainable=True)
         return
     start.model.to(dtype)
@@ -198,9 +193,8 @@ def prepare_training(config: TrainConfig, forward: Packed | Padded) -> None:
         checkpointing["context_fn"] = stream.checkpoint_contexts
     if config.gradient_checkpointing:
         if not model.supports_gradient_checkpointing:
-            raise MiniloraError(
-                f"gradient_checkpointing: a {model.config.model_type} has no layers that can do it"
-            )
+            family = model.config.model_type
+            raise MiniloraError(f"gradient_checkpointing: a {family} has no layers that can do it")
         # Its name until transformers 5.23.
         old_name = model.gradient_checkpointing_enable
         getattr(model, "activation_checkpointing_enable", old_name)(checkpointing)

@@ -159,9 +159,7 @@ def is_trainer_checkpoint(path: Path) -> bool:
 
 
 def is_written(path: Path) -> bool:
-    """Whether a file of HF Trainer's is there, and not empty: it does not sync them, so that after
-    a crash one can be.
-    """
+    """Whether a file of HF Trainer's is there and not empty, as unsynced ones are after a crash."""
     return path.is_file() and path.stat().st_size > 0
 
 
@@ -203,10 +201,8 @@ def _checked_state(stored: Stored, training: Training) -> TrainState:
     is_whole = state.global_step == state.epoch * length + state.step_in_epoch
     if timetable.max_steps > 0 and not (is_whole and state.step_in_epoch <= length):
         # Skipping to a position that is none in this data would find nothing, for ever.
-        raise MiniloraError(
-            f"{path} stands at step {state.step_in_epoch} of epoch {state.epoch} and step "
-            f"{state.global_step} in all, where an epoch has {length}: it was edited"
-        )
+        at = f"step {state.step_in_epoch} of epoch {state.epoch} and step {state.global_step}"
+        raise MiniloraError(f"{path} is at {at} in all, where an epoch has {length}: it was edited")
     return state
 
 

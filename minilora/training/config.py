@@ -20,9 +20,9 @@ DTYPES = ("float32", "bfloat16", "float16")
 # Where a run differs from PEFT's defaults, chosen by measurement (`benchmarks/README.md`).
 LORA_DEFAULTS: dict[str, Any] = {"lora_alpha": 16, "lora_dropout": 0.1}
 
-# What a resume may change, and why. Everything else would bend the run and is refused.
-free = partial(option, on_resume="no number depends on it; on a device, its last bits")
-checked = partial(option, on_resume="a path: what it names is recognised by its fingerprint")
+# What a resume may change: no number of the training depends on it (on a device, only last bits);
+# what a path names is recognised by its fingerprint. Everything else would bend the run and is refused.
+free = partial(option, is_free=True)
 
 
 @dataclass(frozen=True)
@@ -32,17 +32,17 @@ class TrainConfig:
     """
 
     # fmt: off
-    model_name_or_path: str | None = checked(
+    model_name_or_path: str | None = free(
         None, "a directory or hub id; by default the packaged MiniLM", group="model")
-    model_revision: str | None = checked(None, "branch, tag or commit of a hub id")
+    model_revision: str | None = free(None, "branch, tag or commit of a hub id")
     on_adapter: str = option(
         "continue", "go on with a given adapter, or merge it first", choices=("continue", "merge"))
     task: str = option("sequence_classification", "what the head predicts", choices=TASKS)
 
-    train_file: str | None = checked(
+    train_file: str | None = free(
         None, "csv, tsv, json or jsonl; by default the packaged sentences", group="data")
-    validation_file: str | None = checked(None, "the same, for evaluation during training")
-    test_file: str | None = checked(None, "the same, evaluated once after training")
+    validation_file: str | None = free(None, "the same, for evaluation during training")
+    test_file: str | None = free(None, "the same, evaluated once after training")
     validation_split: float = option(0.0, "share of train_file to hold out", least=0, below=1)
     text_column: str | None = option(None, "the text's name, or number from 0 without a header")
     text_pair_column: str | None = option(None, "the same for the second text of a pair")
@@ -130,7 +130,7 @@ def train_config_from_dict(values: dict[str, Any], place: str) -> TrainConfig:
 def reconcile(recorded: TrainConfig, given: dict[str, Any]) -> TrainConfig:
     """The recorded arguments with the `given` ones; those that would bend the run are refused."""
     fields = dataclasses.fields(TrainConfig)
-    fixed = {field.name for field in fields if "on_resume" not in field.metadata}
+    fixed = {field.name for field in fields if not field.metadata.get("is_free")}
     if recorded.hf_parity or recorded.best_metric():
         # There evaluation draws from the generators, or chooses the end.
         fixed |= {"eval_strategy", "eval_steps"}

@@ -175,11 +175,10 @@ def training_step(
     bound = config.max_grad_norm or math.inf
     grad_norm = nn.utils.clip_grad_norm_(training.model.parameters(), bound).item()
     if not math.isfinite(sum(losses) + (0.0 if scaler.is_enabled() else grad_norm)):
-        raise MiniloraError(
-            f"step {training.state.global_step + 1}: the loss is {sum(losses)} and the gradient "
-            f"norm {grad_norm}; training stops before this step. Lower --learning_rate, or resume "
-            "from the last checkpoint"
-        )
+        found = f"the loss is {sum(losses)} and the gradient norm {grad_norm}"
+        advice = "lower --learning_rate, or resume from the last checkpoint"
+        step = training.state.global_step + 1
+        raise MiniloraError(f"step {step}: {found}; training stops before this step: {advice}")
     scale = scaler.get_scale()
     scaler.step(training.optimizer)  # optimizer.step(), unless a scaled gradient overflowed
     scaler.update()

@@ -108,16 +108,13 @@ class Manifest:
         """The manifest of a checkpoint of ours."""
         path = checkpoint / MANIFEST_NAME
         if not path.is_file():
-            raise MiniloraError(
-                f"{checkpoint} has no {MANIFEST_NAME}, nor is it HF Trainer's: it is incomplete"
-            )
+            raise MiniloraError(f"{path} is missing, nor is this HF Trainer's: it is incomplete")
         document = read_json(path)
         recorded = document.pop("sha256", None)
-        if document.get("schema_version") != SCHEMA_VERSION:
-            raise MiniloraError(
-                f"{path} has schema version {document.get('schema_version')!r}, this minilora "
-                f"reads {SCHEMA_VERSION}: use the version that wrote it"
-            )
+        version = document.get("schema_version")
+        if version != SCHEMA_VERSION:
+            advice = f"this minilora reads {SCHEMA_VERSION}: use the version that wrote it"
+            raise MiniloraError(f"{path} has schema version {version!r}, {advice}")
         try:
             found = _checksum(document)
         except RecursionError:  # json reads deeper nesting than it writes
@@ -147,7 +144,7 @@ class Manifest:
         for name, data in contents.items():
             found, written = _described(data), self.files[name]
             if found != written:
-                now = f"{checkpoint / name} is {found}, written was {written}"
+                now = f"{checkpoint / name} is {found}, {MANIFEST_NAME} has {written}"
                 raise MiniloraError(f"{now}: resume from another checkpoint")
 
 

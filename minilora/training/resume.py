@@ -21,6 +21,8 @@ from minilora.training.record import CHECKPOINT, EXACTNESS, MANIFEST_NAME, RunRe
 from minilora.training.run_directory import RUN_NAME, read_run
 from minilora.training.trainer_files import recorded_arguments
 
+NOTHING = f"holds neither a complete checkpoint-<step> nor a {RUN_NAME}"
+
 
 @dataclass(frozen=True)
 class ResumePlan:
@@ -56,11 +58,10 @@ def directories(path: Path, asked: str | None) -> tuple[Path | None, Path]:
     elif (path / MANIFEST_NAME).exists():
         own = None
     elif not sorted_checkpoints(path) and not (path / RUN_NAME).is_file():
-        raise _nothing_to_resume(path)
+        raise MiniloraError(f"resume_from_checkpoint {str(path)!r} {NOTHING}")
     if asked is None and own is None:
-        raise MiniloraError(
-            f"{path} is no run's own checkpoint-<step>: say with --output_dir where to go on"
-        )
+        advice = "say with --output_dir where to go on"
+        raise MiniloraError(f"{path} is no run's own checkpoint-<step>: {advice}")
     return own, Path(asked or own or path).resolve()
 
 
@@ -86,21 +87,18 @@ def plan_resume(
     if manifest is None and own is not None and (own / RUN_NAME).is_file():
         record = read_run(own)
     if stored is None and record is None:
-        raise _nothing_to_resume(path)
+        raise MiniloraError(f"resume_from_checkpoint {str(path)!r} {NOTHING}")
     config, lora, refusals, warnings = None, None, [], []
     try:
         config, lora = _arguments(stored, record, train_arguments or {}, lora_arguments or {})
     except MiniloraError as error:
         refusals.append(str(error))
     if stored is None and record is not None and record.result is not None:
-        refusals.append(
-            f"{output_dir} is finished and kept no checkpoint (save_strategy no): nothing to resume"
-        )
+        reason = "is finished and kept no checkpoint (save_strategy no): nothing to resume"
+        refusals.append(f"{output_dir} {reason}")
     if stored is not None and stored.missing() and not (config and config.allow_inexact_resume):
-        refusals.append(
-            f"{stored.path} lacks {', '.join(stored.missing())}: the resumed run would be another "
-            "one (--allow_inexact_resume goes on all the same)"
-        )
+        advice = "the resumed run would be another (--allow_inexact_resume goes on all the same)"
+        refusals.append(f"{stored.path} lacks {', '.join(stored.missing())}: {advice}")
     if manifest is not None:
         recorded, here = manifest.environment, environment(config and config.device)
         warnings = [
@@ -136,10 +134,9 @@ def check_same_inputs(plan: ResumePlan, record: RunRecord) -> None:
     if record.labels != began.labels:
         changed.append("labels")
     if changed:
-        raise MiniloraError(
-            f"cannot resume {plan.output_dir}: not what the run began with: {', '.join(changed)}; "
-            "restore it, or start a new run"
-        )
+        reason = f"not what the run began with: {', '.join(changed)}"
+        advice = "restore it, or start a new run"
+        raise MiniloraError(f"cannot resume {plan.output_dir}: {reason}; {advice}")
 
 
 def carry_out(plan: ResumePlan, training: Training) -> None:
@@ -154,11 +151,6 @@ def carry_out(plan: ResumePlan, training: Training) -> None:
     for path, reason in plan.set_aside:
         aside = set_aside(path, reason)
         say(f"warning: {path.name} is {reason} and now named {aside.name}")
-
-
-def _nothing_to_resume(path: Path) -> MiniloraError:
-    looked_for = f"neither a complete checkpoint-<step> nor a {RUN_NAME}"
-    return MiniloraError(f"resume_from_checkpoint {str(path)!r} holds {looked_for}")
 
 
 def _highest(newest_first: list[Path]) -> tuple[Stored | None, list[tuple[Path, str]]]:
@@ -190,9 +182,9 @@ def _arguments(
         config = TrainConfig(**{**told, **train_arguments})
         lora = dataclasses.replace(stored.adapter.config, inference_mode=False)
     else:
+        advice = "load_checkpoint restores it there"
         raise MiniloraError(
-            "the checkpoint was written by a loop of your own and records no run: load_checkpoint "
-            "restores it there"
+            f"a loop of your own wrote the checkpoint and recorded no run: {advice}"
         )
     if config.max_steps <= 0:
         told.pop("max_steps", None)  # counted in epochs here; the schedule's check compares them

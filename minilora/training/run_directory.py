@@ -38,10 +38,9 @@ def new_output_dir(path: Path) -> None:
     entries = path.iterdir() if path.is_dir() else []
     held = sorted(entry.name for entry in entries if not files.is_leftover(entry.name))
     if held:
-        raise MiniloraError(
-            f"output_dir {str(path)!r} is not empty (it holds {held[0]}): give a new one, or "
-            f"continue its run with --resume_from_checkpoint {path}"
-        )
+        advice = f"give a new one, or continue its run with --resume_from_checkpoint {path}"
+        holds = f"is not empty (it holds {held[0]})"
+        raise MiniloraError(f"output_dir {str(path)!r} {holds}: {advice}")
     files.make_directory(path)
 
 

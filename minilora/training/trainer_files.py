@@ -113,11 +113,9 @@ def state_of_progress(progress: dict[str, Any], timetable: Timetable, place: Pat
     )
     here = epochs_done(state, timetable)
     if not math.isclose(here, progress["epoch"], abs_tol=1e-6):
-        raise MiniloraError(
-            f"{place}: step {step} is epoch {progress['epoch']:.4f} there and {here:.4f} with this "
-            "data, per_device_train_batch_size and gradient_accumulation_steps: give those of "
-            "Trainer's run"
-        )
+        differ = f"step {step} is epoch {progress['epoch']:.4f} there and {here:.4f} here"
+        advice = "give Trainer's data, per_device_train_batch_size, gradient_accumulation_steps"
+        raise MiniloraError(f"{place}: {differ}: {advice}")
     return state
 
 

@@ -126,9 +126,7 @@ def trainable_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
 
 def trained_biases(model: nn.Module, bias: str) -> list[tuple[str, nn.Parameter]]:
     """(name, parameter) of the base model's biases that a `LoraConfig.bias` trains."""
-    if bias == "none":
-        return []
-    kinds = LoRALinear if bias == "lora_only" else LoRALinear | TiedOutput
+    kinds = {"none": (), "lora_only": LoRALinear, "all": (LoRALinear, TiedOutput)}[bias]
     layers = [name for name, layer in adapter_layers(model) if isinstance(layer, kinds)]
     adapted = {f"{name}.base_layer.bias" for name in layers}
     # What is outside of all wrappers has its old name. A head's biases have not: they are trained
@@ -197,8 +195,7 @@ def disable_adapter(model: nn.Module) -> Iterator[None]:
     """Inside, the model is bitwise the plain one, head, biases and pissa's weights included.
 
     Afterwards it is exactly as found: what was active is active and what was frozen is frozen, also
-    if the body raises. (PEFT's makes frozen adapters trainable on the way out, peft#3447, and
-    leaves a merged model unmerged.)
+    if the body raises.
     """
     adapters = adapters_of(model, "disable adapters", even="disabled")
     active = adapters.active

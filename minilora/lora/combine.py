@@ -3,8 +3,7 @@
     W' = W + sum_i w_i scaling_i B_i A_i            any ranks; embeddings likewise
     H' = sum_i w_i H_i / sum_i w_i                  heads and other modules_to_save
 
-Sums are taken in float64 and rounded once. (PEFT's `add_weighted_adapter` refuses heads, and is too
-large by sqrt(r) with rslora.)
+Sums are taken in float64 and rounded once.
 """
 
 import copy
@@ -39,7 +38,7 @@ def combine_adapters(model: nn.Module, paths: list[Path], weights: list[float]) 
         raise MiniloraError("combine_adapters takes a plain model: unload its adapters first")
     _check_weights(weights, len(paths))
     plain = dict(model.named_parameters(remove_duplicate=False))
-    combined: dict[str, Tensor] = {}
+    sums: dict[str, Tensor] = {}
     for path, weight in zip(paths, weights, strict=True):
         alone = copy.deepcopy(model)
         load_adapter(alone, path)
@@ -52,8 +51,8 @@ def combine_adapters(model: nn.Module, paths: list[Path], weights: list[float]) 
             difference = parameter.double() - plain[name].double()
             if difference.any():
                 factor = _share(weight, weights) if name.startswith(heads) else weight
-                so_far = combined.get(name, plain[name].double())
-                combined[name] = so_far + factor * difference
+                sums[name] = sums.get(name, 0) + factor * difference
+    combined = {name: plain[name].double() + total for name, total in sums.items()}
     _check_finite(combined)
     for name, tensor in combined.items():
         value, trainable = tensor.to(plain[name].dtype), plain[name].requires_grad
@@ -100,9 +99,10 @@ def add_weighted_adapter(
     ranks = [max([config.r, *config.rank_pattern.values()]) for config in chosen]
     r = sum(ranks) if kind == "cat" else svd_rank or max(ranks)
     heads = [name for name in found if isinstance(model.get_submodule(name), ModulesToSave)]
-    targets, task = [name for name in found if name not in heads], chosen[0].task_type
-    dropout = chosen[0].lora_dropout
-    config = LoraConfig(r, r, dropout, targets, modules_to_save=heads, task_type=task)
+    targets, like = [name for name in found if name not in heads], chosen[0]
+    config = LoraConfig(
+        r, r, like.lora_dropout, targets, modules_to_save=heads, task_type=like.task_type
+    )
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         names = add_adapter(model, config, adapter_name)
         for name, tensors in found.items():
@@ -143,15 +143,13 @@ def _summed_updates(name: str, terms: list[tuple[Any, float]], kind: str) -> lis
         if len(ranks := {len(a) for a in A}) > 1:
             raise MiniloraError(f"linear needs one r; {name} has {sorted(ranks)}: take cat or svd")
         roots = scales.abs().sqrt()
-        signed = roots.copysign(scales)
-        return [
-            torch.tensordot(signed, torch.stack(A), 1),
-            torch.tensordot(roots, torch.stack(B), 1),
-        ]
+        pairs = ((roots.copysign(scales), A), (roots, B))
+        return [torch.tensordot(factors, torch.stack(terms), 1) for factors, terms in pairs]
+    A_cat = torch.cat([scale * a for scale, a in zip(scales, A, strict=True)])
+    B_cat = torch.cat(B, dim=1)
     if kind == "cat":
-        return [torch.cat([s * a for s, a in zip(scales, A, strict=True)]), torch.cat(B, dim=1)]
-    updates = torch.stack([b @ a for a, b in zip(A, B, strict=True)])
-    U, S, Vh = torch.linalg.svd(torch.tensordot(scales, updates, 1), full_matrices=False)
+        return [A_cat, B_cat]
+    U, S, Vh = torch.linalg.svd(B_cat @ A_cat, full_matrices=False)
     return [Vh, U * S]
 
 

@@ -111,11 +111,7 @@ def config_from_dict(values: dict[str, Any], place: str = "adapter config") -> L
 
 
 def config_to_dict(config: LoraConfig) -> dict[str, Any]:
-    """The object that PEFT would write as `adapter_config.json`: every field of PEFT's.
-
-    PEFT writes sets in an order that changes with PYTHONHASHSEED; ours, sorted, are the same bytes
-    every time. `inference_mode` is true, by PEFT's convention for a file on disk.
-    """
+    """The object that PEFT would write as `adapter_config.json`, with every field of PEFT's."""
     fields = dataclasses.fields(config)
     values = {field.name: canonical(field, getattr(config, field.name)) for field in fields}
     version = config.peft_version or PEFT_VERSION

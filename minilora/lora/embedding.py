@@ -1,7 +1,4 @@
-"""LoRA for embeddings: a low-rank update of all rows, or some rows trained in full.
-
-As in `layer.py`, one class is an adapter of one embedding, another holds the layer and adapters.
-"""
+"""LoRA for embeddings: a low-rank update of all rows, or some rows trained in full."""
 
 import torch
 import torch.nn.functional as F
@@ -99,7 +96,7 @@ class TiedOutput(Wrapper):
     """A masked language model's output layer, which shares its weight with `TrainableTokens`.
 
     It reads the same rows and has no tensors of its own, on disk neither: (..., embedding_dim) ->
-    (..., num_embeddings). PEFT 0.21's tied `TrainableTokensLayer` leaves the bias out.
+    (..., num_embeddings).
     """
 
     def __init__(self, base_layer: nn.Linear, tokens: TrainableTokens) -> None:

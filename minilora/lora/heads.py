@@ -29,8 +29,8 @@ class ModulesToSave(Wrapper):
 def train_heads_in_float32(model: nn.Module) -> None:
     """Raise every module trained in full to float32, and what goes into it.
 
-    A head's output stays float32; another module's goes on in the base's dtype. (PEFT leaves such
-    modules in the base's dtype, in which a step of AdamW is often too small to be added.)
+    In the base's dtype a step of AdamW is often too small to be added. A head's output stays
+    float32; another module's goes on in the base's dtype.
     """
     heads = {name for names in TASK_HEADS.values() for name in names}
     for name, module in model.named_modules():

@@ -17,7 +17,7 @@ from minilora.lora.targets import pattern_value
 
 
 @torch.no_grad()
-def new_lora(base: nn.Module, name: str, config: LoraConfig) -> Lora | EmbeddingLora:
+def new_lora(base: nn.Linear | nn.Embedding, name: str, config: LoraConfig) -> Lora | EmbeddingLora:
     """An adapter for the module `base`, called `name`.
 
     Only pissa and olora change the base weight, by what the fresh update already adds; the caller
@@ -31,7 +31,6 @@ def new_lora(base: nn.Module, name: str, config: LoraConfig) -> Lora | Embedding
         lora = Lora(base, r, scaling, config.lora_dropout, config.lora_bias)
         _initialise_linear(lora, base, config.init_lora_weights)
     else:
-        assert isinstance(base, nn.Embedding)
         if config.lora_bias or config.init_lora_weights not in (True, False, "gaussian"):
             problem = "takes no lora_bias, and init_lora_weights true, false or gaussian"
             raise MiniloraError(f"{name!r} is an embedding, which {problem}")

@@ -84,9 +84,8 @@ def merge_and_unload(
 
 
 def unload(model: nn.Module) -> nn.Module:
-    """The same model, plain as before the first `add_adapter`, bitwise, with its original head.
-
-    (PEFT's `unload` keeps the trained head and biases.) A merge is undone.
+    """The same model as before the first `add_adapter`, bitwise, its original head included. A
+    merge is undone.
     """
     model, record = unwrapped(model), adapters.adapters_of(model, "unload adapters", even="merged")
     if record.merged:
@@ -131,8 +130,7 @@ def _merged_parameters(model: nn.Module, names: Iterable[str]) -> dict[str, Tens
 
 def record_untied(model: Any) -> None:
     # A masked language model's decoder shares the embeddings' weight. Adapting one of them parts
-    # them, and unless the config says so, transformers ties them again when it saves or loads
-    # (PEFT's merged model is then silently wrong).
+    # them, and unless the config says so, transformers ties them again when it saves or loads.
     output = getattr(model, "get_output_embeddings", lambda: None)()
     if output is not None and getattr(model.config, "tie_word_embeddings", False):
         is_tied = output.weight is model.get_input_embeddings().weight

@@ -77,8 +77,7 @@ def as_plain_update(
 
         W = W_res + s B_0 A_0,   W_res + s B A - W = s [B, -B_0] [A; A_0]
 
-    `initial` are the adapter's `tensors` from before training. Heads and trained biases stay (PEFT
-    drops them).
+    `initial` are the adapter's `tensors` from before training. Heads and trained biases stay.
     """
     record = adapters_of(model, "convert an adapter")
     config, given = record.configs[adapter_name], "path_initial_model_for_weight_conversion"

@@ -12,8 +12,6 @@ A key is `base_model.model.<module's name>.<tensor>`, whatever the adapter is ca
     base_model.model.bert.embeddings.word_embeddings.lora_embedding_A           no ".weight" here
     base_model.model.classifier.weight                                          modules_to_save
 
-Not here: adapters in a model (`adapters.py`), which config is refused (`config.py`).
-
 Source: peft 0.21 `utils/save_and_load.py` and its checkpoint format guide.
 """
 

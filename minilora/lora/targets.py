@@ -33,8 +33,7 @@ def resolve_config(model: nn.Module, config: LoraConfig) -> LoraConfig:
     targets = config.target_modules
     saved = saved_modules(config)
     if isinstance(targets, str) and targets.lower() == "all-linear":
-        # All but the output embeddings and the head. (PEFT adds the head of token classification
-        # and question answering to modules_to_save only after matching, and then fails on them.)
+        # All but the output embeddings and the head.
         output = getattr(model, "get_output_embeddings", lambda: None)()
         linear = [name for name, m in plain_modules(model) if isinstance(m, nn.Linear | LoRALinear)]
         left_out = [

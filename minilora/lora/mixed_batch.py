@@ -38,17 +38,17 @@ def adapter_names(model: nn.Module, names: list[str]) -> Iterator[None]:
         raise MiniloraError(f"{problem}; rows of one batch cannot have different ones")
     places = torch.arange(len(names))
     rows = {name: places[[other == name for other in names]] for name in names}
-    layers = [layer for _, layer in adapter_layers(model)]
-    outer = [vars(layer).get("forward") for layer in layers]  # inside another such block
+    # Inside another such block a layer has a forward of its own already.
+    outer = {layer: vars(layer).get("forward") for _, layer in adapter_layers(model)}
     check = partial(_check_batch, len(names))
     handle = model.register_forward_pre_hook(check, with_kwargs=True)
-    for layer in layers:
+    for layer in outer:
         layer.forward = partial(_mixed, layer, rows)
     try:
         yield
     finally:
         handle.remove()
-        for layer, forward in zip(layers, outer, strict=True):
+        for layer, forward in outer.items():
             del layer.forward
             if forward is not None:
                 layer.forward = forward
@@ -81,20 +81,17 @@ def _mixed(layer: Wrapper, rows: dict[str, Tensor], *args: Any, **kwargs: Any) -
 
     result = base.expand(count, *base.shape[1:])
     for name, indices in rows.items():
-        if name in layer.adapters:
+        if name not in layer.adapters:
+            continue
+        adapter, inputs = layer.adapters[name], [own(indices, value) for value in args]
+        if isinstance(layer, LoRALinear | LoRAEmbedding):
+            before = own(indices, base)
+            updated = layer.update(adapter, inputs[0], before, before)
+        elif isinstance(layer, ModulesToSave):
             named = {key: own(indices, value) for key, value in kwargs.items()}
-            inputs = [own(indices, value) for value in args]
-            updated = _updated(layer, name, own(indices, base), *inputs, **named)
-            result = result.to(updated.dtype).index_copy(0, indices.to(base.device), updated)
+            updated = adapter(*inputs, **named)
+        else:
+            weight = adapter.merged(layer.weight, layer.weight)
+            updated = functional_call(layer.base_layer, {"weight": weight}, *inputs)
+        result = result.to(updated.dtype).index_copy(0, indices.to(base.device), updated)
     return result if isinstance(layer, ModulesToSave) else result.to(base.dtype)
-
-
-def _updated(layer: Wrapper, name: str, base: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """The output of a layer with one adapter, for inputs for which its base layer's is `base`."""
-    adapter = layer.adapters[name]
-    if isinstance(layer, ModulesToSave):
-        return adapter(*args, **kwargs)
-    if isinstance(layer, LoRALinear | LoRAEmbedding):
-        return layer.update(adapter, args[0], base, base)
-    weight = adapter.merged(layer.weight, layer.weight)
-    return functional_call(layer.base_layer, {"weight": weight}, args)

@@ -38,12 +38,11 @@ def base_embeddings(model: Any) -> dict[str, nn.Parameter]:
     for name, module in plain_modules(model):
         # One trained in full is in the file anyway.
         if any(module is layer for layer in layers) and not isinstance(module, ModulesToSave):
-            is_of_rows = isinstance(module, TrainableTokens | TiedOutput)
-            place = ".token_adapter.base_layer" if is_of_rows else ".base_layer"
-            base, place = (
-                (module.base_layer, place) if isinstance(module, Wrapper) else (module, "")
-            )
-            found |= {f"{PREFIX}{name}{place}.{key}": p for key, p in base.named_parameters()}
+            base = module.base_layer if isinstance(module, Wrapper) else module
+            place = PREFIX + name
+            place += ".token_adapter" if isinstance(module, TrainableTokens | TiedOutput) else ""
+            place += ".base_layer" if isinstance(module, Wrapper) else ""
+            found |= {f"{place}.{key}": p for key, p in base.named_parameters()}
     return found
 
 

@@ -3,9 +3,6 @@
 The model keeps its class and its `forward`; everything happens in place. A wrapper takes the place
 of each adapted module and holds it as `base_layer`, its adapters by name as `adapters`. What
 concerns the model as a whole is in `model.minilora_adapters`.
-
-Not here: which modules a config means (`targets.py`), first values (`initialise.py`), folding an
-adapter into the weights (`merge.py`), files (`peft_files.py`).
 """
 
 import contextlib
@@ -32,15 +29,13 @@ class Adapters:
 
     # By name, resolved for this model, in the order in which they came.
     configs: dict[str, LoraConfig] = field(default_factory=dict)
-    # Names in force; empty while disabled.
+    # Names in force; none while disabled.
     active: tuple[str, ...] = ()
     # Whether each parameter of the plain model was trainable before we froze it.
     base_requires_grad: dict[str, bool] = field(default_factory=dict)
     # Base parameters that an adapter changes in place (biases it trains, weights pissa and olora
     # reduce, resized embeddings it brings), each with its value in the plain model.
-    originals: list[tuple[nn.Parameter, Tensor]] = field(default_factory=list)
-    # "merged" or "disabled" while the model is that; most calls are then refused.
-    state: str = ""
+    originals: dict[nn.Parameter, Tensor] = field(default_factory=dict)
     # While merged: which adapters are folded in, and what was replaced, by name.
     merged: tuple[str, ...] = ()
     unmerged: dict[str, nn.Parameter] = field(default_factory=dict)
@@ -65,11 +60,11 @@ def add_adapter(
     adapters = Adapters() if is_first else adapters_of(model, "add an adapter")
     _check_addable(adapters, config, adapter_name)
     config = targets.resolve_config(model, config)
-    names = targets.target_names(model, config)
+    adapted = targets.target_modules(model, config)
     saved = targets.saved_names(model, config)
     tokens = targets.trainable_tokens(model, config)
-    linear = {name: isinstance(_base_module(model, name), nn.Linear) for name in names}
-    kinds = [(name, LoRALinear if linear[name] else LoRAEmbedding) for name in names]
+    linear = {name for name, base in adapted.items() if isinstance(base, nn.Linear)}
+    kinds = [(name, LoRALinear if name in linear else LoRAEmbedding) for name in adapted]
     kinds += [(n, ModulesToSave) for n in saved] + [(n, TrainableTokens) for n in tokens]
     targets.check_free(model, kinds)
 
@@ -81,21 +76,28 @@ def add_adapter(
             model.save_pretrained = refuse_to_save  # pyright: ignore[reportArgumentType]
     adapters.configs[adapter_name] = config
     model.minilora_adapters = adapters  # pyright: ignore[reportArgumentType]
-    adapters.originals += _originals(model, config, names)
+    adapters.active = adapters.active or (adapter_name,)
+    changed: list[Any] = [base.weight for base in adapted.values() if reduces_base(config)]
+    if config.bias != "none":
+        changed += [p for name, p in model.named_parameters() if f".{name}".endswith(".bias")]
+    adapters.originals |= {p: p.detach().clone() for p in changed}
     try:
         for name, kind in kinds:
-            base = _base_module(model, name)
-            adapter = _new_adapter(base, name, kind, config, tokens)
-            if autocast_adapter_dtype and kind is not ModulesToSave and base.weight.itemsize < 4:
+            module = model.get_submodule(name)
+            wrapper = module if isinstance(module, kind) else kind(module)
+            adapter = _new_adapter(wrapper, name, config, tokens)
+            if autocast_adapter_dtype and kind is not ModulesToSave and wrapper.weight.itemsize < 4:
                 adapter.float()
-            _attach(model, name, kind, adapter_name, adapter)
+            wrapper.adapters[adapter_name] = adapter
+            wrapper.train(wrapper.base_layer.training)
+            model.set_submodule(name, wrapper)
         for name in tokens:
             _attach_tied_output(model, name)
     except BaseException:
         delete_adapter(model, adapter_name)
         raise
-    set_active(model, (adapter_name,) if is_first else adapters.active)
-    return names
+    set_active(model, adapters.active)
+    return list(adapted)
 
 
 def adapters_of(model: nn.Module, action: str | None = None, even: str = "") -> Adapters:
@@ -103,10 +105,10 @@ def adapters_of(model: nn.Module, action: str | None = None, even: str = "") -> 
     adapters = getattr(targets.unwrapped(model), "minilora_adapters", None)
     if not isinstance(adapters, Adapters):
         raise MiniloraError("this model has no adapter: call add_adapter or load_adapter first")
-    if action is not None and adapters.state not in ("", even):
-        way_out = {"merged": "call unmerge_adapter", "disabled": "leave disable_adapter's block"}
-        problem = f"cannot {action} while adapters are {adapters.state}"
-        raise MiniloraError(f"{problem}: {way_out[adapters.state]}")
+    ways_out = {"merged": "call unmerge_adapter", "disabled": "leave disable_adapter's block"}
+    state = "merged" if adapters.merged else "disabled" if not adapters.active else None
+    if action is not None and state not in (None, even):
+        raise MiniloraError(f"cannot {action} while adapters are {state}: {ways_out[state]}")
     return adapters
 
 
@@ -124,9 +126,7 @@ def trainable_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
 
 def trained_biases(model: nn.Module, bias: str) -> list[tuple[str, nn.Parameter]]:
     """(name, parameter) of the base model's biases that a `LoraConfig.bias` trains."""
-    if bias == "none":
-        return []
-    kinds = LoRALinear if bias == "lora_only" else LoRALinear | TiedOutput
+    kinds = {"none": (), "lora_only": LoRALinear, "all": (LoRALinear, TiedOutput)}[bias]
     layers = [name for name, layer in adapter_layers(model) if isinstance(layer, kinds)]
     adapted = {f"{name}.base_layer.bias" for name in layers}
     # What is outside of all wrappers has its old name. A head's biases have not: they are trained
@@ -179,7 +179,7 @@ def delete_adapter(model: nn.Module, adapter_name: str) -> None:
         if not layer.adapters:
             model.set_submodule(name, layer.base_layer)
     if not adapters.configs:
-        for parameter, value in adapters.originals:
+        for parameter, value in adapters.originals.items():
             parameter.data = value.to(parameter)  # the model may have moved since
         for name, parameter in model.named_parameters(remove_duplicate=False):
             parameter.requires_grad_(adapters.base_requires_grad.get(name, parameter.requires_grad))
@@ -195,21 +195,18 @@ def disable_adapter(model: nn.Module) -> Iterator[None]:
     """Inside, the model is bitwise the plain one, head, biases and pissa's weights included.
 
     Afterwards it is exactly as found: what was active is active and what was frozen is frozen, also
-    if the body raises. (PEFT's makes frozen adapters trainable on the way out, peft#3447, and
-    leaves a merged model unmerged.)
+    if the body raises.
     """
     adapters = adapters_of(model, "disable adapters", even="disabled")
-    active, state = adapters.active, adapters.state
+    active = adapters.active
     requires_grad = [(p, p.requires_grad) for p in model.parameters()]
-    adapted = [(p, p.data) for p, _ in adapters.originals]
+    adapted = [(p, p.data) for p in adapters.originals]
     set_active(model, ())
-    adapters.state = "disabled"
-    for parameter, value in adapters.originals:
+    for parameter, value in adapters.originals.items():
         parameter.data = value.to(parameter)
     try:
         yield
     finally:
-        adapters.state = state
         for parameter, value in adapted:
             parameter.data = value.to(parameter)
         set_active(model, active)
@@ -246,38 +243,13 @@ def _check_addable(adapters: Adapters, config: LoraConfig, adapter_name: str) ->
         raise MiniloraError(f"adapter {name!r} {problem}")
 
 
-def _originals(
-    model: nn.Module, config: LoraConfig, names: list[str]
-) -> list[tuple[nn.Parameter, Tensor]]:
-    changed: list[nn.Parameter] = []
-    if reduces_base(config):
-        changed += [_base_module(model, name).weight for name in names]
-    if config.bias != "none":
-        changed += [p for name, p in model.named_parameters() if f".{name}".endswith(".bias")]
-    return [(p, p.detach().clone()) for p in changed]
-
-
-def _base_module(model: nn.Module, name: str) -> Any:
-    module = model.get_submodule(name)
-    return module.base_layer if isinstance(module, Wrapper) else module
-
-
 def _new_adapter(
-    base: Any, name: str, kind: type[Wrapper], config: LoraConfig, tokens: dict[str, list[int]]
+    wrapper: Wrapper, name: str, config: LoraConfig, tokens: dict[str, list[int]]
 ) -> nn.Module:
-    if kind is ModulesToSave:
+    base = wrapper.base_layer
+    if isinstance(wrapper, ModulesToSave):
         return copy.deepcopy(base)
     return TokenRows(base, tokens[name]) if name in tokens else new_lora(base, name, config)
-
-
-def _attach(
-    model: nn.Module, name: str, kind: type[nn.Module], adapter_name: str, adapter: nn.Module
-) -> None:
-    module = model.get_submodule(name)
-    wrapper: Any = module if isinstance(module, kind) else kind(module)
-    wrapper.adapters[adapter_name] = adapter
-    wrapper.train(wrapper.base_layer.training)
-    model.set_submodule(name, wrapper)
 
 
 def _attach_tied_output(model: nn.Module, name: str) -> None:

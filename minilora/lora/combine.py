@@ -3,12 +3,11 @@
     W' = W + sum_i w_i scaling_i B_i A_i            any ranks; embeddings likewise
     H' = sum_i w_i H_i / sum_i w_i                  heads and other modules_to_save
 
-Sums are taken in float64 and rounded once. (PEFT's `add_weighted_adapter` refuses heads, and is too
-large by sqrt(r) with rslora.)
+Sums are taken in float64 and rounded once.
 """
 
+import copy
 import math
-from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,21 +17,21 @@ from torch import Tensor, nn
 from minilora.errors import MiniloraError
 from minilora.lora.adapters import adapter_layers, adapters_of, add_adapter
 from minilora.lora.config import LoraConfig
-from minilora.lora.embedding import TiedOutput
 from minilora.lora.heads import ModulesToSave
-from minilora.lora.merge import changed_parameters, record_untied, set_parameter, unload
+from minilora.lora.merge import merge_and_unload, record_untied, set_parameter
 from minilora.lora.peft_files import load_adapter
 from minilora.lora.targets import check_known, unwrapped
 
 COMBINATION_TYPES = ("svd", "cat", "linear")  # PEFT's others prune what they add up
 
 
+@torch.no_grad()
 def combine_adapters(model: nn.Module, paths: list[Path], weights: list[float]) -> nn.Module:
-    """Fold the weighted adapters in directories `paths` into a plain model; it is plain again.
+    """Fold the weighted adapters in directories `paths` into a plain model, in place.
 
-    What is no plain sum (DoRA's weight, rows and biases trained in full, the weights pissa and
-    olora reduce) takes part as the difference it makes to the model when merged alone. Works in
-    place; after an error the model is as it was.
+    Each takes part as the difference it makes to the model when merged alone: also what is no plain
+    sum (DoRA's weight, rows and biases trained in full, the weights pissa and olora reduce). After
+    an error the model is as it was.
     """
     model = unwrapped(model)
     if hasattr(model, "minilora_adapters"):
@@ -41,14 +40,19 @@ def combine_adapters(model: nn.Module, paths: list[Path], weights: list[float]) 
     plain = dict(model.named_parameters(remove_duplicate=False))
     sums: dict[str, Tensor] = {}
     for path, weight in zip(paths, weights, strict=True):
-        load_adapter(model, path, is_trainable=True)  # which leaves the mode alone
-        try:
-            for name, difference, is_head in _differences(model, plain):
-                factor = _share(weight, weights) if is_head else weight
+        alone = copy.deepcopy(model)
+        load_adapter(alone, path)
+        layers = dict(adapter_layers(alone))
+        for layer in layers.values():
+            layer.base_layer.double()
+        heads = tuple(f"{name}." for name, m in layers.items() if isinstance(m, ModulesToSave))
+        merge_and_unload(alone, safe_merge=False)
+        for name, parameter in alone.named_parameters(remove_duplicate=False):
+            difference = parameter.double() - plain[name].double()
+            if difference.any():
+                factor = _share(weight, weights) if name.startswith(heads) else weight
                 sums[name] = sums.get(name, 0) + factor * difference
-        finally:
-            unload(model)
-    combined = {name: plain[name].detach().double() + total for name, total in sums.items()}
+    combined = {name: plain[name].double() + total for name, total in sums.items()}
     _check_finite(combined)
     for name, tensor in combined.items():
         value, trainable = tensor.to(plain[name].dtype), plain[name].requires_grad
@@ -95,9 +99,10 @@ def add_weighted_adapter(
     ranks = [max([config.r, *config.rank_pattern.values()]) for config in chosen]
     r = sum(ranks) if kind == "cat" else svd_rank or max(ranks)
     heads = [name for name in found if isinstance(model.get_submodule(name), ModulesToSave)]
-    targets, task = [name for name in found if name not in heads], chosen[0].task_type
-    dropout = chosen[0].lora_dropout
-    config = LoraConfig(r, r, dropout, targets, modules_to_save=heads, task_type=task)
+    targets, like = [name for name in found if name not in heads], chosen[0]
+    config = LoraConfig(
+        r, r, like.lora_dropout, targets, modules_to_save=heads, task_type=like.task_type
+    )
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         names = add_adapter(model, config, adapter_name)
         for name, tensors in found.items():
@@ -117,20 +122,14 @@ def _weighted_sums(
         pairs = zip(adapters, weights, strict=True)
         terms = [(layer.adapters[own], weight) for own, weight in pairs if own in layer.adapters]
         if terms and isinstance(layer, ModulesToSave):
-            found[name] = _averaged_head(layer.base_layer, terms, weights)
+            shares = [(own, _share(weight, weights)) for own, weight in terms]
+            # An adapter that lacks this head has the plain one.
+            shares.append((layer.base_layer, 1 - sum(share for _, share in shares)))
+            scaled = [[share * p.double() for p in own.parameters()] for own, share in shares]
+            found[name] = [torch.stack(parts).sum(0) for parts in zip(*scaled, strict=True)]
         elif terms:
             found[name] = _summed_updates(name, terms, kind)
     return found
-
-
-def _averaged_head(
-    base: nn.Module, terms: list[tuple[nn.Module, float]], weights: list[float]
-) -> list[Tensor]:
-    shares = [(own, _share(weight, weights)) for own, weight in terms]
-    # An adapter that lacks this head has the plain one.
-    shares.append((base, 1 - sum(share for _, share in shares)))
-    scaled = [[share * p.double() for p in own.parameters()] for own, share in shares]
-    return [torch.stack(parts).sum(0) for parts in zip(*scaled, strict=True)]
 
 
 def _summed_updates(name: str, terms: list[tuple[Any, float]], kind: str) -> list[Tensor]:
@@ -139,24 +138,19 @@ def _summed_updates(name: str, terms: list[tuple[Any, float]], kind: str) -> lis
         problem = "has DoRA, lora_bias or trained rows, which are no plain sums"
         raise MiniloraError(f"{name} {problem}: fold the adapters' files in by combine_adapters")
     A, B = zip(*([p.double() for p in lora.parameters()] for lora, _ in terms), strict=True)
-    scales = [weight * lora.scaling for lora, weight in terms]
+    scales = A[0].new_tensor([weight * lora.scaling for lora, weight in terms])
     if kind == "linear":
         if len(ranks := {len(a) for a in A}) > 1:
             raise MiniloraError(f"linear needs one r; {name} has {sorted(ranks)}: take cat or svd")
-        roots = [math.sqrt(abs(scale)) for scale in scales]
-        signed = [math.copysign(root, scale) for root, scale in zip(roots, scales, strict=True)]
-        return [_sum(signed, A), _sum(roots, B)]
+        roots = scales.abs().sqrt()
+        pairs = ((roots.copysign(scales), A), (roots, B))
+        return [torch.tensordot(factors, torch.stack(terms), 1) for factors, terms in pairs]
+    A_cat = torch.cat([scale * a for scale, a in zip(scales, A, strict=True)])
+    B_cat = torch.cat(B, dim=1)
     if kind == "cat":
-        return [torch.cat([s * a for s, a in zip(scales, A, strict=True)]), torch.cat(B, dim=1)]
-    U, S, Vh = torch.linalg.svd(
-        _sum(scales, [b @ a for a, b in zip(A, B, strict=True)]), full_matrices=False
-    )
+        return [A_cat, B_cat]
+    U, S, Vh = torch.linalg.svd(B_cat @ A_cat, full_matrices=False)
     return [Vh, U * S]
-
-
-def _sum(factors: Sequence[float], tensors: Sequence[Tensor]) -> Tensor:
-    scaled = [factor * tensor for factor, tensor in zip(factors, tensors, strict=True)]
-    return torch.stack(scaled).sum(0)
 
 
 def _fill(parameter: Tensor, value: Tensor) -> None:
@@ -182,24 +176,3 @@ def _check_finite(tensors: dict[str, Tensor]) -> None:
     broken = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
     if broken:
         raise MiniloraError(f"combining gives NaN or infinity in {broken[0]}: an adapter is broken")
-
-
-@torch.no_grad()
-def _differences(
-    model: nn.Module, plain: dict[str, nn.Parameter]
-) -> Iterator[tuple[str, Tensor, bool]]:
-    """(plain parameter's name, what the only adapter adds to it, in float64; whether a head's)."""
-    for name, layer in adapter_layers(model):
-        if isinstance(layer, TiedOutput):
-            problem = "shares its weight with embeddings of which an adapter trains rows"
-            raise MiniloraError(f"{name} {problem}: such adapters are merged one at a time")
-        if isinstance(layer, ModulesToSave):
-            for key, trained in layer.adapters["default"].named_parameters():
-                yield f"{name}.{key}", trained.double() - plain[f"{name}.{key}"].double(), True
-    for name, key, before, after in changed_parameters(model, ["default"], torch.float64):
-        yield f"{name}.{key}", after - before, False
-    # Trained biases, and weights that pissa and olora reduced: they differ from the plain model's.
-    originals = {id(parameter): value for parameter, value in adapters_of(model).originals}
-    for name, parameter in plain.items():
-        if id(parameter) in originals:
-            yield name, parameter.double() - originals[id(parameter)].double(), False

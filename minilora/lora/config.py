@@ -31,12 +31,6 @@ NOT_SUPPORTED: dict[str, Any] = dict.fromkeys((
 # never meant to be saved and PEFT ignores it, too.
 OBSOLETE = ("enable_lora", "merge_weights", "runtime_config")
 
-# Read and preserved, never acted upon by the layers.
-BOOKKEEPING = (
-    "task_type", "base_model_name_or_path", "revision", "auto_mapping", "peft_type", "peft_version",
-    "inference_mode",
-)  # fmt: skip
-
 
 # fmt: off
 @dataclass
@@ -65,8 +59,8 @@ class LoraConfig:
     layers_pattern: list[str] | str | None = option(None, "the list of layers, if not the first")
     trainable_token_indices: list[int] | dict[str, list[int]] | None = option(
         None, "train these rows of the word embeddings, and no others")
+    # Without help and without a flag, these are BOOKKEEPING.
     fan_in_fan_out: bool = False
-    # BOOKKEEPING
     inference_mode: bool = False
     task_type: str | None = option(None, None, choices=(
         "SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION", "CAUSAL_LM", "SEQ_2_SEQ_LM"))
@@ -85,6 +79,10 @@ class LoraConfig:
         check(self, _relations)
 
 
+# Read and preserved, never acted upon by the layers.
+BOOKKEEPING = [f.name for f in dataclasses.fields(LoraConfig) if f.metadata.get("help") is None]
+
+
 def config_from_dict(values: dict[str, Any], place: str = "adapter config") -> LoraConfig:
     """A `LoraConfig` from the object in `place`, an `adapter_config.json` of whichever PEFT."""
     if values.get("peft_type") != "LORA":
@@ -95,19 +93,17 @@ def config_from_dict(values: dict[str, Any], place: str = "adapter config") -> L
     elif isinstance(init, str) and init.lower() == "olora":
         values = {**values, "init_lora_weights": "olora"}
     known = {field.name for field in dataclasses.fields(LoraConfig)}
-    given = {name: value for name, value in values.items() if name in known}
+    # PEFT's older versions wrote null where newer ones write {} or false.
+    given: dict[str, Any] = {"rank_pattern": {}, "alpha_pattern": {}}
     for name, value in values.items():
-        if name in known or name in OBSOLETE:
-            continue
-        # PEFT's older versions wrote null where newer ones write {} or false.
-        if value and value != NOT_SUPPORTED.get(name):
+        if name in known:
+            given[name] = given.get(name) if value is None else value
+        elif value and value != NOT_SUPPORTED.get(name) and name not in OBSOLETE:
             what = "not supported" if name in NOT_SUPPORTED else "unknown"
             allowed = f"is {what} by minilora, which knows PEFT {PEFT_VERSION}: it must be unset"
             raise MiniloraError(f"{place}: {name}={value!r} {allowed}")
-        if name not in NOT_SUPPORTED:
+        elif name not in (*NOT_SUPPORTED, *OBSOLETE):
             warnings.warn(f"{place}: unknown field {name!r} is unset and dropped", stacklevel=2)
-    for name in ("rank_pattern", "alpha_pattern"):
-        given[name] = given.get(name) or {}  # null in PEFT's older files
     try:
         return LoraConfig(**given)
     except MiniloraError as error:
@@ -115,11 +111,7 @@ def config_from_dict(values: dict[str, Any], place: str = "adapter config") -> L
 
 
 def config_to_dict(config: LoraConfig) -> dict[str, Any]:
-    """The object that PEFT would write as `adapter_config.json`: every field of PEFT's.
-
-    PEFT writes sets in an order that changes with PYTHONHASHSEED; ours, sorted, are the same bytes
-    every time. `inference_mode` is true, by PEFT's convention for a file on disk.
-    """
+    """The object that PEFT would write as `adapter_config.json`, with every field of PEFT's."""
     fields = dataclasses.fields(config)
     values = {field.name: canonical(field, getattr(config, field.name)) for field in fields}
     version = config.peft_version or PEFT_VERSION
@@ -156,12 +148,12 @@ def _relations(c: LoraConfig) -> list[tuple[Any, str]]:
         (c.lora_bias and not isinstance(init, bool),
          f"lora_bias=True needs init_lora_weights true or false, not {init!r}"),
     ]  # fmt: skip
-    expressions = [value for value in (targets, c.exclude_modules) if isinstance(value, str)]
-    patterns = c.layers_pattern or []
-    expressions += [patterns] if isinstance(patterns, str) else patterns
+    layers = [c.layers_pattern] if isinstance(c.layers_pattern, str) else c.layers_pattern or []
+    given = [targets, c.exclude_modules, *layers]
+    expressions = {value: value for value in given if isinstance(value, str)}
     # As `targets` puts them together.
-    keys = {key: rf"(.*\.)?({key})$" for key in (*c.rank_pattern, *c.alpha_pattern)}
-    for expression, whole in (dict(zip(expressions, expressions, strict=True)) | keys).items():
+    expressions |= {key: rf"(.*\.)?({key})$" for key in (*c.rank_pattern, *c.alpha_pattern)}
+    for expression, whole in expressions.items():
         try:
             re.compile(whole)
         except (re.error, RecursionError, OverflowError) as error:

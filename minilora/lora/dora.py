@@ -13,13 +13,18 @@ from torch import Tensor, nn
 class Magnitude(nn.Module):
     """m of one adapter; a module, because parameters of modules stand after those of A and B."""
 
-    def __init__(self, weight: Tensor, delta: Tensor) -> None:
+    def __init__(self, weight: Tensor) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.linalg.norm(weight + delta, dim=1))
+        self.weight = nn.Parameter(torch.linalg.norm(weight, dim=1))
 
     def scale(self, weight: Tensor, delta: Tensor) -> Tensor:
         """m / ||W + delta||, (out_features,); the norm without a gradient, as in section 4.3."""
         return self.weight / torch.linalg.norm(weight + delta, dim=1).detach()
+
+    def merged(self, weight: Tensor, base: Tensor, delta: Tensor) -> Tensor:
+        """As `Lora.merged`, with W' - W of this adapter in place of delta."""
+        scale = self.scale(base, delta).view(-1, 1)
+        return (weight - base + scale * (base + delta)).to(weight.dtype)
 
     def forward(
         self, x: Tensor, result: Tensor | None, base: nn.Linear, lora: nn.Module, scaling: float

@@ -1,14 +1,11 @@
-"""LoRA for embeddings: a low-rank update of all rows, or some rows trained in full.
-
-As in `layer.py`, one class is an adapter of one embedding, another holds the layer and adapters.
-"""
+"""LoRA for embeddings: a low-rank update of all rows, or some rows trained in full."""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minilora.lora.dora import Magnitude
-from minilora.lora.layer import WeightAndBias, Wrapper
+from minilora.lora.layer import Wrapper
 
 
 class EmbeddingLora(nn.Module):
@@ -26,14 +23,12 @@ class EmbeddingLora(nn.Module):
         """scaling * (B A)^T, the change to E: (num_embeddings, embedding_dim)."""
         return (self.lora_embedding_B @ self.lora_embedding_A).T * self.scaling
 
-    def merged(self, weight: Tensor, bias: Tensor | None, base: Tensor) -> WeightAndBias:
-        """As `Lora.merged`; an embedding has no bias."""
-        delta = self.delta_weight()
-        if self.lora_magnitude_vector is None:
-            return weight + delta.to(weight.dtype), bias
-        # The norm runs over an embedding's columns, as over a linear layer's rows.
-        scale = self.lora_magnitude_vector.scale(base.T, delta.T)
-        return (weight - base + scale * (base + delta)).to(weight.dtype), bias
+    def merged(self, weight: Tensor, base: Tensor) -> Tensor:
+        """As `Lora.merged`."""
+        if self.lora_magnitude_vector is not None:
+            # The norm runs over an embedding's columns, as over a linear layer's rows.
+            return self.lora_magnitude_vector.merged(weight.T, base.T, self.delta_weight().T).T
+        return weight + self.delta_weight().to(weight.dtype)
 
 
 class LoRAEmbedding(Wrapper):
@@ -46,9 +41,8 @@ class LoRAEmbedding(Wrapper):
 
     def forward(self, ids: Tensor) -> Tensor:
         base = result = self.base_layer(ids)
-        for name in self.active_adapters:
-            if name in self.adapters:
-                result = self.update(self.adapters[name], ids, base, result)
+        for lora in self.in_force():
+            result = self.update(lora, ids, base, result)
         return result.to(base.dtype)
 
     def update(self, lora: EmbeddingLora, ids: Tensor, base: Tensor, result: Tensor) -> Tensor:
@@ -75,10 +69,10 @@ class TokenRows(nn.Module):
         places = torch.tensor(indices, device=rows.device)
         self.register_buffer("token_indices", places, persistent=False)
 
-    def merged(self, weight: Tensor, bias: Tensor | None, base: Tensor) -> WeightAndBias:
-        """`weight` with these rows in place of its own, in its own dtype; `bias` as it is."""
+    def merged(self, weight: Tensor, base: Tensor) -> Tensor:
+        """`weight` with these rows in place of its own, in its dtype, whatever `base` is."""
         rows = self.trainable_tokens_delta.to(weight.dtype)
-        return weight.index_copy(0, self.token_indices, rows), bias
+        return weight.index_copy(0, self.token_indices, rows)
 
 
 class TrainableTokens(Wrapper):
@@ -93,9 +87,8 @@ class TrainableTokens(Wrapper):
     def active_weight(self) -> Tensor:
         """E with the rows in place: (num_embeddings, embedding_dim)."""
         weight = self.weight
-        for name in self.active_adapters:
-            if name in self.adapters:
-                weight, _ = self.adapters[name].merged(weight, None, weight)
+        for rows in self.in_force():
+            weight = rows.merged(weight, weight)
         return weight
 
 
@@ -103,7 +96,7 @@ class TiedOutput(Wrapper):
     """A masked language model's output layer, which shares its weight with `TrainableTokens`.
 
     It reads the same rows and has no tensors of its own, on disk neither: (..., embedding_dim) ->
-    (..., num_embeddings). PEFT 0.21's tied `TrainableTokensLayer` leaves the bias out.
+    (..., num_embeddings).
     """
 
     def __init__(self, base_layer: nn.Linear, tokens: TrainableTokens) -> None:

@@ -18,13 +18,9 @@ TASK_HEADS = {
 class ModulesToSave(Wrapper):
     """A module and, for each adapter that trains it in full, a copy, which takes its place."""
 
-    def module_for(self, names: tuple[str, ...]) -> nn.Module:
-        """The copy of the last of the adapters `names` that has one; with none, the original."""
-        copies = [self.adapters[name] for name in names if name in self.adapters]
-        return [self.base_layer, *copies][-1]
-
     def shown(self) -> nn.Module:
-        return self.module_for(self.active_adapters)
+        """The active adapter's copy; without one, the original."""
+        return [self.base_layer, *self.in_force()][-1]
 
     def forward(self, *args, **kwargs):
         return self.shown()(*args, **kwargs)
@@ -33,8 +29,8 @@ class ModulesToSave(Wrapper):
 def train_heads_in_float32(model: nn.Module) -> None:
     """Raise every module trained in full to float32, and what goes into it.
 
-    A head's output stays float32; another module's goes on in the base's dtype. (PEFT leaves such
-    modules in the base's dtype, in which a step of AdamW is often too small to be added.)
+    In the base's dtype a step of AdamW is often too small to be added. A head's output stays
+    float32; another module's goes on in the base's dtype.
     """
     heads = {name for names in TASK_HEADS.values() for name in names}
     for name, module in model.named_modules():
@@ -46,11 +42,10 @@ def train_heads_in_float32(model: nn.Module) -> None:
 
 
 def _to_float32(module: Any, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-    # An embedding's ids stay integers.
-    is_number = [isinstance(x, Tensor) and x.is_floating_point() for x in inputs]
-    return tuple(
-        x.float() if of_float else x for x, of_float in zip(inputs, is_number, strict=True)
-    )
+    def raised(x: Any) -> Any:  # an embedding's ids stay integers
+        return x.float() if isinstance(x, Tensor) and x.is_floating_point() else x
+
+    return tuple(map(raised, inputs))
 
 
 def _to_base_dtype(module: Any, _: Any, result: Any) -> Any:

@@ -17,7 +17,7 @@ from minilora.lora.targets import pattern_value
 
 
 @torch.no_grad()
-def new_lora(base: nn.Module, name: str, config: LoraConfig) -> Lora | EmbeddingLora:
+def new_lora(base: nn.Linear | nn.Embedding, name: str, config: LoraConfig) -> Lora | EmbeddingLora:
     """An adapter for the module `base`, called `name`.
 
     Only pissa and olora change the base weight, by what the fresh update already adds; the caller
@@ -31,7 +31,6 @@ def new_lora(base: nn.Module, name: str, config: LoraConfig) -> Lora | Embedding
         lora = Lora(base, r, scaling, config.lora_dropout, config.lora_bias)
         _initialise_linear(lora, base, config.init_lora_weights)
     else:
-        assert isinstance(base, nn.Embedding)
         if config.lora_bias or config.init_lora_weights not in (True, False, "gaussian"):
             problem = "takes no lora_bias, and init_lora_weights true, false or gaussian"
             raise MiniloraError(f"{name!r} is an embedding, which {problem}")
@@ -43,10 +42,8 @@ def new_lora(base: nn.Module, name: str, config: LoraConfig) -> Lora | Embedding
     # base the fresh values have thus been rounded to bfloat16 once.
     lora.to(base.weight.device, base.weight.dtype)
     if config.use_dora:
-        weight, delta = base.weight, lora.delta_weight()
-        if isinstance(lora, EmbeddingLora):
-            weight, delta = weight.T, delta.T
-        lora.lora_magnitude_vector = Magnitude(weight, delta)
+        whole = base.weight + lora.delta_weight()
+        lora.lora_magnitude_vector = Magnitude(whole if isinstance(lora, Lora) else whole.T)
     return lora
 
 
@@ -60,15 +57,14 @@ def _initialise_linear(lora: Lora, base: nn.Linear, init: bool | str) -> None:
     r = len(A)
     if init is False:
         return  # torch's default draw for both: the adapter is not a no-op, which only tests want
-    if init is True or init == "gaussian":
-        if init is True:
-            # a = sqrt(5) is nn.Linear's own default, U(-1/sqrt(in), 1/sqrt(in)), as in
-            # microsoft/LoRA (the paper says Gaussian). PEFT draws A a second time, too.
-            nn.init.kaiming_uniform_(A, a=math.sqrt(5))
-        else:
-            nn.init.normal_(A, std=1 / r)
-        for parameter in lora.lora_B.parameters():
-            nn.init.zeros_(parameter)
+    for parameter in lora.lora_B.parameters():
+        nn.init.zeros_(parameter)
+    if init is True:
+        # a = sqrt(5) is nn.Linear's own default, U(-1/sqrt(in), 1/sqrt(in)), as in
+        # microsoft/LoRA (the paper says Gaussian). PEFT draws A a second time, too.
+        nn.init.kaiming_uniform_(A, a=math.sqrt(5))
+    elif init == "gaussian":
+        nn.init.normal_(A, std=1 / r)
     elif init == "orthogonal":
         # From the odd and even rows of one orthogonal matrix: B A = 0, though neither is zero.
         if r % 2 != 0:

@@ -13,16 +13,14 @@ Not here: the first values (`initialise.py`), DoRA's form of the update (`dora.p
 Source: LoRA, arXiv:2106.09685, section 4.1.
 """
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minilora.errors import MiniloraError
 from minilora.lora.dora import Magnitude
-
-WeightAndBias = tuple[Tensor, Tensor | None]
 
 
 class Lora(nn.Module):
@@ -49,19 +47,11 @@ class Lora(nn.Module):
         """scaling * B A, the change to W: (out_features, in_features)."""
         return (self.lora_B.weight @ self.lora_A.weight) * self.scaling
 
-    def merged(self, weight: Tensor, bias: Tensor | None, base: Tensor) -> WeightAndBias:
-        """The two with this adapter beside others folded in, in their own dtypes; `base` is W."""
-        delta = self.delta_weight()
-        if self.lora_magnitude_vector is None:
-            weight = weight + delta.to(weight.dtype)
-        else:
-            scale = self.lora_magnitude_vector.scale(base, delta).view(-1, 1)
-            weight = (weight - base + scale * (base + delta)).to(weight.dtype)
-        if self.lora_B.bias is not None:
-            if bias is None:
-                raise MiniloraError("lora_bias=True has no bias in the base layer to merge into")
-            bias = (bias + self.lora_B.bias * self.scaling).to(bias.dtype)
-        return weight, bias
+    def merged(self, weight: Tensor, base: Tensor) -> Tensor:
+        """`weight`, W beside others' updates, with this one folded in, too; `base` is W alone."""
+        if self.lora_magnitude_vector is not None:
+            return self.lora_magnitude_vector.merged(weight, base, self.delta_weight())
+        return weight + self.delta_weight().to(weight.dtype)
 
 
 class Wrapper(nn.Module):
@@ -74,6 +64,11 @@ class Wrapper(nn.Module):
         self.base_layer: Any = base_layer
         self.adapters: Any = nn.ModuleDict()
         self.active_adapters: tuple[str, ...] = ()
+
+    def in_force(self, names: Iterable[str] | None = None) -> list[Any]:
+        """The active adapters, or those called `names`, of which this module has one."""
+        chosen = self.active_adapters if names is None else names
+        return [self.adapters[name] for name in chosen if name in self.adapters]
 
     def shown(self) -> nn.Module:
         """The module whose attributes this one has: models read them (weight, padding_idx)."""
@@ -95,9 +90,8 @@ class LoRALinear(Wrapper):
 
     def forward(self, x: Tensor) -> Tensor:
         base = result = self.base_layer(x)  # (..., in_features) -> (..., out_features)
-        for name in self.active_adapters:
-            if name in self.adapters:
-                result = self.update(self.adapters[name], x, base, result)
+        for lora in self.in_force():
+            result = self.update(lora, x, base, result)
         return result.to(base.dtype)
 
     def update(self, lora: Lora, x: Tensor, base: Tensor, result: Tensor) -> Tensor:

@@ -1,15 +1,12 @@
 """Adapters folded into the weights: for a while, or for good.
 
 While merged, the `base_layer` of an adapted module holds a new Parameter for each one that an
-adapter changes (W; with lora_bias b, too), and no update is computed. The original Parameters are
-kept aside and put back by unmerging, so that W is restored bitwise in every dtype, which
-subtracting B A would not do. Adapters and the heads' copies stay as they are; a merged adapter's
-head is the one in use.
-
-Not here: several adapters, weighted (`combine.py`).
+adapter changes, and no update is computed; a merged adapter's head is in use. The original
+Parameters are kept aside, so that unmerging restores W bitwise in every dtype, which subtracting
+B A would not do. docs/exactness.md lists the variables that change.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -19,6 +16,7 @@ from minilora.errors import MiniloraError
 from minilora.lora import adapters
 from minilora.lora.embedding import TiedOutput
 from minilora.lora.heads import ModulesToSave
+from minilora.lora.layer import Lora
 from minilora.lora.targets import check_together, unwrapped
 
 
@@ -33,14 +31,14 @@ def merge_adapter(
     model, record = unwrapped(model), adapters.adapters_of(model, "merge")
     names = record.active if adapter_names is None else tuple(adapter_names)
     check_together(model, record.configs, names)
-    changes = list(changed_parameters(model, names))
-    broken = [name for name, _, _, after in changes if not torch.isfinite(after).all()]
+    merged = _merged_parameters(model, names)
+    broken = [place for place, after in merged.items() if not torch.isfinite(after).all()]
     if safe_merge and broken:
-        problem = f"merging {', '.join(names)} into {broken[0]} gives NaN or infinity"
+        layer = broken[0].rpartition(".base_layer.")[0]
+        problem = f"merging {', '.join(names)} into {layer} gives NaN or infinity"
         raise MiniloraError(f"{problem}; nothing was changed (safe_merge=False merges anyway)")
-    record.state, record.merged = "merged", names
-    for name, key, _, after in changes:
-        place = f"{name}.base_layer.{key}"
+    record.merged = names
+    for place, after in merged.items():
         record.unmerged[place] = model.get_parameter(place)
         set_parameter(model, place, nn.Parameter(after, requires_grad=False))
     _compute_updates_of(model, (), names)
@@ -49,13 +47,13 @@ def merge_adapter(
 def unmerge_adapter(model: nn.Module) -> None:
     """Put the original weights back, bitwise."""
     model, record = unwrapped(model), adapters.adapters_of(model)
-    if record.state != "merged":
+    if not record.merged:
         raise MiniloraError("nothing is merged: call merge_adapter first")
     for place, parameter in record.unmerged.items():
         # The model may have moved since.
         parameter.data = parameter.data.to(model.get_parameter(place))
         set_parameter(model, place, parameter)
-    record.state, record.merged, record.unmerged = "", (), {}
+    record.merged, record.unmerged = (), {}
     _compute_updates_of(model, record.active, record.active)
 
 
@@ -68,7 +66,7 @@ def merge_and_unload(
     the first `add_adapter`. A merged model is unloaded as it is.
     """
     model, record = unwrapped(model), adapters.adapters_of(model, "unload adapters", even="merged")
-    if record.state != "merged":
+    if not record.merged:
         merge_adapter(model, adapter_names, safe_merge)
     elif adapter_names is not None and set(adapter_names) != set(record.merged):
         problem = f"adapters {list(record.merged)} are merged, not {list(adapter_names)}"
@@ -79,19 +77,18 @@ def merge_and_unload(
         if isinstance(layer, TiedOutput):
             layer.base_layer.weight = layer.weight  # the merged one
     # What the wrappers hold is the result, trained biases included.
-    record.originals, record.state = [], ""
+    record.originals, record.merged = {}, ()
     unload(model)
     record_untied(model)
     return model
 
 
 def unload(model: nn.Module) -> nn.Module:
-    """The same model, plain as before the first `add_adapter`, bitwise, with its original head.
-
-    (PEFT's `unload` keeps the trained head and biases.) A merge is undone.
+    """The same model as before the first `add_adapter`, bitwise, its original head included. A
+    merge is undone.
     """
     model, record = unwrapped(model), adapters.adapters_of(model, "unload adapters", even="merged")
-    if record.state == "merged":
+    if record.merged:
         unmerge_adapter(model)
     for adapter_name in list(record.configs):
         adapters.delete_adapter(model, adapter_name)
@@ -109,31 +106,31 @@ def _compute_updates_of(model: nn.Module, names: tuple[str, ...], heads: tuple[s
 
 
 @torch.no_grad()
-def changed_parameters(
-    model: nn.Module, names: Iterable[str], dtype: torch.dtype | None = None
-) -> Iterator[tuple[str, str, Tensor, Tensor]]:
-    """(layer's name, key, before, after) of the parameters that adapters `names` change."""
+def _merged_parameters(model: nn.Module, names: Iterable[str]) -> dict[str, Tensor]:
+    """Name -> value with adapters `names` folded in, of the base layers' parameters they change."""
+    found = {}
     for name, layer in adapters.adapter_layers(model):
         # A tied output layer reads its embedding's weight.
         if isinstance(layer, ModulesToSave | TiedOutput):
             continue
-        parameters = layer.base_layer.named_parameters(recurse=False)
-        before = {key: parameter.to(dtype or parameter.dtype) for key, parameter in parameters}
-        weight, bias = before["weight"], before.get("bias")
-        for adapter in [layer.adapters[key] for key in names if key in layer.adapters]:
-            try:
-                weight, bias = adapter.merged(weight, bias, before["weight"])
-            except MiniloraError as error:
-                raise MiniloraError(f"{name}: {error}") from None
-        for key, after in (("weight", weight), ("bias", bias)):
-            if after is not None and after is not before[key]:
-                yield name, key, before[key], after
+        before = dict(layer.base_layer.named_parameters(recurse=False))
+        after: dict[str, Tensor] = {**before}
+        for adapter in layer.in_force(names):
+            after["weight"] = adapter.merged(after["weight"], before["weight"])
+            if isinstance(adapter, Lora) and adapter.lora_B.bias is not None:
+                if "bias" not in before:
+                    problem = "lora_bias=True has no bias in the base layer to merge into"
+                    raise MiniloraError(f"{name}: {problem}")
+                bias = after["bias"] + adapter.lora_B.bias * adapter.scaling
+                after["bias"] = bias.to(before["bias"].dtype)
+        changed = [key for key in before if after[key] is not before[key]]
+        found |= {f"{name}.base_layer.{key}": after[key] for key in changed}
+    return found
 
 
 def record_untied(model: Any) -> None:
     # A masked language model's decoder shares the embeddings' weight. Adapting one of them parts
-    # them, and unless the config says so, transformers ties them again when it saves or loads
-    # (PEFT's merged model is then silently wrong).
+    # them, and unless the config says so, transformers ties them again when it saves or loads.
     output = getattr(model, "get_output_embeddings", lambda: None)()
     if output is not None and getattr(model.config, "tie_word_embeddings", False):
         is_tied = output.weight is model.get_input_embeddings().weight

@@ -1,7 +1,7 @@
 """One batch whose rows use different adapters.
 
 Every adapted layer computes its base layer once for the whole batch; then each adapter adds its
-update to its own rows. A head, of which each adapter has its own, is computed per adapter.
+update to its own rows, or puts its own head's output there.
 """
 
 import contextlib
@@ -38,18 +38,17 @@ def adapter_names(model: nn.Module, names: list[str]) -> Iterator[None]:
         raise MiniloraError(f"{problem}; rows of one batch cannot have different ones")
     places = torch.arange(len(names))
     rows = {name: places[[other == name for other in names]] for name in names}
-    layers = [layer for _, layer in adapter_layers(model)]
-    outer = [vars(layer).get("forward") for layer in layers]  # inside another such block
+    # Inside another such block a layer has a forward of its own already.
+    outer = {layer: vars(layer).get("forward") for _, layer in adapter_layers(model)}
     check = partial(_check_batch, len(names))
     handle = model.register_forward_pre_hook(check, with_kwargs=True)
-    for layer in layers:
-        forward = _mixed_head if isinstance(layer, ModulesToSave) else _mixed_layer
-        layer.forward = partial(forward, layer, rows)
+    for layer in outer:
+        layer.forward = partial(_mixed, layer, rows)
     try:
         yield
     finally:
         handle.remove()
-        for layer, forward in zip(layers, outer, strict=True):
+        for layer, forward in outer.items():
             del layer.forward
             if forward is not None:
                 layer.forward = forward
@@ -64,38 +63,35 @@ def _check_batch(count: int, model: nn.Module, args: tuple, kwargs: dict[str, An
         raise MiniloraError(f"adapter_names has {count} names and the model was given {found}")
 
 
-def _mixed_layer(layer: Wrapper, rows: dict[str, Tensor], x: Tensor) -> Tensor:
-    result = layer.base_layer(x)
-    dtype, count = result.dtype, sum(map(len, rows.values()))
-    if len(x) == 1 != count:  # one row for all, as position ids are
-        x, result = (t.expand(count, *t.shape[1:]) for t in (x, result))
-    for name, indices in rows.items():
-        if name in layer.adapters and layer.active_adapters:  # none is active while disabled
-            indices = indices.to(x.device)
-            lora: Any = layer.adapters[name]
-            if isinstance(layer, LoRALinear | LoRAEmbedding):
-                base = result[indices]
-                updated = layer.update(lora, x[indices], base, base)
-            else:
-                weight, _ = lora.merged(layer.weight, None, layer.weight)
-                updated = functional_call(layer.base_layer, {"weight": weight}, x[indices])
-            result = result.to(updated.dtype).index_copy(0, indices, updated)
-    return result.to(dtype)
-
-
-def _mixed_head(head: ModulesToSave, rows: dict[str, Tensor], *args: Any, **kwargs: Any) -> Tensor:
-    if not head.active_adapters:
-        return head.base_layer(*args, **kwargs)
-    order, outputs = torch.cat(list(rows.values())), []
+def _mixed(layer: Wrapper, rows: dict[str, Tensor], *args: Any, **kwargs: Any) -> Any:
+    """The base layer's output, and in each adapter's rows what they are with that adapter."""
+    base = layer.base_layer(*args, **kwargs)
+    if not layer.active_adapters:  # disabled
+        return base
+    if not isinstance(base, Tensor):
+        kind = type(layer.base_layer).__name__
+        raise MiniloraError(f"a {kind} returns no tensor: it cannot be mixed by rows")
+    count, batch = sum(map(len, rows.values())), len(base)
 
     def own(indices: Tensor, value: Any) -> Any:
-        is_batch = isinstance(value, Tensor) and value.ndim > 0 and len(value) == len(order)
-        return value[indices.to(value.device)] if is_batch else value
+        if not isinstance(value, Tensor) or value.ndim == 0 or len(value) != batch:
+            return value
+        # One row may be for all, as position ids are.
+        return value.expand(count, *value.shape[1:])[indices.to(value.device)]
 
+    result = base.expand(count, *base.shape[1:])
     for name, indices in rows.items():
-        named = {key: own(indices, value) for key, value in kwargs.items()}
-        outputs.append(head.module_for((name,))(*[own(indices, x) for x in args], **named))
-    if not all(isinstance(output, Tensor) for output in outputs):
-        kind = type(head.base_layer).__name__
-        raise MiniloraError(f"a {kind} returns no tensor: it cannot be mixed by rows")
-    return torch.cat(outputs)[torch.argsort(order).to(outputs[0].device)]
+        if name not in layer.adapters:
+            continue
+        adapter, inputs = layer.adapters[name], [own(indices, value) for value in args]
+        if isinstance(layer, LoRALinear | LoRAEmbedding):
+            before = own(indices, base)
+            updated = layer.update(adapter, inputs[0], before, before)
+        elif isinstance(layer, ModulesToSave):
+            named = {key: own(indices, value) for key, value in kwargs.items()}
+            updated = adapter(*inputs, **named)
+        else:
+            weight = adapter.merged(layer.weight, layer.weight)
+            updated = functional_call(layer.base_layer, {"weight": weight}, *inputs)
+        result = result.to(updated.dtype).index_copy(0, indices.to(base.device), updated)
+    return result if isinstance(layer, ModulesToSave) else result.to(base.dtype)

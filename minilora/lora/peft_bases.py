@@ -23,7 +23,7 @@ from minilora.lora.embedding import TiedOutput, TrainableTokens
 from minilora.lora.heads import ModulesToSave
 from minilora.lora.initialise import reduces_base
 from minilora.lora.layer import LoRALinear, Wrapper
-from minilora.lora.targets import plain_modules
+from minilora.lora.targets import plain_modules, unwrapped
 
 PREFIX = "base_model.model."
 MAX_CONFIG_BYTES = 50_000_000  # it may list very many labels
@@ -31,18 +31,18 @@ MAX_CONFIG_BYTES = 50_000_000  # it may list very many labels
 
 def base_embeddings(model: Any) -> dict[str, nn.Parameter]:
     """PEFT's key -> parameter, of the base's input and output embeddings."""
+    model = unwrapped(model)
     getters = ("get_input_embeddings", "get_output_embeddings")
     layers = [getattr(model, getter, lambda: None)() for getter in getters]
     found = {}
     for name, module in plain_modules(model):
         # One trained in full is in the file anyway.
         if any(module is layer for layer in layers) and not isinstance(module, ModulesToSave):
-            is_of_rows = isinstance(module, TrainableTokens | TiedOutput)
-            place = ".token_adapter.base_layer" if is_of_rows else ".base_layer"
-            base, place = (
-                (module.base_layer, place) if isinstance(module, Wrapper) else (module, "")
-            )
-            found |= {f"{PREFIX}{name}{place}.{key}": p for key, p in base.named_parameters()}
+            base = module.base_layer if isinstance(module, Wrapper) else module
+            place = PREFIX + name
+            place += ".token_adapter" if isinstance(module, TrainableTokens | TiedOutput) else ""
+            place += ".base_layer" if isinstance(module, Wrapper) else ""
+            found |= {f"{place}.{key}": p for key, p in base.named_parameters()}
     return found
 
 
@@ -50,10 +50,9 @@ def embeddings_to_write(model: Any, config: LoraConfig) -> dict[str, nn.Paramete
     """`base_embeddings`, if the vocabulary is not that of the base's files or they came from an
     adapter's; else none.
     """
-    found = base_embeddings(model)
-    replaced = {id(parameter) for parameter, _ in adapters_of(model).originals}
-    came = any(key.endswith("weight") and id(p) in replaced for key, p in found.items())
-    return found if came or _is_resized(model, config.base_model_name_or_path) else {}
+    found, replaced = base_embeddings(model), adapters_of(model).originals
+    came = any(key.endswith("weight") and p in replaced for key, p in found.items())
+    return found if came or _is_resized(unwrapped(model), config.base_model_name_or_path) else {}
 
 
 def replace_embeddings(model: nn.Module, tensors: dict[str, Tensor]) -> None:
@@ -65,8 +64,7 @@ def replace_embeddings(model: nn.Module, tensors: dict[str, Tensor]) -> None:
         raise MiniloraError(f"the adapter {problem}")
     for key in changed:
         # Tied ones are one parameter under two keys.
-        if all(parameter is not own[key] for parameter, _ in record.originals):
-            record.originals.append((own[key], own[key].detach().clone()))
+        record.originals.setdefault(own[key], own[key].detach().clone())
         own[key].data.copy_(tensors[key])
 
 
@@ -78,8 +76,7 @@ def as_plain_update(
 
         W = W_res + s B_0 A_0,   W_res + s B A - W = s [B, -B_0] [A; A_0]
 
-    `initial` are the adapter's `tensors` from before training. Heads and trained biases stay (PEFT
-    drops them).
+    `initial` are the adapter's `tensors` from before training. Heads and trained biases stay.
     """
     record = adapters_of(model, "convert an adapter")
     config, given = record.configs[adapter_name], "path_initial_model_for_weight_conversion"
@@ -88,14 +85,14 @@ def as_plain_update(
         raise MiniloraError(f"{given} {problem}")
     updates = {key: tensor for key, tensor in tensors.items() if ".lora_" in key}
     reading.check_like(updates, initial, given)
-    originals, doubled = {id(p): value for p, value in record.originals}, {}
+    doubled = {}
     for name, layer in adapter_layers(model):
         if not isinstance(layer, LoRALinear):
             continue
         key_A, key_B = (f"{PREFIX}{name}.lora_{matrix}.weight" for matrix in "AB")
         A, B, weight = initial[key_A], initial[key_B], layer.base_layer.weight
         whole = weight + layer.adapters[adapter_name].scaling * (B @ A).to(weight)
-        if not torch.allclose(whole, originals[id(weight)].to(weight), rtol=1e-2, atol=1e-3):
+        if not torch.allclose(whole, record.originals[weight].to(weight), rtol=1e-2, atol=1e-3):
             raise MiniloraError(f"{given} holds another {name} than what was taken from the base")
         doubled[key_A] = torch.cat([tensors[key_A], A.to(tensors[key_A])])
         doubled[key_B] = torch.cat([tensors[key_B], -B.to(tensors[key_B])], dim=1)

@@ -12,8 +12,6 @@ A key is `base_model.model.<module's name>.<tensor>`, whatever the adapter is ca
     base_model.model.bert.embeddings.word_embeddings.lora_embedding_A           no ".weight" here
     base_model.model.classifier.weight                                          modules_to_save
 
-Not here: adapters in a model (`adapters.py`), which config is refused (`config.py`).
-
 Source: peft 0.21 `utils/save_and_load.py` and its checkpoint format guide.
 """
 
@@ -29,17 +27,11 @@ from torch import Tensor, nn
 from minilora import reading
 from minilora.errors import MiniloraError, harmless
 from minilora.files import make_directory, write_file
-from minilora.lora import adapters
+from minilora.lora import adapters, peft_bases
 from minilora.lora.adapters import adapters_of
 from minilora.lora.config import LoraConfig, config_from_dict, config_to_dict, differing_fields
 from minilora.lora.embedding import TiedOutput
-from minilora.lora.peft_bases import (
-    PREFIX,
-    as_plain_update,
-    base_embeddings,
-    embeddings_to_write,
-    replace_embeddings,
-)
+from minilora.lora.peft_bases import PREFIX
 from minilora.lora.targets import check_known, unwrapped
 
 CONFIG_NAME = "adapter_config.json"
@@ -159,8 +151,8 @@ def adapter_files(
     tensors = adapter_state_dict(model, adapter_name)
     config = adapters_of(model).configs[adapter_name]
     if initial is not None:
-        config, tensors = as_plain_update(unwrapped(model), adapter_name, tensors, initial.tensors)
-    tensors |= embeddings_to_write(unwrapped(model), config)
+        config, tensors = peft_bases.as_plain_update(model, adapter_name, tensors, initial.tensors)
+    tensors |= peft_bases.embeddings_to_write(model, config)
     stored = {
         # Tied or sliced tensors would be refused by safetensors; each is stored on its own.
         key: tensor.detach().to("cpu").clone(memory_format=torch.contiguous_format)
@@ -191,8 +183,8 @@ def read_adapter(path: str | Path, adapter_name: str = "default") -> StoredAdapt
     directory = find_adapter(path, adapter_name)
     weights, pickled = directory / WEIGHTS_NAME, directory / PICKLE_NAME
     if weights.is_file():
-        config = reading.read_bytes(directory / CONFIG_NAME)
-        return parse_adapter(directory, config, reading.read_bytes(weights))
+        tensors = reading.parse_safetensors(reading.read_bytes(weights), weights)
+        return _stored(directory, read_config(directory), tensors)
     if not pickled.is_file():
         raise MiniloraError(f"{directory} has neither {WEIGHTS_NAME} nor {PICKLE_NAME}")
     tensors = reading.parse_torch(reading.read_bytes(pickled), pickled)
@@ -212,14 +204,13 @@ def parse_adapter(directory: Path, config: bytes, weights: bytes) -> StoredAdapt
 def check_adapter(model: nn.Module, stored: StoredAdapter, adapter_name: str = "default") -> None:
     """Refuse a stored adapter that is another than the model's: by config, keys, shapes, dtypes."""
     tensors = adapter_state_dict(model, adapter_name)
-    differing = differing_fields(stored.config, adapters_of(model).configs[adapter_name])
-    differing = [change for change in differing if not change.startswith(SELECTING)]
-    place = stored.directory
-    if differing:
-        changes = f"of another adapter than the model's: {', '.join(differing)}"
-        raise MiniloraError(f"{place / CONFIG_NAME} is {changes}")
+    place, config = stored.directory, adapters_of(model).configs[adapter_name]
+    changes = [c for c in differing_fields(stored.config, config) if not c.startswith(SELECTING)]
+    if changes:
+        problem = f"is of another adapter than the model's: {', '.join(changes)}"
+        raise MiniloraError(f"{place / CONFIG_NAME} {problem}")
     lacking, extra = tensors.keys() - stored.tensors.keys(), stored.tensors.keys() - tensors.keys()
-    of_base = {key: p for key, p in base_embeddings(unwrapped(model)).items() if key in extra}
+    of_base = {key: p for key, p in peft_bases.base_embeddings(model).items() if key in extra}
     for key, parameter in of_base.items():
         rows = next(iter(stored.tensors[key].shape), 0)
         if rows != len(parameter):
@@ -237,7 +228,7 @@ def assign_adapter(model: nn.Module, stored: StoredAdapter, adapter_name: str = 
     check_adapter(model, stored, adapter_name)
     own = adapter_state_dict(model, adapter_name)
     rest = {key: tensor for key, tensor in stored.tensors.items() if key not in own}
-    replace_embeddings(unwrapped(model), rest)
+    peft_bases.replace_embeddings(model, rest)
     for key, tensor in own.items():
         tensor.copy_(stored.tensors[key])
 

@@ -33,15 +33,13 @@ def resolve_config(model: nn.Module, config: LoraConfig) -> LoraConfig:
     targets = config.target_modules
     saved = saved_modules(config)
     if isinstance(targets, str) and targets.lower() == "all-linear":
-        # All but the output embeddings and the head. (PEFT adds the head of token classification
-        # and question answering to modules_to_save only after matching, and then fails on them.)
+        # All but the output embeddings and the head.
         output = getattr(model, "get_output_embeddings", lambda: None)()
-        targets = [
-            name
-            for name, m in plain_modules(model)
-            if isinstance(m, nn.Linear | LoRALinear) and m is not output
-            if not is_saved(name, saved)
+        linear = [name for name, m in plain_modules(model) if isinstance(m, nn.Linear | LoRALinear)]
+        left_out = [
+            name for name, m in plain_modules(model) if m is output or is_saved(name, saved)
         ]
+        targets = [name for name in linear if name not in left_out]
     elif targets is None:
         family = getattr(getattr(model, "config", None), "model_type", None)
         if family not in DEFAULT_TARGETS:
@@ -79,25 +77,25 @@ def shortened(targets: list[str], others: list[str]) -> list[str]:
     return found if 0 < len(found) < len(targets) else targets
 
 
-def target_names(model: nn.Module, config: LoraConfig) -> list[str]:
-    """The modules that a resolved config adapts, in `named_modules` order: that of PEFT's draws."""
+def target_modules(model: nn.Module, config: LoraConfig) -> dict[str, nn.Linear | nn.Embedding]:
+    """Name -> the plain module, of what a resolved config adapts, in the order of PEFT's draws."""
     left_out, saved = config.exclude_modules or [], config.modules_to_save or []
     modules = dict(plain_modules(model))
-    matched = [
-        name
-        for name in modules
-        if is_target(name, config) and not is_named(name, left_out) and not is_saved(name, saved)
-    ]
     hidden = _hidden_names(model)
-    for name, place in hidden.items():
-        if is_target(name, config) and not is_named(name, left_out) and not is_saved(name, saved):
-            problem = f"matches {name!r} in {place!r}, which another adapter trains whole"
+    matched: dict[str, nn.Linear | nn.Embedding] = {}
+    for name in [*hidden, *modules]:
+        if not is_target(name, config) or is_named(name, left_out) or is_saved(name, saved):
+            continue
+        if name in hidden:
+            problem = f"matches {name!r} in {hidden[name]!r}, which another adapter trains whole"
             raise MiniloraError(f"target_modules {problem}: put it into exclude_modules")
-    for name in matched:
-        if not isinstance(modules[name], nn.Linear | nn.Embedding | LoRALinear | LoRAEmbedding):
-            problem = f"matches {name!r}, a {type(modules[name]).__name__}"
+        module = modules[name]
+        base = module.base_layer if isinstance(module, LoRALinear | LoRAEmbedding) else module
+        if not isinstance(base, nn.Linear | nn.Embedding):
+            problem = f"matches {name!r}, a {type(module).__name__}"
             allowed = f"LoRA adapts nn.Linear and nn.Embedding; {_this_model_has(model)}"
             raise MiniloraError(f"target_modules {problem}: {allowed}")
+        matched[name] = base
     if not matched:
         problem = f"target_modules={config.target_modules!r} matches nothing to adapt"
         raise MiniloraError(f"{problem}; {_this_model_has(model)}")
@@ -164,8 +162,7 @@ def check_together(model: nn.Module, configs: dict[str, LoraConfig], names: Sequ
         raise MiniloraError(f"adapters {heads} each have modules_to_save: only one can be active")
     for place, layer in plain_modules(model):
         if isinstance(layer, TrainableTokens):
-            own = [layer.adapters[name].token_indices for name in names if name in layer.adapters]
-            rows = [row for indices in own for row in indices.tolist()]
+            rows = [row for own in layer.in_force(names) for row in own.token_indices.tolist()]
             if len(set(rows)) < len(rows):
                 problem = f"train the same rows of {place!r}: only one can be active"
                 raise MiniloraError(f"adapters {list(names)} {problem}")
@@ -212,8 +209,8 @@ def is_named(name: str, names: list[str] | str) -> bool:
 
 def saved_modules(config: LoraConfig) -> list[str]:
     """The names in modules_to_save, and those of the task's head."""
-    asked, heads = config.modules_to_save or [], TASK_HEADS.get(config.task_type or "", [])
-    return list(dict.fromkeys([*asked, *heads]))
+    heads = TASK_HEADS.get(config.task_type or "", [])
+    return list(dict.fromkeys([*(config.modules_to_save or []), *heads]))
 
 
 def is_saved(name: str, saved: list[str]) -> bool:

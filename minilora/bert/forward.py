@@ -108,10 +108,11 @@ def headed(model: Any, hidden: Tensor) -> Tensor:
 
     Its class is called, with an encoder that has no more to do than to give them.
     """
-    encoder, pooler = model.base_model, getattr(model.base_model, "pooler", None)
-    summary = None if pooler is None else pooler(hidden)
-    if hasattr(encoder, "pooler_activation") and pooler is not None:  # ALBERT's
-        summary = encoder.pooler_activation(pooler(hidden[:, 0]))
+    encoder, summary = model.base_model, None
+    if getattr(encoder, "pooler", None) is not None:
+        first = hidden[:, 0] if model.config.model_type == "albert" else hidden
+        activation = getattr(encoder, "pooler_activation", lambda x: x)  # ALBERT's
+        summary = activation(encoder.pooler(first))
     output = BaseModelOutputWithPooling(last_hidden_state=hidden, pooler_output=summary)  # pyright: ignore
     encoder.forward = lambda *_, **__: output
     try:

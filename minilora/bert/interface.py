@@ -62,7 +62,7 @@ def within(window: int, q: Tensor, k: Tensor) -> Tensor | None:
         return None
     far = (places[:, None] - places).abs() >= window
     # Not -inf: a place of padding far from its sequence would have nothing to attend to, and nan.
-    return torch.zeros(far.shape, device=k.device).masked_fill_(far, torch.finfo(k.dtype).min)[None]
+    return k.new_zeros(far.shape).masked_fill_(far, torch.finfo(k.dtype).min)[None]
 
 
 def prepare(model: Any) -> None:

@@ -136,7 +136,7 @@ def attention(
         if added is None:
             scores = torch.bmm(q, k.transpose(1, 2)).mul_(scale)  # (b * H, Tq, T)
         else:
-            scores = torch.baddbmm(added, q, k.transpose(1, 2), alpha=scale)
+            scores = torch.baddbmm(added.to(q.dtype), q, k.transpose(1, 2), alpha=scale)
         probabilities = dropout(torch.softmax(scores, dim=-1))
         found.append(_from_heads(torch.bmm(probabilities, v), of_query, heads))
     result = torch.cat(found).to(query.dtype)
@@ -144,15 +144,18 @@ def attention(
 
 
 def _to_heads(row: Tensor, buckets: list[Bucket], heads: int) -> list[Tensor]:
-    # (N, D) -> (b * H, T, d) of each bucket, float32. One split, not a slice for each bucket: the
+    # (N, D) -> (b * H, T, d) of each bucket, float32 or more. One split, not a slice for each bucket: the
     # slices' backward passes would each fill and add a row of zeros.
-    sizes = [bucket.tokens for bucket in buckets]
+    sizes, dtype = (
+        [bucket.tokens for bucket in buckets],
+        torch.promote_types(row.dtype, torch.float32),
+    )
     found = []
     for bucket, x in zip(buckets, row.split([*sizes, len(row) - sum(sizes)]), strict=False):
         if bucket.index is not None:  # (n, D) -> (b * T, D)
             padded = x.new_zeros(bucket.count * bucket.length, x.shape[1])
             x = padded.index_copy_(0, bucket.index, x)
-        x = x.view(bucket.count, bucket.length, heads, -1).transpose(1, 2).to(torch.float32)
+        x = x.view(bucket.count, bucket.length, heads, -1).transpose(1, 2).to(dtype)
         found.append(x.reshape(bucket.count * heads, bucket.length, -1))
     return found
 

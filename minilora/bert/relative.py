@@ -51,7 +51,7 @@ def layer_bias(own: Any, relative: Relative) -> Bias | None:
     query = own.query_proj if shared else getattr(own, "pos_query_proj", None)
     used = zip((key, query), ("c2p", "p2c"), strict=True)
     projected = [
-        project(embeddings).float().unflatten(-1, (heads, -1)).permute(1, 2, 0)  # (H, d, R)
+        project(embeddings).unflatten(-1, (heads, -1)).permute(1, 2, 0)  # (H, d, R)
         if kind in own.pos_att_type
         else None
         for project, kind in used
@@ -69,7 +69,7 @@ def scale_of(own: Any) -> float | None:
 
 def _of_mpnet(bias: Tensor, q: Tensor, k: Tensor) -> Tensor:
     count = len(k) // len(bias)
-    return bias[:, : q.shape[1], : k.shape[1]].float().repeat(count, 1, 1)  # (b * H, Tq, T)
+    return bias[:, : q.shape[1], : k.shape[1]].repeat(count, 1, 1)  # (b * H, Tq, T)
 
 
 def _of_deberta(
@@ -80,7 +80,7 @@ def _of_deberta(
     place, total = place[: q.shape[1], : k.shape[1]], torch.zeros(())
     for x, positions, index in ((q, key, place), (k, query, place.T)):
         if positions is not None:
-            products = (x.unflatten(0, (-1, len(positions))) @ positions).flatten(0, 1)
+            products = (x.unflatten(0, (-1, len(positions))) @ positions.to(x.dtype)).flatten(0, 1)
             products = products.gather(-1, index.expand(len(x), -1, -1))
             total = total + (products if x is q else products.transpose(1, 2))
     return total * scale

@@ -4,8 +4,8 @@ Both hold the model and are modules themselves: what is compiled, and what is di
 head the model has decides what comes out: C classes for each sequence, in the batch's order; for
 each token, in the row's order; or, of V words, for each masked place of it.
 
-`Packed` gets the last hidden states of a row of tokens from a walk through the encoder's modules, or
-from the encoder's own forward. `Padded` runs the whole model, and both leave the head to its class.
+`Packed` gets the last hidden states of a row from a walk through the encoder's modules, or from the
+encoder's own forward. `Padded` runs the whole model, and both leave the head to its class.
 
 Not here: how tokens lie in the row and attend to each other (`packing`), the walk (`walk`), the
 encoders that need none (`interface`), what an adapter adds to a linear layer: layers are called as

@@ -66,7 +66,7 @@ def within(window: int, q: Tensor, k: Tensor) -> Tensor | None:
 
 
 def prepare(model: Any) -> None:
-    """Make the model's attention `attend`, for good: a layer may be recomputed after its forward."""
+    """Make the model's attention `attend`, for good: layers may be recomputed after the forward."""
     AttentionInterface.register(IMPLEMENTATION, attend)
     AttentionMaskInterface.register(IMPLEMENTATION, sdpa_mask)
     model.set_attn_implementation(IMPLEMENTATION)

@@ -114,8 +114,8 @@ def attention(
     bias: Bias | None = None,
 ) -> Tensor:
     """softmax(scale Q K^T + bias) V within each sequence, `dropout` on the probabilities, as
-    transformers' eager attention computes it: (N, D) three times -> (N, D). The scale is 1 / sqrt(d)
-    unless given.
+    transformers' eager attention computes it: (N, D) three times -> (N, D). The scale is that of d
+    unless given, 1 / sqrt(d).
 
     Queries (B, D) are of the first tokens alone, and so is the result. Scores and probabilities are
     float32 whatever the row's dtype: oneDNN's bfloat16 products of such small matrices are slower.
@@ -144,13 +144,10 @@ def attention(
 
 
 def _to_heads(row: Tensor, buckets: list[Bucket], heads: int) -> list[Tensor]:
-    # (N, D) -> (b * H, T, d) of each bucket, float32 or more. One split, not a slice for each bucket: the
-    # slices' backward passes would each fill and add a row of zeros.
-    sizes, dtype = (
-        [bucket.tokens for bucket in buckets],
-        torch.promote_types(row.dtype, torch.float32),
-    )
-    found = []
+    # (N, D) -> (b * H, T, d) of each bucket, float32 or more. One split, not a slice for each
+    # bucket: the slices' backward passes would each fill and add a row of zeros.
+    sizes = [bucket.tokens for bucket in buckets]
+    dtype, found = torch.promote_types(row.dtype, torch.float32), []
     for bucket, x in zip(buckets, row.split([*sizes, len(row) - sum(sizes)]), strict=False):
         if bucket.index is not None:  # (n, D) -> (b * T, D)
             padded = x.new_zeros(bucket.count * bucket.length, x.shape[1])

@@ -1,8 +1,8 @@
 """The walk through encoders that are built like BERT, by the model's own modules.
 
-The arithmetic is that of transformers 5.23 `BertModel.forward` and its relatives'. In the last layer
-only what the head reads goes on after the keys and values are made: that saves a seventh of a
-six-layer model where it reads each sequence's first token.
+The arithmetic is that of transformers 5.23 `BertModel.forward` and its relatives'. Where the head
+reads nothing but each sequence's first token, only that goes on in the last layer after the keys
+and values are made: that saves a seventh of a six-layer model.
 
 B sequences; N tokens of the row; D hidden.
 """
@@ -62,7 +62,7 @@ def embedded(model: Any, batch: Batch) -> Tensor:
     family = model.config.model_type
     if family in FAIRSEQ:
         # `RobertaEmbeddings.create_position_ids_from_input_ids`: a padding token, even inside a
-        # text, has the padding's own position and is not counted. MPNet's is 1, whatever the config.
+        # text, has the padding's own position and is not counted. MPNet's is always 1.
         padding = 1 if family == "mpnet" else model.config.pad_token_id
         counted = batch["input_ids"] != padding
         count = counted.cumsum(0)

@@ -18,8 +18,8 @@ from minilora.lora.heads import TASK_HEADS, ModulesToSave
 from minilora.lora.layer import LoRALinear, Wrapper
 
 # config.model_type -> modules adapted when target_modules is None: the attention's query and value,
-# as in section 4.2 of the paper and in PEFT's table, where that has an entry. ModernBERT's, of which
-# it has none, are one layer with the key.
+# as in section 4.2 of the paper and in PEFT's table, where that has an entry. It has none for
+# ModernBERT, whose query, key and value are one layer.
 QUERY_AND_VALUE = ("albert", "bert", "camembert", "electra", "layoutlm", "roberta", "xlm-roberta")
 DEFAULT_TARGETS = dict.fromkeys(QUERY_AND_VALUE, ("query", "value")) | {
     "deberta": ("in_proj",),

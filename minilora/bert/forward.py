@@ -1,17 +1,17 @@
 """From a batch to logits: `Padded`, the model's own forward, and `Packed`, without the padding.
 
-Both hold the model and are modules themselves: what is compiled, and what is distributed. What comes
-out is what the model's head reads: C classes for each sequence, in the batch's order; for each
-token; or V words for each of the M places in the batch's `masked`, and for no others.
+Both hold the model and are modules themselves: what is compiled, and what is distributed. The
+model's head says what comes out: C logits for each sequence, in the batch's order; C for each
+token; or V, of words, for the M places that the batch has as `masked`, and for no others.
 
 `Packed` walks through the encoders that are built like BERT, calling the model's own modules on the
-tokens that are there and no others; the arithmetic is that of transformers 5.23 `BertModel.forward`
-and its relatives'. Where the head reads only each sequence's first token, only that goes on in the
-last layer after the keys and values are made: that saves a seventh of a six-layer model.
+tokens that are there and no others, as transformers 5.23 does in `BertModel.forward` and its
+relatives'. In the last layer only the first tokens go on after the keys and values are made, where
+the head reads nothing else: that saves a seventh of a six-layer model.
 
-Not here: how tokens lie in the row and attend to each other (`packing`), positions that are
-relative (`relative`), encoders whose own forward takes a row (`interface`), what an adapter adds to
-a linear layer: layers are called as they are.
+Not here: how tokens lie in the row and attend to each other (`packing`), relative positions
+(`relative`), encoders whose own forward takes a row (`interface`), what an adapter adds to a linear
+layer: layers are called as they are.
 
 B sequences, padded to T tokens; N tokens of the row; D hidden.
 """
@@ -30,10 +30,12 @@ from minilora.bert.packing import Layout, attention, collate_packed, layout_of
 from minilora.bert.relative import Relative, relative_positions, scale_and_bias
 from minilora.bert.tasks import Batch
 
-# The encoders built like BERT, by config.model_type: the attention of a layer's `attention`, and its
-# projections. Those of fairseq number positions from behind the padding id on.
+# The encoders built like BERT, by config.model_type: what attention and its projections are called
+# in a layer's `attention`. Those of fairseq number positions from behind the padding id on.
 FAIRSEQ = ("camembert", "mpnet", "roberta", "xlm-roberta")
-WALKED = dict.fromkeys(("bert", "electra", *FAIRSEQ), ("self", "query", "key", "value")) | {
+Names = tuple[str, str, str, str]
+WALKED: dict[str, Names] = {
+    **dict.fromkeys(("bert", "electra", *FAIRSEQ), ("self", "query", "key", "value")),
     "deberta-v2": ("self", "query_proj", "key_proj", "value_proj"),
     "mpnet": ("attn", "q", "k", "v"),
 }
@@ -146,19 +148,16 @@ def embedded(model: Any, batch: Batch) -> Tensor:
 
 
 def encoder_layer(
-    layer: Any,
-    names: tuple[str, ...],
-    x: Tensor,
-    layout: Layout,
-    relative: Relative,
-    first_only: bool = False,
+    layer: Any, names: Names, x: Tensor, layout: Layout, relative: Relative, first_only=False
 ) -> Tensor:
     """One layer: (N, D) -> (N, D), or, `first_only`, -> (B, D)."""
     rows = x[layout.first] if first_only else x
-    own, query, key, value = [getattr(layer.attention, names[0]), *names[1:]]
-    qkv = getattr(own, query)(rows), getattr(own, key)(x), getattr(own, value)(x)
+    own = getattr(layer.attention, names[0])
+    query, key, value = (getattr(own, name) for name in names[1:])
     scale, bias = scale_and_bias(own, relative)
-    context = attention(qkv, layout, own.num_attention_heads, own.dropout, scale, bias)
+    context = attention(
+        (query(rows), key(x), value(x)), layout, own.num_attention_heads, own.dropout, scale, bias
+    )
     if hasattr(own, "o"):  # MPNet's, whose attention has no `output`
         rows = layer.attention.LayerNorm(layer.attention.dropout(own.o(context)) + rows)
     else:

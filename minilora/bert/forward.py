@@ -1,16 +1,19 @@
 """From a batch to logits: `Padded`, the model's own forward, and `Packed`, without the padding.
 
-Both hold the model and are modules themselves: what is compiled, and what is distributed.
+Both hold the model and are modules themselves: what is compiled, and what is distributed. The
+model's head says what comes out: C logits for each sequence, in the batch's order; C for each
+token; or V, of words, for the M places that the batch has as `masked`, and for no others.
 
 `Packed` walks through the encoders that are built like BERT, calling the model's own modules on the
-tokens that are there and no others; the arithmetic is that of transformers 5.23 `BertModel.forward`
-and its relatives'. In the last layer only each sequence's first token goes on after the keys and
-values are made, for the heads look at nothing else: that saves a seventh of a six-layer model.
+tokens that are there and no others, as transformers 5.23 does in `BertModel.forward` and its
+relatives'. In the last layer only the first tokens go on after the keys and values are made, where
+the head reads nothing else: that saves a seventh of a six-layer model.
 
-Not here: how tokens lie in the row and attend to each other (`packing`), what an adapter adds to a
-linear layer: layers are called as they are.
+Not here: how tokens lie in the row and attend to each other (`packing`), relative positions
+(`relative`), encoders whose own forward takes a row (`interface`), what an adapter adds to a linear
+layer: layers are called as they are.
 
-B sequences; N tokens of the row; D hidden; C classes.
+B sequences, padded to T tokens; N tokens of the row; D hidden.
 """
 
 from typing import Any
@@ -19,16 +22,25 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 
+from minilora.bert import interface
 from minilora.bert.dataset import Examples, collate_padded
 from minilora.bert.packing import Layout, attention, collate_packed, layout_of
+from minilora.bert.relative import Relative, relative_positions, scale_and_bias
 from minilora.bert.tasks import Batch
 
-# The encoders built like BERT, by config.model_type; those of fairseq number positions from the
-# padding id on.
-FAIRSEQ = ("camembert", "roberta", "xlm-roberta")
-FAMILIES = ("bert", "electra", *FAIRSEQ)
-BLOCKS = ("attention", "attention.self", "attention.output", "intermediate", "output")
+# The encoders built like BERT, by config.model_type: what attention and its projections are called
+# in a layer's `attention`. Those of fairseq number positions from behind the padding id on.
+FAIRSEQ = ("camembert", "mpnet", "roberta", "xlm-roberta")
+Names = tuple[str, str, str, str]
+WALKED: dict[str, Names] = {
+    **dict.fromkeys(("bert", "electra", *FAIRSEQ), ("self", "query", "key", "value")),
+    "deberta-v2": ("self", "query_proj", "key_proj", "value_proj"),
+    "mpnet": ("attn", "q", "k", "v"),
+}
+OF_SEQUENCES = "ForSequenceClassification"
+HEADS = (OF_SEQUENCES, "ForTokenClassification", "ForQuestionAnswering", "ForMaskedLM")
 
 
 class Padded(nn.Module):
@@ -43,9 +55,15 @@ class Padded(nn.Module):
         return collate_padded(examples, indices, self.pad_token_id)
 
     def forward(self, batch: Batch) -> Tensor:
-        """Logits (B, C); the labels stay here, so that the loss is ours to see."""
+        """Logits (B, C) or (B, T, C), or (M, V) of places `masked` (M,) of the B * T; the labels
+        stay here, so that the loss is ours to see.
+        """
         names = ("input_ids", "token_type_ids", "attention_mask")
-        return self.model(**{name: batch[name] for name in names if name in batch}).logits
+        inputs = {name: batch[name] for name in names if name in batch}
+        if "masked" not in batch:
+            return logits_of(self.model(**inputs))
+        x = self.model.base_model(**inputs)[0].flatten(0, 1)  # (B * T, D)
+        return headed(self.model, x[batch["masked"]][None])[0]
 
 
 class Packed(nn.Module):
@@ -56,48 +74,71 @@ class Packed(nn.Module):
         self.model = model
         self.pad_token_id = pad_token_id
         self.multiple = multiple
+        self.of_sequences = type(model).__name__.endswith(OF_SEQUENCES)
+        if model.config.model_type not in WALKED:
+            interface.prepare(model)
 
     def collate(self, examples: Examples, indices: np.ndarray) -> Batch:
         return collate_packed(examples, indices, self.pad_token_id, self.multiple)
 
     def forward(self, batch: Batch) -> Tensor:
-        """Logits (B, C), in the order of the batch's labels."""
-        encoder: Any = self.model.base_model
+        """Logits (B, C), in the order of the batch's labels; or (N, C), in the row's, of what fills
+        it up, too; or (M, V) of places `masked` (M,) in the row.
+        """
         layout: Layout = layout_of(batch["lengths"])  # pyright: ignore
-        x = embedded(self.model, batch)
-        *layers, last = encoder.encoder.layer
-        for layer in layers:
-            if layer.gradient_checkpointing and layer.training:
-                x = layer._gradient_checkpointing_func(encoder_layer, layer, x, layout)
-            else:
-                x = encoder_layer(layer, x, layout)
-        first = encoder_layer(last, x, layout, first_only=True)
-        return classified(self.model, first)[batch["place"]]
+        if self.model.config.model_type in WALKED:
+            x = walked(self.model, batch, layout, first_only=self.of_sequences)
+        else:
+            x = interface.own_forward(self.model, batch, layout, self.of_sequences)
+        if self.of_sequences:
+            return headed(self.model, x[:, None])[batch["place"]]
+        return headed(self.model, (x[batch["masked"]] if "masked" in batch else x)[None])[0]
 
 
 def can_pack(model: PreTrainedModel) -> bool:
-    """Whether the model is a classifier built like BERT, of the very parts that are called here: an
-    adapter may have wrapped a whole block, to train it in full."""
+    """Whether the model's encoder and head are of those known here, and the encoder of the very
+    parts that are called: an adapter may have wrapped a whole block, to train it in full.
+    """
     config, own = model.config, type(model).__module__
-    if config.model_type not in FAMILIES or getattr(config, "is_decoder", False):
+    if not type(model).__name__.endswith(HEADS) or getattr(config, "is_decoder", False):
         return False
+    if config.model_type not in WALKED:
+        return interface.can_run(model)
     modules = dict(model.base_model.named_modules())
+    blocks = ["attention", f"attention.{WALKED[config.model_type][0]}", "intermediate", "output"]
+    blocks += [] if config.model_type == "mpnet" else ["attention.output"]
     layers = [f"encoder.layer.{number}" for number in range(config.num_hidden_layers)]
-    blocks = [*layers, *(f"{layer}.{block}" for layer in layers for block in BLOCKS)]
-    of_the_family = all(type(modules.get(block)).__module__ == own for block in blocks)
-    return of_the_family and type(model).__name__.endswith("ForSequenceClassification")
+    names = [*layers, *(f"{layer}.{block}" for layer in layers for block in blocks)]
+    of_the_family = all(type(modules.get(name)).__module__ == own for name in names)
+    return of_the_family and "encoder.conv" not in modules  # of DeBERTa's largest
+
+
+def walked(model: Any, batch: Batch, layout: Layout, first_only: bool) -> Tensor:
+    """The last hidden states of the row (N, D), or, `first_only`, of the first tokens (B, D)."""
+    encoder, names = model.base_model.encoder, WALKED[model.config.model_type]
+    x = embedded(model, batch)
+    relative = relative_positions(encoder, layout.buckets[-1].length, x.device)
+    *layers, last = encoder.layer
+    for layer in layers:
+        if getattr(layer, "gradient_checkpointing", False) and layer.training:
+            x = layer._gradient_checkpointing_func(encoder_layer, layer, names, x, layout, relative)
+        else:
+            x = encoder_layer(layer, names, x, layout, relative)
+    return encoder_layer(last, names, x, layout, relative, first_only)
 
 
 def embedded(model: Any, batch: Batch) -> Tensor:
     """The embeddings of the row: (N, D)."""
     encoder, types, positions = model.base_model, batch.get("token_type_ids"), batch["position_ids"]
-    if model.config.model_type in FAIRSEQ:
+    family = model.config.model_type
+    if family in FAIRSEQ:
         # `RobertaEmbeddings.create_position_ids_from_input_ids`: a padding token, even inside a
-        # text, has the padding's own position and is not counted.
-        counted = batch["input_ids"] != model.config.pad_token_id
+        # text, has the padding's own position and is not counted. MPNet's is always 1.
+        padding = 1 if family == "mpnet" else model.config.pad_token_id
+        counted = batch["input_ids"] != padding
         count = counted.cumsum(0)
         starts = torch.arange(len(count), device=count.device) - positions
-        positions = (count - (count - counted.long())[starts]) * counted + model.config.pad_token_id
+        positions = (count - (count - counted.long())[starts]) * counted + padding
     x = encoder.embeddings(
         input_ids=batch["input_ids"][None],
         token_type_ids=None if types is None else types[None],
@@ -106,17 +147,45 @@ def embedded(model: Any, batch: Batch) -> Tensor:
     return encoder.embeddings_project(x) if hasattr(encoder, "embeddings_project") else x
 
 
-def encoder_layer(layer: Any, x: Tensor, layout: Layout, first_only: bool = False) -> Tensor:
+def encoder_layer(
+    layer: Any, names: Names, x: Tensor, layout: Layout, relative: Relative, first_only=False
+) -> Tensor:
     """One layer: (N, D) -> (N, D), or, `first_only`, -> (B, D)."""
     rows = x[layout.first] if first_only else x
-    own = layer.attention.self
-    q, k, v = own.query(rows), own.key(x), own.value(x)
-    context = attention(q, k, v, layout, own.num_attention_heads, own.dropout)
-    rows = layer.attention.output(context, rows)  # LayerNorm(rows + dropout(W context + b))
+    own = getattr(layer.attention, names[0])
+    query, key, value = (getattr(own, name) for name in names[1:])
+    scale, bias = scale_and_bias(own, relative)
+    context = attention(
+        (query(rows), key(x), value(x)), layout, own.num_attention_heads, own.dropout, scale, bias
+    )
+    if hasattr(own, "o"):  # MPNet's, whose attention has no `output`
+        rows = layer.attention.LayerNorm(layer.attention.dropout(own.o(context)) + rows)
+    else:
+        rows = layer.attention.output(context, rows)  # LayerNorm(rows + dropout(W context + b))
     return layer.output(layer.intermediate(rows), rows)  # (N, D) -> (N, 4 D) -> (N, D)
 
 
-def classified(model: Any, first: Tensor) -> Tensor:
-    """The head's logits (B, C) of the first tokens (B, D); heads take the first of (B, 1, D)."""
-    x, pooler = first[:, None], getattr(model.base_model, "pooler", None)
-    return model.classifier(x if pooler is None else model.dropout(pooler(x)))
+@torch.compiler.disable  # it cannot follow a forward that is exchanged
+def headed(model: Any, hidden: Tensor) -> Tensor:
+    """What the model's own head makes of hidden states (b, t, D): logits (b, C) or (b, t, C).
+
+    The whole model runs, and its encoder has no more to do than to give them.
+    """
+    encoder, summary = model.base_model, None
+    if getattr(encoder, "pooler", None) is not None:
+        first = hidden[:, 0] if model.config.model_type == "albert" else hidden
+        activation = getattr(encoder, "pooler_activation", lambda x: x)  # ALBERT's
+        summary = activation(encoder.pooler(first))
+    output = BaseModelOutputWithPooling(last_hidden_state=hidden, pooler_output=summary)  # pyright: ignore
+    encoder.forward = lambda *_, **__: output
+    try:
+        return logits_of(model())
+    finally:
+        del encoder.forward
+
+
+def logits_of(output: Any) -> Tensor:
+    """A model's logits; those of answers become (B, T, 2): of their starts and their ends."""
+    if hasattr(output, "start_logits"):
+        return torch.stack([output.start_logits, output.end_logits], dim=-1)
+    return output.logits

@@ -20,9 +20,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from minilora.bert.dataset import Examples, collate_padded
+from minilora.bert.dataset import collate_padded
 from minilora.bert.packing import Layout, attention, collate_packed, layout_of
-from minilora.bert.tasks import Batch
+from minilora.bert.tasks import Batch, Examples
 
 # The encoders built like BERT, by config.model_type; those of fairseq number positions from the
 # padding id on.

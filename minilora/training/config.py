@@ -15,6 +15,7 @@ from minilora.options import check, differences, option
 
 # One file each, whose name is the task's.
 TASKS = tuple(sorted(f.stem for f in Path(__file__).parents[1].glob("bert/tasks/[!_]*.py")))
+ONE_CLASS = ("sequence_classification", "token_classification")
 SCHEDULES = ("linear", "cosine", "constant", "constant_with_warmup")
 STRATEGIES = ("no", "steps", "epoch")
 EVAL_STEPS = 500  # TrainingArguments', where eval_steps is not given
@@ -50,6 +51,8 @@ class TrainConfig:
     text_column: str | None = option(None, "the text's name, or number from 0 without a header")
     text_pair_column: str | None = option(None, "the same for the second text of a pair")
     label_column: str | None = option(None, "the same for the label")
+    label_all_tokens: bool = option(
+        False, "label every sub-token of a word, not the first", tasks=("token_classification",))
     max_length: int | None = option(None, "tokens of a text; by default the model's limit", least=3)
 
     output_dir: str | None = free(None, "new or empty; by default runs/<date-time>", group="output")
@@ -74,7 +77,7 @@ class TrainConfig:
     adam_epsilon: float = option(1e-8, "AdamW's epsilon")
     max_grad_norm: float = option(1.0, "gradients are clipped to this norm; 0: never", least=0)
     label_smoothing_factor: float = option(
-        0.0, "share of the target spread over all classes", least=0, below=1)
+        0.0, "share of the target spread over all classes", least=0, below=1, tasks=ONE_CLASS)
     seed: int = option(42, "of every random draw", least=0, below=2**32)  # numpy's bound
     data_seed: int | None = option(None, "of the order of examples; by default seed", least=0)
     hf_parity: bool = option(
@@ -163,8 +166,6 @@ def _relations(c: TrainConfig) -> list[tuple[Any, str]]:
         (c.adam_epsilon <= 0, f"adam_epsilon is {c.adam_epsilon}; it must be above 0"),
         (c.validation_split and c.validation_file,
          "validation_split and validation_file are both given: leave one out"),
-        (c.task == "regression" and c.label_smoothing_factor,
-         "label_smoothing_factor is for classification"),
         (c.eval_strategy == "no" and c.best_metric(),
          f"{c.best_metric()} is asked to rank checkpoints, and eval_strategy is no"),
         (c.load_best_model_at_end and evaluates != c.save_strategy,
@@ -175,6 +176,10 @@ def _relations(c: TrainConfig) -> list[tuple[Any, str]]:
          "load_best_model_at_end needs a checkpoint at each evaluation: eval_steps "
          f"({eval_steps}) must be a multiple of save_steps ({c.save_steps})"),
     ]  # fmt: skip
+    for field in dataclasses.fields(TrainConfig):
+        tasks, is_given = field.metadata.get("tasks"), getattr(c, field.name) != field.default
+        if tasks is not None and c.task not in tasks:
+            checks.append((is_given, f"{field.name} is for {' and '.join(tasks)}, not {c.task}"))
     plain = {"batching": "padded", "dropout": "torch"}
     exact = {**plain, "dtype": "float32", "gradient_checkpointing": False}
     for mode, settings in (("hf_parity", exact), ("torch_compile", plain)):

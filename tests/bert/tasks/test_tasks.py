@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from minilora.bert import tasks
-from minilora.bert.tasks import Task, build_task, task_class
+from minilora.bert.tasks import Task, task_class
+from tests.conftest import task_of
 
 NAMES = sorted(
     path.stem for path in Path(tasks.__file__).parent.glob("*.py") if path.stem != "__init__"
@@ -14,7 +15,7 @@ NAMES = sorted(
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_file_is_a_task_of_its_name_that_fills_the_seam(name):
-    task = build_task(name, ["a", "b"])
+    task = task_of(name, ["a", "b"])
     assert task.name == task_class(name).name == name
     seam = [*Task.__annotations__, *(part for part in vars(Task) if part[0] != "_")]
     for part in seam:

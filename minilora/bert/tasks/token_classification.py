@@ -75,7 +75,7 @@ class TokenClassification:
             raise MiniloraError(f"{path} has the suffix {suffix!r}; allowed are {allowed}")
         found = _sentences(path, labelled) if suffix in COLUMNS else []
         found = _objects(path, arguments, labelled) if suffix in OBJECTS else found
-        rows = [_row(path, *sentence) for sentence in found]
+        rows = [_row(path, line, tokens, tags) for line, tokens, tags in found]
         if not rows and (labelled or suffix in COLUMNS):
             raise MiniloraError(f"{path} is empty: it holds no sentence")
         return rows or read_texts(path, arguments, labelled)
@@ -227,17 +227,17 @@ def _sentences(path: Path, labelled: bool) -> Iterator[Sentence]:
             tags.append(fields[-1])
 
 
-def _objects(path: Path, arguments: Arguments, labelled: bool) -> Iterator[Any]:
+def _objects(path: Path, arguments: Arguments, labelled: bool) -> Iterator[Sentence]:
     names = [arguments.text_column or "tokens", arguments.label_column or "tags"]
     records = read_objects(path)
     if not labelled and not any(isinstance(record.get(names[0]), list) for _, record in records):
         return  # they are texts
     for line, record in records:
-        tokens, tags = lists = [record.get(name) for name in names]
+        lists: list[Any] = [record.get(name) for name in names]
         for name, value in list(zip(names, lists, strict=True))[: 1 + labelled]:
             if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
                 raise bad(path, line, f"{name!r} is {value!r}; it must be a list of strings")
-        yield line, tokens, tags if labelled else None
+        yield line, lists[0], lists[1] if labelled else None
 
 
 def _row(path: Path, line: int, tokens: list[str], tags: list[str] | None) -> Row:

@@ -39,9 +39,9 @@ from minilora import (
     load_checkpoint,
     save_checkpoint,
 )
-from minilora.bert.dataset import Examples, epoch_batches
+from minilora.bert.dataset import epoch_batches
 from minilora.bert.forward import Padded
-from minilora.bert.tasks import build_task
+from minilora.bert.tasks import Examples, build_task
 from minilora.starting_model import resolve_modes
 from minilora.training.loop import plan_timetable, training_step
 from minilora.training.optim import build_optimizer, build_scheduler
@@ -148,7 +148,7 @@ class Ours:
             optimizer,
             build_scheduler(optimizer, self.config, STEPS),
             Padded(model, pad_token_id=0),
-            build_task("sequence_classification", ["0", "1"]),
+            build_task(self.config, ["0", "1"]),
             timetable=plan_timetable(self.config, EXAMPLES, validates=False),
         )
         examples = Examples(

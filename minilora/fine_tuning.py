@@ -17,11 +17,10 @@ import torch
 
 from minilora import starting_model
 from minilora.bert import load
-from minilora.bert.dataset import Examples, batches_in_order, epoch_batches, tokenize
+from minilora.bert.dataset import batches_in_order, epoch_batches, tokenize
 from minilora.bert.forward import Packed, Padded
-from minilora.bert.rows import Columns
 from minilora.bert.splits import Splits, read_splits
-from minilora.bert.tasks import Task, build_task
+from minilora.bert.tasks import Examples, Task, build_task, varied
 from minilora.errors import MiniloraError
 from minilora.files import scratch_directory, write_file
 from minilora.lora.config import LoraConfig
@@ -32,7 +31,7 @@ from minilora.starting_model import StartingModel
 from minilora.training import resume
 from minilora.training.checkpoint import read_checkpoint
 from minilora.training.config import TrainConfig
-from minilora.training.evaluation import Batch, evaluate_model
+from minilora.training.evaluation import Batch, evaluate_model, reported_loss
 from minilora.training.loop import Training, is_finished, plan_timetable
 from minilora.training.optim import build_optimizer, build_scheduler
 from minilora.training.progress import say
@@ -71,7 +70,12 @@ class Pieces:
         seed = config.seed if config.data_seed is None else config.data_seed
         sizes = (config.per_device_train_batch_size, config.gradient_accumulation_steps)
         collate, device = self.forward.collate, self.start.model.device
-        return epoch_batches(self.examples["train"], seed, *sizes, collate, device)
+
+        def steps(epoch: int, skip: int) -> Iterator[list[Batch]]:
+            examples = varied(self.task, self.examples["train"], epoch)
+            return epoch_batches(examples, seed, *sizes, collate, device)(epoch, skip)
+
+        return steps
 
     def evaluate(self, split: str, prefix: str) -> dict[str, float]:
         """The model's metrics on a split, under `<prefix>_...` keys."""
@@ -79,10 +83,11 @@ class Pieces:
             draw_loader_seed()
         size, device = self.config.per_device_eval_batch_size, self.start.model.device
         collate, shown = self.forward.collate, f"evaluating {split}"
-        batches = batches_in_order(self.examples[split], size, collate, device, shown)
-        loss = self.task.training_loss if self.config.hf_parity else self.task.loss
-        scorer = self.task.scorer(self.splits.rows[split])
-        return evaluate_model(self.forward, loss, self.task, batches, scorer, prefix)
+        examples = varied(self.task, self.examples[split], None)
+        batches = batches_in_order(examples, size, collate, device, shown)
+        scorer = self.task.scorer(self.splits.rows[split], examples)
+        measure = reported_loss(self.task, self.config.hf_parity)
+        return evaluate_model(self.forward, measure, batches, scorer, prefix)
 
 
 def fine_tune(train_config: TrainConfig, lora_config: LoraConfig | None = None) -> TrainResult:
@@ -137,7 +142,7 @@ def train(plan: resume.ResumePlan, should_stop: Callable[[], bool]) -> TrainResu
     device = starting_model.chosen_device(plan.config.device)
     config = starting_model.resolve_modes(plan.config, device)
     splits = read_data(config)
-    task = build_task(config.task, splits.labels, config.label_smoothing_factor)
+    task = build_task(config, splits.labels)
 
     seed_all(config.seed)
     start = starting_model.load_starting_model(config, task)
@@ -171,9 +176,10 @@ def train(plan: resume.ResumePlan, should_stop: Callable[[], bool]) -> TrainResu
 
 def read_data(config: TrainConfig) -> Splits:
     """Read every file of the run."""
-    files = {name: getattr(config, f"{name}_file") for name in ("train", "validation", "test")}
-    columns = Columns(config.text_column, config.text_pair_column, config.label_column)
-    splits = read_splits(config.task, files, columns, config.validation_split, config.seed)
+    if config.train_file is None and config.task != TrainConfig.task:
+        packaged = f"the packaged sentences are for {TrainConfig.task}"
+        raise MiniloraError(f"{packaged}, not {config.task}: give --train_file")
+    splits = read_splits(config)
     asked = config.best_metric() or config.eval_strategy not in (None, "no")
     if asked and "validation" not in splits.rows:
         advice = "give --validation_file or --validation_split"

@@ -31,6 +31,7 @@ class Traits(TypedDict, total=False):
     below: float  # every value is lower
     is_free: bool  # a resume may change it (training/config.py)
     is_set: bool  # a list whose order means nothing
+    tasks: tuple[str, ...]  # at its default with any other task
 
 
 def option(default: Any, help: str | None, **traits: Unpack[Traits]) -> Any:

@@ -17,9 +17,12 @@ os.environ["OMP_NUM_THREADS"] = "1"
 # The user's cache is not the tests' to fill.
 os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp()
 
+import numpy as np
 import pytest
 from transformers import BertConfig, BertForSequenceClassification, BertTokenizerFast, set_seed
 
+from minilora import TrainConfig
+from minilora.bert.tasks import Examples, build_task
 from minilora.command import run_command
 
 WORDS = [
@@ -121,6 +124,17 @@ def sentences(tmp_path_factory) -> tuple[Path, Path]:
         write_sentences(directory / "train.tsv", 44, seed=1),
         write_sentences(directory / "validation.tsv", 20, seed=2),
     )
+
+
+def examples_of(count: int) -> Examples:
+    """Examples of one token, each of a row of its own."""
+    ids, each = np.ones(count, dtype=np.int32), np.arange(count)
+    return Examples(ids, None, np.arange(count + 1), each, each, truncated=0)
+
+
+def task_of(name: str, labels: list[str] | None = None, **arguments):
+    """The task called `name`, of a run with these arguments."""
+    return build_task(TrainConfig(task=name, **arguments), labels)
 
 
 def read_rows(output_dir: Path, timing: bool = False) -> list[dict]:

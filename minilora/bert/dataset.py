@@ -1,4 +1,4 @@
-"""Examples as flat arrays of tokens, the order of an epoch, and batches.
+"""Rows as flat arrays of tokens, the order of an epoch, and batches.
 
 The whole data set is a few arrays, however many examples it has; a batch is a slice of them and a
 pad. Nothing here draws from a global generator: the order of an epoch is a pure function of (seed,
@@ -10,7 +10,6 @@ N examples; B batch; T tokens.
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -20,44 +19,29 @@ from transformers import PreTrainedTokenizerBase
 
 from minilora.bert import token_cache
 from minilora.bert.rows import Row
-from minilora.bert.tasks import Batch, Task
+from minilora.bert.tasks import NO_LABEL, Batch, Examples, Task
 
 # Rows per call of the tokenizer: enough to use all its threads, few enough to keep the bar moving.
 TOKENIZE_CHUNK = 1000
 
 
-@dataclass(frozen=True)
-class Examples:
-    """N tokenised examples, end to end."""
-
-    input_ids: np.ndarray  # (total tokens,) int32
-    # (total tokens,) int8: 0 in the first text, 1 in the second; None if the model takes none.
-    token_type_ids: np.ndarray | None
-    offsets: np.ndarray  # (N + 1,) int64: example i is input_ids[offsets[i]:offsets[i + 1]]
-    # (N,) int64 class ids or float32 values. (A task that labels tokens would lay its labels end to
-    # end as input_ids are, and the collate functions would slice and pad them likewise.)
-    labels: np.ndarray
-    row: np.ndarray  # (N,) int64: of which row of the file; a task may make several of one
-    truncated: int  # how many were longer than max_length
-
-    def __len__(self) -> int:
-        return len(self.offsets) - 1
-
-
-# (examples, indices (B,)) to a batch, whose "labels" and "row" (B,) are in indices' order.
+# (examples, indices (B,)) to a batch, whose "example" (B,) is indices.
 Collate = Callable[[Examples, np.ndarray], Batch]
 
 
 def tokenize(
-    rows: list[Row], task: Task, tokenizer: PreTrainedTokenizerBase, max_length: int, place: str
+    rows: list[Row],
+    task: Task,
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    place: str,
+    keep: bool = True,
 ) -> Examples:
-    """Tokenise `rows`, with a progress bar, or take what an earlier run made of them.
-
-    Rows without labels, which are to be predicted, are not kept. `max_length` counts the special
-    tokens, too; `place` is the rows' file, for errors.
+    """Tokenise `rows`, with a progress bar, or take what an earlier run made of them, and `keep`
+    what is made for a later one. `max_length` counts the special tokens, too; `place` is the rows'
+    file, for errors.
     """
-    labelled = rows[0].label is not None
-    entry = token_cache.entry_of(rows, task, tokenizer, max_length) if labelled else None
+    entry = token_cache.entry_of(rows, task, tokenizer, max_length) if keep else None
     arrays = token_cache.read_entry(entry) if entry else None
     if arrays is None:
         chunks = []
@@ -71,12 +55,14 @@ def tokenize(
         if entry:
             token_cache.write_entry(entry, arrays)
     return Examples(
-        input_ids=arrays["input_ids"],
-        token_type_ids=arrays.get("token_type_ids"),
-        offsets=np.concatenate([[0], np.cumsum(arrays["lengths"])]),
-        labels=arrays["labels"],
-        row=arrays["row"],
-        truncated=int(arrays["truncated"].sum()),
+        input_ids=arrays.pop("input_ids"),
+        token_type_ids=arrays.pop("token_type_ids", None),
+        offsets=np.concatenate([[0], np.cumsum(arrays.pop("lengths"))]),
+        labels=arrays.pop("labels"),
+        row=arrays.pop("row"),
+        truncated=int(arrays.pop("truncated").sum()),
+        extra=arrays,
+        logits_of=task.logits_of,
     )
 
 
@@ -87,7 +73,9 @@ def token_positions(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
 
 
 def collate_padded(examples: Examples, indices: np.ndarray, pad_token_id: int) -> Batch:
-    """The examples `indices` (B,) padded on the right to the longest: (B, T); labels, row (B,)."""
+    """The examples `indices` (B,) padded on the right to the longest: (B, T); `labelled` adds the
+    rest.
+    """
     starts, ends = examples.offsets[indices], examples.offsets[indices + 1]
     lengths = ends - starts
     real = np.arange(lengths.max()) < lengths[:, None]  # (B, T), False where padding
@@ -102,9 +90,23 @@ def collate_padded(examples: Examples, indices: np.ndarray, pad_token_id: int) -
     if examples.token_type_ids is not None:
         batch["token_type_ids"] = padded(examples.token_type_ids, 0)
     batch["attention_mask"] = torch.from_numpy(real.astype(np.int64))
-    batch["labels"] = torch.from_numpy(examples.labels[indices])
-    batch["row"] = torch.from_numpy(examples.row[indices])
-    return batch
+    return batch | labelled(examples, indices, padded)
+
+
+def labelled(
+    examples: Examples, indices: np.ndarray, laid_out: Callable[[np.ndarray, int], Tensor]
+) -> Batch:
+    """labels (B, ...) in indices' order, or, of tokens, as the batch lays them out with a filler;
+    of masked tokens, labels (M,) and masked (M,), their places; and example (B,), the indices.
+    """
+    batch = {"example": torch.from_numpy(indices)}
+    if not examples.labels_tokens():
+        return batch | {"labels": torch.from_numpy(examples.labels[indices])}
+    labels = laid_out(examples.labels, NO_LABEL)
+    if examples.logits_of == "masked tokens":
+        masked = torch.nonzero(labels.reshape(-1) != NO_LABEL)[:, 0]
+        return batch | {"labels": labels.reshape(-1)[masked], "masked": masked}
+    return batch | {"labels": labels}
 
 
 def epoch_order(count: int, seed: int, epoch: int) -> np.ndarray:

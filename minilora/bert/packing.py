@@ -19,8 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minilora.bert.dataset import Examples, token_positions
-from minilora.bert.tasks import Batch
+from minilora.bert.dataset import labelled, token_positions
+from minilora.bert.tasks import Batch, Examples
 
 # More buckets waste less padding and cost more calls; 4 was fastest of 1, 2, 4 and 8 on sentences
 # in random order. Where one bucket would be padding by less than a tenth, as after sorting, it is
@@ -59,8 +59,8 @@ def collate_packed(
     """The examples `indices` (B,) as one row of N tokens.
 
     input_ids, position_ids and, if the model takes them, token_type_ids are (N,); lengths (B,), in
-    the row's order; place (B,): where in that order each example is; labels and row (B,), in the
-    batch's order. N is filled up to a `multiple`.
+    the row's order; place (B,): where in that order each example is; `labelled` adds the rest. N is
+    filled up to a `multiple`.
     """
     lengths = examples.offsets[indices + 1] - examples.offsets[indices]
     order = np.argsort(lengths, kind="stable")
@@ -70,17 +70,16 @@ def collate_packed(
 
     def filled(values: np.ndarray, filler: int) -> Tensor:
         rest = np.full(size - len(flat), filler)
-        return torch.from_numpy(np.concatenate([values, rest], dtype=np.int64))
+        return torch.from_numpy(np.concatenate([values[flat], rest], dtype=np.int64))
 
-    batch = {"input_ids": filled(examples.input_ids[flat], pad_token_id)}
+    batch = {"input_ids": filled(examples.input_ids, pad_token_id)}
     if examples.token_type_ids is not None:
-        batch["token_type_ids"] = filled(examples.token_type_ids[flat], 0)
-    batch["position_ids"] = filled(token_positions(np.zeros_like(lengths), lengths), 0)
+        batch["token_type_ids"] = filled(examples.token_type_ids, 0)
+    positions = token_positions(np.zeros_like(lengths), lengths)
+    batch["position_ids"] = F.pad(torch.from_numpy(positions), (0, size - len(flat)))
     batch["lengths"] = torch.from_numpy(lengths)
     batch["place"] = torch.from_numpy(np.argsort(order))
-    batch["labels"] = torch.from_numpy(examples.labels[indices])
-    batch["row"] = torch.from_numpy(examples.row[indices])
-    return batch
+    return batch | labelled(examples, indices, filled)
 
 
 @torch.compiler.disable  # numpy, on the host

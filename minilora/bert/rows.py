@@ -17,7 +17,7 @@ import io
 import json
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -46,9 +46,10 @@ class Row:
 
     text: str
     pair: str | None
-    label: str | None  # None where labels were not asked for
+    label: Any  # a str, or what the task's own reader makes of it; None if it was not asked for
     kind: str | None
     line: int  # from 1; in a json array, the number of the object
+    fields: dict[str, Any] = field(default_factory=dict)  # what else a task keeps of a row, as JSON
 
 
 @dataclass(frozen=True)
@@ -74,16 +75,11 @@ def read_rows(path: Path, columns: Columns = USUAL, labelled: bool = True) -> li
     suffix = path.suffix.lower()
     if suffix not in SUFFIXES:
         raise MiniloraError(f"{path} has the suffix {suffix!r}; allowed are {', '.join(SUFFIXES)}")
-    data = read_bytes(path)
-    try:
-        text = data.decode("utf-8-sig")  # Excel writes a byte order mark
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        raise _bad(path, line, "not UTF-8; convert the file, for example with iconv") from None
     if suffix in (".json", ".jsonl"):
-        records = _objects(path, text)
+        records = read_objects(path)
     else:
-        tab_separated = [(n, line.rstrip("\r").split("\t")) for n, line in _lines(text)]
+        text = read_text(path)
+        tab_separated = [(n, line.rstrip("\r").split("\t")) for n, line in lines_of(text)]
         lines = _csv_lines(path, text) if suffix == ".csv" else tab_separated
         lines = _without_blank(lines, labelled)
         records, columns = _by_column(path, lines, columns, labelled)
@@ -93,11 +89,30 @@ def read_rows(path: Path, columns: Columns = USUAL, labelled: bool = True) -> li
     return [_row(path, line, record, found) for line, record in records]
 
 
-def _bad(path: Path, line: int, what: str) -> MiniloraError:
+def read_texts(path: Path, arguments: Any, labelled: bool) -> list[Row]:
+    """The same, with the columns named in a run's arguments."""
+    label = arguments.label_column if labelled else None
+    columns = Columns(arguments.text_column, arguments.text_pair_column, label)
+    return read_rows(path, columns, labelled)
+
+
+def bad(path: Path, line: int, what: str) -> MiniloraError:
+    """The error that something is wrong there."""
     return MiniloraError(f"{path}, line {line}: {what}")
 
 
-def _lines(text: str) -> list[tuple[int, str]]:
+def read_text(path: Path) -> str:
+    """The text of a file of UTF-8."""
+    data = read_bytes(path)
+    try:
+        return data.decode("utf-8-sig")  # Excel writes a byte order mark
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise bad(path, line, "not UTF-8; convert the file, for example with iconv") from None
+
+
+def lines_of(text: str) -> list[tuple[int, str]]:
+    """The lines, numbered from 1."""
     # Not str.splitlines, which also splits at characters that occur inside sentences (U+2028,
     # U+0085).
     return list(enumerate(text.removesuffix("\n").split("\n"), 1))
@@ -120,7 +135,7 @@ def _csv_lines(path: Path, text: str) -> Lines:
             lines.append((start, fields))
             start = reader.line_num + 1
     except csv.Error as error:
-        raise _bad(path, start, f"not valid csv: {error}") from None
+        raise bad(path, start, f"not valid csv: {error}") from None
     return lines
 
 
@@ -131,11 +146,11 @@ def _by_column(path: Path, lines: Lines, asked: Columns, labelled: bool) -> tupl
     first, names = lines[0]
     for line, fields in lines:
         if len(fields) != len(names):
-            raise _bad(path, line, f"{len(fields)} fields where the first line has {len(names)}")
+            raise bad(path, line, f"{len(fields)} fields where the first line has {len(names)}")
     if _is_header(names, [fields[-1] for _, fields in lines[1:]], asked, labelled):
         lines = lines[1:]
         if twice := sorted({name for name in names if name and names.count(name) > 1}):
-            raise _bad(path, first, f"there are two columns {twice[0]!r}")
+            raise bad(path, first, f"there are two columns {twice[0]!r}")
     else:
         asked = _by_number(path, len(names), asked, labelled)
         names = [str(number) for number in range(len(names))]
@@ -175,14 +190,15 @@ def _by_number(path: Path, width: int, asked: Columns, labelled: bool) -> Column
     return Columns((left or ["0"])[0] if asked.text is None else asked.text, pair, label)
 
 
-def _objects(path: Path, text: str) -> Records:
-    is_array, records = path.suffix.lower() == ".json", []
-    filled = [(number, line) for number, line in _lines(text) if line.strip()]
+def read_objects(path: Path) -> Records:
+    """The objects of a .json array, numbered, or else of each line that is not blank."""
+    is_array, records, text = path.suffix.lower() == ".json", [], read_text(path)
+    filled = [(number, line) for number, line in lines_of(text) if line.strip()]
     for line, part in [(1, text)] if is_array else filled:
         try:
             records.append((line, json.loads(part, object_pairs_hook=unique_keys)))
         except (ValueError, RecursionError) as error:
-            raise _bad(path, line, f"not valid JSON: {error}") from None
+            raise bad(path, line, f"not valid JSON: {error}") from None
     if is_array:
         array = records[0][1]
         if not isinstance(array, list):
@@ -190,7 +206,7 @@ def _objects(path: Path, text: str) -> Records:
         records = list(enumerate(array, start=1))
     for line, record in records:
         if not isinstance(record, dict):
-            raise _bad(path, line, f"a JSON {type(record).__name__} where an object is expected")
+            raise bad(path, line, f"a JSON {type(record).__name__} where an object is expected")
     return records
 
 
@@ -232,15 +248,20 @@ def _row(path: Path, line: int, record: dict[str, Any], columns: dict[str, str])
         if role == "kind" and record.get(column) is None:
             continue  # it is optional
         if column not in record:
-            raise _bad(path, line, f"no {role} (column {column!r}); it has {', '.join(record)}")
-        value = record[column]
-        if value is None or isinstance(value, dict | list):
-            raise _bad(path, line, f"the {role} is {value!r}; it must be text or a number")
-        values[role] = str(value).lower() if isinstance(value, bool) else str(value)
-        if re.search("[\ud800-\udfff]", values[role]):
-            raise _bad(path, line, f"the {role} holds half of a surrogate pair: no character")
+            raise bad(path, line, f"no {role} (column {column!r}); it has {', '.join(record)}")
+        values[role] = text_of(path, line, role, record[column])
     label = values.get("label")
     if label is not None and label.strip().lower() in ("", "nan"):
-        raise _bad(path, line, f"the label is {label!r}; every example needs one")
+        raise bad(path, line, f"the label is {label!r}; every example needs one")
     label = label and label.strip()
     return Row(values["text"], values.get("pair"), label, values.get("kind"), line)
+
+
+def text_of(path: Path, line: int, role: str, value: Any) -> str:
+    """A value of a file as text: a number's, too."""
+    if value is None or isinstance(value, dict | list):
+        raise bad(path, line, f"the {role} is {value!r}; it must be text or a number")
+    text = str(value).lower() if isinstance(value, bool) else str(value)
+    if re.search("[\ud800-\udfff]", text):
+        raise bad(path, line, f"the {role} holds half of a surrogate pair: no character")
+    return text

@@ -6,13 +6,14 @@ from pathlib import Path
 
 import numpy as np
 
-from minilora.bert.rows import Columns, Row, read_rows
-from minilora.bert.tasks import task_class
+from minilora.bert.rows import Row
+from minilora.bert.tasks import Arguments, task_class
 from minilora.errors import MiniloraError
 
 # Short opinions in English, written for this project; a kind says what makes a sentence hard:
 # plain, negation, mixed (praise and blame, one prevailing), comparison, irony.
 SENTENCES = Path(__file__).parent / "sentences"
+SPLITS = ("train", "validation", "test")
 
 
 @dataclass(frozen=True)
@@ -29,20 +30,17 @@ class Splits:
         return self.rows["train"][0].pair is not None
 
 
-def read_splits(
-    task_name: str, files: dict[str, str | None], columns: Columns, held_out: float, seed: int
-) -> Splits:
-    """Read every file of a run, by default the packaged sentences, and fix what its labels mean.
-
-    `held_out` is the share of the training rows to take for the validation split; 0 for none.
-    """
+def read_splits(arguments: Arguments) -> Splits:
+    """Read every file of a run, by default the packaged sentences, and fix what its labels mean."""
+    task, held_out = task_class(arguments.task), arguments.validation_split
+    files = {split: getattr(arguments, f"{split}_file") for split in SPLITS}
     if files["train"] is None:
         files = {**files, "train": str(SENTENCES / "train.tsv")}
         files["validation"] = files["validation"] or str(SENTENCES / "validation.tsv")
     given = {split: path for split, path in files.items() if path is not None}
-    rows = {split: read_rows(Path(path), columns) for split, path in given.items()}
+    rows = {split: task.read_rows(Path(path), arguments, True) for split, path in given.items()}
     if held_out > 0:
-        rows["train"], rows["validation"] = hold_out(rows["train"], held_out, seed)
+        rows["train"], rows["validation"] = hold_out(rows["train"], held_out, arguments.seed)
         given["validation"] = given["train"]
     for split, path in given.items():
         has_pairs = rows[split][0].pair is not None
@@ -50,7 +48,7 @@ def read_splits(
             one, other = ("two texts", "one") if has_pairs else ("one text", "two")
             disagree = f"{path} has {one} a row, {given['train']} has {other}"
             raise MiniloraError(f"{disagree}: name --text_pair_column")
-    labels = task_class(task_name).find_labels(rows["train"], given["train"])
+    labels = task.find_labels(rows["train"], given["train"])
     fingerprints = {split: file_fingerprint(Path(path)) for split, path in given.items()}
     return Splits(rows, given, fingerprints, labels)
 

@@ -2,7 +2,7 @@
 
     ~/.cache/minilora/<key>.safetensors     (or under XDG_CACHE_HOME); safe to delete at any time
 
-The key is a hash of everything the arrays depend on: the rows, the task and its labels, the
+The key is a hash of everything the arrays depend on: the rows, the task and its settings, the
 tokenizer's whole state, and the length texts are cut at. What is read is checked against its own
 hash; whatever is wrong with a file, or with the directory, the text is tokenised anew.
 """
@@ -25,7 +25,7 @@ from minilora.bert.tasks import Task
 from minilora.files import write_file
 
 # Part of the key: raised whenever the meaning of the arrays changes.
-FORMAT = 3
+FORMAT = 4
 
 
 def entry_of(
@@ -42,8 +42,8 @@ def entry_of(
     state = tokenizer.backend_tokenizer.to_str()  # pyright: ignore
     names = [type(tokenizer).__name__, tokenizer.model_input_names, tokenizer.truncation_side]
     names.append(tokenizer.split_special_tokens)
-    texts = [[row.text, row.pair, row.label] for row in rows]
-    key = json.dumps([FORMAT, task.name, task.labels, max_length, names, state, texts])
+    texts = [[row.text, row.pair, row.label, row.fields] for row in rows]
+    key = json.dumps([FORMAT, task.name, vars(task), max_length, names, state, texts])
     return home / "minilora" / f"{hashlib.sha256(key.encode()).hexdigest()}.safetensors"
 
 

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from minilora import starting_model
 from minilora.bert.forward import Packed, Padded
 from minilora.bert.load import input_length, load_tokenizer, pad_token_id, recorded_labels
-from minilora.bert.tasks import Task, build_task
+from minilora.bert.tasks import Task, build_task, foreign_task
 from minilora.errors import MiniloraError
 from minilora.lora.peft_files import CONFIG_NAME, StoredAdapter, read_adapter
 from minilora.trained.directory import kind_of
@@ -29,7 +29,7 @@ from minilora.training.record import RunRecord
 from minilora.training.run_directory import read_run
 
 # The last layer of a head, itself trained or adapted.
-HEAD = re.compile(r"\.(classifier|score)\.(out_proj\.)?(lora_B\.)?weight$")
+HEAD = re.compile(r"\.(classifier|score|qa_outputs)\.(out_proj\.)?(lora_B\.)?weight$")
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ def open_run(
     forward = starting_model.choose_forward(config, model.eval(), pad_token_id(tokenizer), placed)
     length = input_length(model, tokenizer, config.max_length)
     record = dataclasses.replace(record, arguments=config)
-    task = build_task(config.task, record.labels, config.label_smoothing_factor)
+    task = build_task(config, record.labels)
     return TrainedRun(adapter, record, model, tokenizer, task, forward, length)
 
 
@@ -102,7 +102,7 @@ def load_base(adapter: Path, record: RunRecord) -> tuple[PreTrainedModel, PreTra
     """The plain model that the adapter was trained on, and the tokenizer."""
     # A head drawn anew will be replaced by the adapter's: the caller's generator is left alone.
     with torch.random.fork_rng(devices=[]):
-        task = build_task(record.arguments.task, record.labels)
+        task = build_task(record.arguments, record.labels)
         start = starting_model.load_starting_model(record.arguments, task)
     starting_model.check_new_modules(start.new_modules, record.lora, adapter)
     # Behind the base's fingerprint stands that of the adapter which the run went on from, if any.
@@ -119,10 +119,11 @@ def load_base(adapter: Path, record: RunRecord) -> tuple[PreTrainedModel, PreTra
 def _record_of_foreign(adapter: StoredAdapter, name: str | None) -> RunRecord:
     sizes = [tensor.shape[0] for key, tensor in adapter.tensors.items() if HEAD.search(key)]
     if not sizes:
-        raise MiniloraError(f"{adapter.directory} has no head (classifier or score) for texts")
+        raise MiniloraError(f"{adapter.directory} has no head (classifier, score, qa_outputs)")
     revision = adapter.config.revision
     name = name or starting_model.base_of(adapter.directory)[0].location
     labels = None if sizes[0] == 1 else recorded_labels(name, revision, sizes[0])
-    task = "regression" if labels is None else "sequence_classification"
+    task = foreign_task(adapter.config.task_type, sizes[0]) or foreign_task("SEQ_CLS", sizes[0])
+    assert task is not None
     arguments = TrainConfig(model_name_or_path=name, model_revision=revision, task=task)
     return RunRecord(arguments, adapter.config, labels, None, {}, model_sha256="", environment={})

@@ -14,8 +14,9 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from minilora.bert.dataset import Examples, to_device, tokenize
-from minilora.bert.rows import Columns, Row, read_rows
+from minilora.bert.dataset import to_device, tokenize
+from minilora.bert.rows import Row
+from minilora.bert.tasks import Examples, by_example
 from minilora.errors import MiniloraError
 from minilora.trained.opened import TrainedRun
 from minilora.training.evaluation import evaluation_mode
@@ -28,8 +29,8 @@ WINDOW_CHARACTERS = 2_000_000
 def predict_texts(
     run: TrainedRun, texts: Iterable[str | tuple[str, str]], batch_size: int | None = None
 ) -> Iterator[dict[str, Any]]:
-    """{"index", "label", "score", "probabilities"} of each text, or pair of texts, in their order;
-    for regression {"index", "score"} with the value as the score.
+    """{"index"} and the task's prediction for each text, or pair of texts, in their order: of
+    classes {"label", "score", "probabilities"}, of a number {"score"}, the value.
 
     A prediction depends on the batch size (by default training's for evaluation) and on the other
     texts by float rounding only. Texts are taken as they are needed: an endless stream is fine.
@@ -60,8 +61,9 @@ def rows_of_file(run: TrainedRun, file: Path, text: str | None, pair: str | None
     looked at, and second texts only where training had them.
     """
     config = run.record.arguments
-    columns = Columns(text or config.text_column, pair or config.text_pair_column)
-    rows = read_rows(file, columns, labelled=False)
+    columns = {"text_column": text, "text_pair_column": pair}
+    given = {name: column for name, column in columns.items() if column is not None}
+    rows = run.task.read_rows(file, dataclasses.replace(config, **given), labelled=False)
     if run.record.pairs is False:
         return [dataclasses.replace(row, pair=None) for row in rows]
     return rows
@@ -78,24 +80,28 @@ def predict_windows(
     with tqdm(total=total, desc="predicting", unit=" texts", leave=False, delay=1) as bar:
         for window in _windows(rows):
             check_pairs(run, window)
-            examples = tokenize(window, run.task, run.tokenizer, run.max_length, "tokenizing")
-            predictions = run.task.predictions(_logits(run, examples, size, bar))
+            how = (run.task, run.tokenizer, run.max_length)
+            examples = tokenize(window, *how, "what is to be predicted", keep=False)
+            logits = _logits(run, examples, size, bar)
+            predictions = run.task.predictions(window, examples, logits)
             numbered = [{"index": done + i, **row} for i, row in enumerate(predictions)]
             yield numbered, examples.truncated
             done += len(window)
 
 
-def _logits(run: TrainedRun, examples: Examples, batch_size: int, bar: tqdm) -> np.ndarray:
-    """Logits (N, C) in the examples' order, computed in batches of similar length."""
+def _logits(run: TrainedRun, examples: Examples, batch_size: int, bar: tqdm) -> list[np.ndarray]:
+    """Each example's logits, (C,) or of its tokens, computed in batches of similar length."""
     order = np.argsort(np.diff(examples.offsets), kind="stable")
-    found = []
+    found: list[np.ndarray] = []
     with torch.inference_mode(), evaluation_mode(run.forward):
         for start in range(0, len(order), batch_size):
             indices = order[start : start + batch_size]
-            batch = to_device(run.forward.collate(examples, indices), run.model.device)
-            found.append(run.forward(batch).float().cpu().numpy())
+            batch = run.forward.collate(examples, indices)
+            logits = run.forward(to_device(batch, run.model.device)).float().cpu().numpy()
+            of_examples = examples.logits_of == "examples"
+            found.extend(logits if of_examples else by_example(logits, batch))
             bar.update(len(indices))
-    return np.concatenate(found)[np.argsort(order)]
+    return [found[place] for place in np.argsort(order)]
 
 
 def _windows(rows: Iterable[Row]) -> Iterator[list[Row]]:

@@ -1,15 +1,16 @@
 """A labelled file scored after training, in the very bits in which training scores."""
 
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from minilora.bert.dataset import batches_in_order, tokenize
-from minilora.bert.rows import Columns, read_rows
+from minilora.bert.tasks import varied
 from minilora.trained.opened import TrainedRun
 from minilora.trained.predict import check_pairs
-from minilora.training.evaluation import evaluate_model
+from minilora.training.evaluation import evaluate_model, reported_loss
 from minilora.training.progress import say
 
 
@@ -18,7 +19,10 @@ class Scores:
     """What a model is worth on a labelled file."""
 
     metrics: dict[str, float]  # eval_loss, eval_accuracy, ...: training's names, timing keys last
-    confusion: np.ndarray | None  # counts (C, C), true class by predicted; None for regression
+    # Where the task has classes: counts (C, C), true class by predicted; and "precision", "recall",
+    # "f1" and "support" by class.
+    confusion: np.ndarray | None
+    by_class: dict[str, dict[str, float]]
 
 
 def evaluate_file(
@@ -32,19 +36,22 @@ def evaluate_file(
     training's validation file, on the same device: bitwise the numbers that training recorded.
     """
     config = run.record.arguments
-    columns = Columns(
-        text_column or config.text_column,
-        text_pair_column or config.text_pair_column,
-        label_column or config.label_column,
+    columns = dataclasses.replace(
+        config,
+        text_column=text_column or config.text_column,
+        text_pair_column=text_pair_column or config.text_pair_column,
+        label_column=label_column or config.label_column,
     )
-    rows = read_rows(Path(file), columns)
+    rows = run.task.read_rows(Path(file), columns, labelled=True)
     check_pairs(run, rows)
     examples = tokenize(rows, run.task, run.tokenizer, run.max_length, str(file))
     if cut := examples.truncated:
         say(f"{file}: {cut} of {len(rows)} texts were cut at {run.max_length} tokens")
     size, shown = config.per_device_eval_batch_size, f"evaluating {Path(file).name}"
+    examples = varied(run.task, examples, None)
     batches = batches_in_order(examples, size, run.forward.collate, run.model.device, shown)
-    scorer = run.task.scorer(rows)
-    loss = run.task.training_loss if config.hf_parity else run.task.loss
-    metrics = evaluate_model(run.forward, loss, run.task, batches, scorer, "eval")
-    return Scores(metrics, getattr(scorer, "confusion", None))
+    scorer = run.task.scorer(rows, examples)
+    measure = reported_loss(run.task, config.hf_parity)
+    metrics = evaluate_model(run.forward, measure, batches, scorer, "eval")
+    by_class = getattr(scorer, "by_class", dict)()
+    return Scores(metrics, getattr(scorer, "confusion", None), by_class)

@@ -12,6 +12,7 @@ from minilora.options import check, differences, option
 
 # One file each, whose name is the task's.
 TASKS = tuple(sorted(f.stem for f in Path(__file__).parents[1].glob("bert/tasks/[!_]*.py")))
+ONE_CLASS = ("sequence_classification", "token_classification")
 SCHEDULES = ("linear", "cosine", "constant", "constant_with_warmup")
 STRATEGIES = ("no", "steps", "epoch")
 TIMINGS = ("runtime", "per_second")  # how the names of timings end
@@ -21,7 +22,7 @@ DTYPES = ("float32", "bfloat16", "float16")
 LORA_DEFAULTS: dict[str, Any] = {"lora_alpha": 16, "lora_dropout": 0.1}
 
 # What a resume may change: no number of the training depends on it (on a device, only last bits);
-# what a path names is recognised by its fingerprint. Everything else would bend the run and is refused.
+# what a path names is recognised by its fingerprint. All else would bend the run and is refused.
 free = partial(option, is_free=True)
 
 
@@ -40,13 +41,15 @@ class TrainConfig:
     task: str = option("sequence_classification", "what the head predicts", choices=TASKS)
 
     train_file: str | None = free(
-        None, "csv, tsv, json or jsonl; by default the packaged sentences", group="data")
+        None, "csv, tsv, json, jsonl, or CoNLL; by default the packaged sentences", group="data")
     validation_file: str | None = free(None, "the same, for evaluation during training")
     test_file: str | None = free(None, "the same, evaluated once after training")
     validation_split: float = option(0.0, "share of train_file to hold out", least=0, below=1)
     text_column: str | None = option(None, "the text's name, or number from 0 without a header")
     text_pair_column: str | None = option(None, "the same for the second text of a pair")
     label_column: str | None = option(None, "the same for the label")
+    label_all_tokens: bool = option(
+        False, "label every sub-token of a word, not the first", tasks=("token_classification",))
     max_length: int | None = option(None, "tokens of a text; by default the model's limit", least=3)
 
     output_dir: str | None = free(None, "new or empty; by default runs/<date-time>", group="output")
@@ -70,7 +73,8 @@ class TrainConfig:
     adam_beta2: float = option(0.999, "AdamW's decay of the second moment", least=0, below=1)
     adam_epsilon: float = option(1e-8, "AdamW's epsilon")
     max_grad_norm: float = option(1.0, "gradients are clipped to this norm; 0: never", least=0)
-    label_smoothing_factor: float = option(0.0, "share spread over all classes", least=0, below=1)
+    label_smoothing_factor: float = option(
+        0.0, "share spread over all classes", least=0, below=1, tasks=ONE_CLASS)
     seed: int = option(42, "of every random draw", least=0, below=2**32)  # numpy's bound
     data_seed: int | None = option(None, "of the order of examples; by default seed", least=0)
     hf_parity: bool = option(
@@ -157,8 +161,9 @@ def _relations(c: TrainConfig) -> list[tuple[Any, str]]:
         (c.adam_epsilon <= 0, f"adam_epsilon is {c.adam_epsilon}; it must be above 0"),
         (c.validation_split and c.validation_file,
          "validation_split and validation_file are both given: leave one out"),
-        (c.task == "regression" and c.label_smoothing_factor,
-         "label_smoothing_factor is for classification"),
+        (c.hf_parity and c.label_smoothing_factor and c.gradient_accumulation_steps > 1,
+         "hf_parity with label_smoothing_factor needs gradient_accumulation_steps 1: only smoothed "
+         "losses does Trainer divide by the labels of a whole step"),
         (c.eval_strategy == "no" and c.best_metric(),
          f"{c.best_metric()} is asked to rank checkpoints, and eval_strategy is no"),
         (c.load_best_model_at_end and evaluates != c.save_strategy,
@@ -169,6 +174,10 @@ def _relations(c: TrainConfig) -> list[tuple[Any, str]]:
          "load_best_model_at_end needs a checkpoint at each evaluation: eval_steps "
          f"({c.eval_steps}) must be a multiple of save_steps ({c.save_steps})"),
     ]  # fmt: skip
+    for field in dataclasses.fields(TrainConfig):
+        tasks, is_given = field.metadata.get("tasks"), getattr(c, field.name) != field.default
+        if tasks is not None and c.task not in tasks:
+            checks.append((is_given, f"{field.name} is for {' and '.join(tasks)}, not {c.task}"))
     plain = {"batching": "padded", "dropout": "torch"}
     exact = {**plain, "dtype": "float32", "gradient_checkpointing": False}
     for mode, settings in (("hf_parity", exact), ("torch_compile", plain)):

@@ -12,11 +12,22 @@ from torch import Tensor, nn
 Batch = dict[str, Tensor]
 """What one forward pass takes (bert/forward says what), and labels."""
 
+# Logits and batch to a mean loss; a batch to how many things that is a mean over.
+Measure = tuple[Callable[[Tensor, Batch], Tensor], Callable[[Batch], int]]
+
+
+def reported_loss(task: Any, hf_parity: bool) -> Measure:
+    """The task's loss; in Trainer it is the training loss, smoothed, and each example counts once,
+    whatever the loss is a mean over.
+    """
+    if hf_parity:
+        return task.training_loss, lambda batch: len(batch["example"])
+    return task.loss, task.loss_weight
+
 
 def evaluate_model(
     forward: nn.Module,
-    loss: Callable[[Tensor, Batch], Tensor],
-    task: Any,
+    measure: Measure,
     batches: Iterator[Batch],
     scorer: Any,
     prefix: str,
@@ -24,23 +35,23 @@ def evaluate_model(
     """Metrics of `forward`, from a batch to logits, under `<prefix>_...` keys, timing keys last.
 
     Draws nothing from any generator and leaves the model in the mode it was in, so that it changes
-    no training number. `loss` is the task's, or, as in Trainer, the training loss, smoothed; `task`
-    and `scorer` are those of bert/tasks.
+    no training number. `scorer` is one of bert/tasks.
     """
-    start, losses = time.perf_counter(), []
+    start, losses, examples, (loss, weight) = time.perf_counter(), [], 0, measure
     with torch.no_grad(), evaluation_mode(forward):
         for batch in batches:
             logits = forward(batch)
             # What the loss is averaged over counts once each, whatever the size of the last batch;
             # float32, as Trainer averages.
             mean = loss(logits, batch).item()
-            losses.append(np.full(task.loss_weight(batch), mean, dtype=np.float32))
+            losses.append(np.full(weight(batch), mean, dtype=np.float32))
+            examples += len(batch["example"])
             on_host = {name: tensor.cpu() for name, tensor in batch.items()}
             scorer.add(logits.float().cpu(), on_host)
     weighted = np.concatenate(losses)
     found = {"loss": weighted.mean().item(), **scorer.metrics()}
     seconds = time.perf_counter() - start
-    found |= {"runtime": seconds, "samples_per_second": len(weighted) / seconds}
+    found |= {"runtime": seconds, "samples_per_second": examples / seconds}
     found |= {"steps_per_second": len(losses) / seconds}
     return {f"{prefix}_{name}": value for name, value in found.items()}
 

@@ -136,7 +136,9 @@ def fit(training: Training, config: TrainConfig, run: Callbacks) -> None:
             for loss in losses:
                 # In float32, as Trainer sums: the logged means then agree to the last bit.
                 state.loss_sum = float(np.float32(state.loss_sum) + np.float32(loss))
-            run.progress(sum(len(batch["labels"]) for batch in batches), sum(losses), learning_rate)
+            run.progress(
+                sum(len(batch["example"]) for batch in batches), sum(losses), learning_rate
+            )
             if is_due(timetable.logging_steps, state):
                 log_loss(training, run, grad_norm, learning_rate)
             if is_due(timetable.eval_steps, state):

@@ -7,6 +7,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer, DataCollatorWithPadding
 
+from minilora import TrainConfig
 from minilora.bert.dataset import (
     TOKENIZE_CHUNK,
     batches_in_order,
@@ -16,11 +17,11 @@ from minilora.bert.dataset import (
     tokenize,
 )
 from minilora.bert.rows import Row
-from minilora.bert.tasks import build_task
+from tests.conftest import task_of
 
 COLLATE = functools.partial(collate_padded, pad_token_id=0)
 CPU = torch.device("cpu")
-TASK = build_task("sequence_classification", ["0", "1"])
+TASK = task_of("sequence_classification", ["0", "1"])
 
 
 def rows_of(texts, pairs=None, labels=None):
@@ -46,7 +47,7 @@ def test_a_batch_is_what_transformers_collator_makes(tokenizer, paired):
         feature["label"] = int(labels[i])
     expected = DataCollatorWithPadding(tokenizer)(features)
     found = collate_padded(examples, np.array([2, 0, 1]), tokenizer.pad_token_id)
-    assert found.pop("row").tolist() == [2, 0, 1]
+    assert found.pop("example").tolist() == [2, 0, 1]
     assert found.keys() == expected.keys()
     for name in expected:
         assert torch.equal(found[name], expected[name]) and found[name].dtype == torch.int64, name
@@ -76,9 +77,10 @@ def test_a_task_may_make_several_examples_of_a_row(tokenizer):
             }
 
     rows = rows_of(["bad", "good"], labels=["0", "1"])
-    examples = tokenize(rows, Windows(["0", "1"]), tokenizer, 9, "f")
+    examples = tokenize(rows, Windows(TrainConfig(), ["0", "1"]), tokenizer, 9, "f")
     assert len(examples) == 4
-    assert COLLATE(examples, np.array([3, 0]))["row"].tolist() == [1, 0]
+    assert COLLATE(examples, np.array([3, 0]))["example"].tolist() == [3, 0]
+    assert examples.row.tolist() == [0, 0, 1, 1]
 
 
 def test_the_order_of_an_epoch_is_accelerates():
@@ -101,20 +103,20 @@ def test_an_epoch_takes_each_example_once(tokenizer, batch_size, accumulation):
     count = 23
     examples = tokenize(rows_of(["bad"] * count), TASK, tokenizer, 8, "f")
     batches = epoch_batches(examples, 1, batch_size, accumulation, COLLATE, CPU)
-    steps = [[batch["row"].tolist() for batch in step] for step in batches(0, 0)]
+    steps = [[batch["example"].tolist() for batch in step] for step in batches(0, 0)]
     seen = [row for step in steps for batch in step for row in batch]
     assert seen == epoch_order(count, 1, 0).tolist()
     assert all(len(step) <= accumulation for step in steps)
     assert all(len(batch) == batch_size for step in steps for batch in step[:-1])
     for skip in range(len(steps)):
-        rest = [[batch["row"].tolist() for batch in step] for step in batches(0, skip)]
+        rest = [[batch["example"].tolist() for batch in step] for step in batches(0, skip)]
         assert rest == steps[skip:]
 
 
 def test_evaluation_keeps_the_files_order(tokenizer):
     examples = tokenize(rows_of(["bad"] * 7), TASK, tokenizer, 8, "f")
     batches = batches_in_order(examples, 3, COLLATE, CPU, "evaluating")
-    assert [batch["row"].tolist() for batch in batches] == [[0, 1, 2], [3, 4, 5], [6]]
+    assert [batch["example"].tolist() for batch in batches] == [[0, 1, 2], [3, 4, 5], [6]]
 
 
 @pytest.mark.parametrize("pairs", [None, ["so long"] * 2])

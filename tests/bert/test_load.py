@@ -31,10 +31,9 @@ from minilora.bert.load import (
     recorded_labels,
     stored_tensors,
 )
-from minilora.bert.tasks import build_task
-from tests.conftest import tiny_classifier, tiny_config
+from tests.conftest import task_of, tiny_classifier, tiny_config
 
-TASK = build_task("sequence_classification", ["a", "b"])
+TASK = task_of("sequence_classification", ["a", "b"])
 
 
 def test_a_headless_model_gets_the_head_transformers_would_draw(tiny_model):
@@ -92,9 +91,7 @@ def test_a_trained_head_of_other_labels_is_drawn_anew(tmp_path):
     tiny_classifier(num_labels=3).save_pretrained(tmp_path)
     model, new = load_model(str(tmp_path), None, TASK)
     assert new == ["classifier"] and model.classifier.out_features == 2
-    assert (
-        load_model(str(tmp_path), None, build_task("sequence_classification", list("abc")))[1] == []
-    )
+    assert load_model(str(tmp_path), None, task_of("sequence_classification", list("abc")))[1] == []
 
 
 def test_weights_are_float32_whatever_the_file_holds(tmp_path):
@@ -210,7 +207,7 @@ def test_labels_are_the_configs_or_numbered(tmp_path):
 
 
 def test_a_regression_head_is_one_number(tiny_model):
-    model, new = load_model(str(tiny_model), None, build_task("regression"))
+    model, new = load_model(str(tiny_model), None, task_of("regression"))
     assert model.config.num_labels == 1 and model.config.problem_type == "regression"
     assert model.classifier.weight.shape[0] == 1 and new == ["classifier"]
 

@@ -6,8 +6,8 @@ import torch
 from torch import nn
 from transformers import set_seed
 
-from minilora.bert.dataset import Examples
 from minilora.bert.packing import attention, collate_packed, layout_of
+from minilora.bert.tasks import Examples
 
 PAD = 0
 
@@ -36,7 +36,7 @@ def test_a_row_is_the_texts_end_to_end_by_length_and_says_where_each_is():
         assert row[place].tolist() == examples.input_ids[start:end].tolist()
         assert positions[place].tolist() == list(range(end - start))
     assert batch["labels"].tolist() == examples.labels[indices].tolist()
-    assert batch["row"].tolist() == indices.tolist()
+    assert batch["example"].tolist() == indices.tolist()
 
 
 def test_a_row_is_filled_up_to_a_multiple():

@@ -5,25 +5,23 @@ import hashlib
 import pytest
 from transformers import AutoTokenizer
 
-from minilora import MiniloraError
+from minilora import MiniloraError, TrainConfig
 from minilora.bert.dataset import tokenize
-from minilora.bert.rows import USUAL, Columns, Row, read_rows
+from minilora.bert.rows import Row, read_rows
 from minilora.bert.splits import SENTENCES, hold_out, read_splits
-from minilora.bert.tasks import build_task
-
-SPLITS = ("train", "validation", "test")
+from tests.conftest import task_of
 
 
 @pytest.fixture
 def read(tmp_path):
     """Reads splits from the given texts of tsv files."""
 
-    def read(task="sequence_classification", columns=USUAL, share=0.0, **texts):
-        files = dict.fromkeys(SPLITS)
+    def read(arguments=None, **texts):
+        files = {}
         for split, text in texts.items():
             (tmp_path / f"{split}.tsv").write_text(text)
-            files[split] = str(tmp_path / f"{split}.tsv")
-        return read_splits(task, files, columns, share, seed=1)
+            files[f"{split}_file"] = str(tmp_path / f"{split}.tsv")
+        return read_splits(TrainConfig(**(arguments or {}), **files, seed=1))
 
     return read
 
@@ -59,7 +57,7 @@ def test_each_split_has_its_rows_its_file_and_the_hash_of_that(read, tmp_path):
 
 
 def test_the_validation_split_may_be_held_out_of_the_training_file(read):
-    splits = read(train=TRAIN, share=0.25)
+    splits = read({"validation_split": 0.25}, train=TRAIN)
     assert len(splits.rows["train"]) == 15 and len(splits.rows["validation"]) == 5
     assert splits.files["validation"] == splits.files["train"]
     assert splits.fingerprints["validation"] == splits.fingerprints["train"]
@@ -76,17 +74,17 @@ def test_splits_agree_on_pairs(read, train, test):
 
 def test_columns_hold_for_every_split(read):
     text = "body\tmood\nx\ta\ny\tb\n"
-    splits = read(columns=Columns(text="body", label="mood"), train=text, validation=text)
+    splits = read({"text_column": "body", "label_column": "mood"}, train=text, validation=text)
     assert [row.label for row in splits.rows["validation"]] == ["a", "b"]
 
 
 def test_numbers_need_no_names(read):
-    assert read("regression", train="text\tlabel\nx\t1.5\ny\t2\n").labels is None
+    assert read({"task": "regression"}, train="text\tlabel\nx\t1.5\ny\t2\n").labels is None
 
 
 def test_a_label_that_training_does_not_know_is_refused_with_its_place(read, tiny_model):
     splits = read(train=TRAIN, validation="text\tlabel\nx\ta\ny\tneutral\n")
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
-    task = build_task("sequence_classification", splits.labels)
+    task = task_of("sequence_classification", splits.labels)
     with pytest.raises(MiniloraError, match=r"validation\.tsv, line 3: label 'neutral' .* a, b"):
         tokenize(splits.rows["validation"], task, tokenizer, 8, splits.files["validation"])

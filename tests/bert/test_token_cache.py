@@ -7,9 +7,10 @@ import pytest
 from transformers import AutoTokenizer
 
 from minilora import MiniloraError
-from minilora.bert.dataset import Examples, tokenize
+from minilora.bert.dataset import tokenize
 from minilora.bert.rows import Row
-from minilora.bert.tasks import build_task
+from minilora.bert.tasks import Examples
+from tests.conftest import task_of
 
 
 def rows_of(*texts, label="a"):
@@ -30,7 +31,7 @@ def calls(monkeypatch, tmp_path):
     made = []
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     for name in ("sequence_classification", "regression"):
-        kind = type(build_task(name, ["a", "b"]))
+        kind = type(task_of(name, ["a", "b"]))
         encode = kind.encode
         monkeypatch.setattr(
             kind, "encode", lambda *given, encode=encode: made.append(1) or encode(*given)
@@ -38,8 +39,10 @@ def calls(monkeypatch, tmp_path):
     return made
 
 
-def tokens(tokenizer, rows=ROWS, max_length=8, labels=("a", "b"), task="sequence_classification"):
-    return tokenize(rows, build_task(task, list(labels)), tokenizer, max_length, "f")
+def tokens(
+    tokenizer, rows=ROWS, max_length=8, labels=("a", "b"), task="sequence_classification", keep=True
+):
+    return tokenize(rows, task_of(task, list(labels)), tokenizer, max_length, "f", keep)
 
 
 def assert_same(one: Examples, other: Examples):
@@ -96,7 +99,7 @@ def test_an_unknown_label_is_refused_whatever_is_kept(load, calls):
 
 def test_rows_that_are_to_be_predicted_leave_nothing_behind(load, calls, tmp_path):
     for _ in range(2):
-        tokens(load(), rows_of("the film", label=None))
+        tokens(load(), rows_of("the film", label=None), keep=False)
     assert len(calls) == 2 and not list(tmp_path.iterdir())
 
 

@@ -10,11 +10,11 @@ from minilora.training.config import TASKS, reconcile, train_config_from_dict
 
 
 def test_every_task_has_a_file_of_its_own():
-    from minilora.bert.tasks import build_task
+    from tests.conftest import task_of
 
     assert {"sequence_classification", "regression"} <= set(TASKS)
     for name in TASKS:
-        assert build_task(name, labels=["a", "b"]).name == name
+        assert task_of(name, labels=["a", "b"]).name == name
 
 
 @pytest.mark.parametrize(
@@ -26,9 +26,17 @@ def test_every_task_has_a_file_of_its_own():
         ({"adam_beta2": 1.0}, "adam_beta2 is 1.0; it must be in [0, 1)"),
         ({"adam_epsilon": 0.0}, "adam_epsilon is 0.0; it must be above 0"),
         ({"num_train_epochs": 0}, "num_train_epochs is 0; it must be above 0"),
+        (
+            {"hf_parity": True, "label_smoothing_factor": 0.1, "gradient_accumulation_steps": 2},
+            "needs gradient_accumulation_steps 1",
+        ),
+        ({"label_all_tokens": True}, "is for token_classification, not sequence_classification"),
         ({"task": "translation"}, "task is 'translation'; it must be one of"),
         ({"validation_split": 0.1, "validation_file": "v"}, "both given: leave one out"),
-        ({"task": "regression", "label_smoothing_factor": 0.1}, "is for classification"),
+        (
+            {"task": "regression", "label_smoothing_factor": 0.1},
+            "label_smoothing_factor is for sequence_classification",
+        ),
         ({"hf_parity": True, "batching": "packed"}, "hf_parity needs batching padded, not packed"),
         ({"hf_parity": True, "gradient_checkpointing": True}, "gradient_checkpointing False"),
         ({"torch_compile": True, "dropout": "fast"}, "torch_compile needs dropout torch, not fast"),

@@ -8,8 +8,8 @@ from torch import Tensor
 from transformers import AutoModelForSequenceClassification
 
 from minilora.bert.metrics import regression_metrics
-from minilora.bert.rows import Row, is_number
-from minilora.bert.tasks import Arrays, Batch, Tokenizer, encode_texts
+from minilora.bert.rows import Row, is_number, read_texts
+from minilora.bert.tasks import Arguments, Arrays, Batch, Examples, Tokenizer, encode_texts
 from minilora.errors import MiniloraError
 
 
@@ -20,9 +20,12 @@ class Regression:
     labels = None
     auto_class = AutoModelForSequenceClassification
     peft_task_type = "SEQ_CLS"
+    foreign_outputs = range(1, 2)
     pipeline_tag = "text-classification"
+    logits_of = "examples"
+    read_rows = staticmethod(read_texts)
 
-    def __init__(self, labels: list[str] | None, label_smoothing: float) -> None: ...
+    def __init__(self, arguments: Arguments, labels: list[str] | None) -> None: ...
 
     @staticmethod
     def find_labels(rows: list[Row], path: str) -> None: ...
@@ -48,11 +51,13 @@ class Regression:
     def loss_weight(self, batch: Batch) -> int:
         return len(batch["labels"])
 
-    def scorer(self, rows: list[Row]) -> "ValueScorer":
+    def scorer(self, rows: list[Row], examples: Examples) -> "ValueScorer":
         return ValueScorer()
 
-    def predictions(self, logits: np.ndarray) -> list[dict[str, Any]]:
-        return [{"score": value} for value in logits.reshape(-1).tolist()]
+    def predictions(
+        self, rows: list[Row], examples: Examples, logits: list[np.ndarray]
+    ) -> list[dict[str, Any]]:
+        return [{"score": value} for value in np.concatenate(logits).tolist()]
 
 
 class ValueScorer:

@@ -8,9 +8,17 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification
 
-from minilora.bert.metrics import classification_metrics
-from minilora.bert.rows import Row, is_number
-from minilora.bert.tasks import Arrays, Batch, Tokenizer, encode_texts
+from minilora.bert.metrics import classification_metrics, softmax
+from minilora.bert.rows import Row, is_number, read_texts
+from minilora.bert.tasks import (
+    Arguments,
+    Arrays,
+    Batch,
+    Examples,
+    Tokenizer,
+    encode_texts,
+    smoothed_cross_entropy,
+)
 from minilora.errors import MiniloraError
 
 # Labels of more values than this, and than a tenth of the examples, are hardly classes.
@@ -23,12 +31,15 @@ class SequenceClassification:
     name = "sequence_classification"
     auto_class = AutoModelForSequenceClassification
     peft_task_type = "SEQ_CLS"
+    foreign_outputs = range(2, 2**31)
     pipeline_tag = "text-classification"
+    logits_of = "examples"
+    read_rows = staticmethod(read_texts)
 
-    def __init__(self, labels: list[str] | None, label_smoothing: float = 0.0) -> None:
+    def __init__(self, arguments: Arguments, labels: list[str] | None) -> None:
         assert labels is not None
         self.labels = labels
-        self.label_smoothing = label_smoothing
+        self.label_smoothing = arguments.label_smoothing_factor
 
     @staticmethod
     def find_labels(rows: list[Row], path: str) -> list[str]:
@@ -64,11 +75,7 @@ class SequenceClassification:
     def training_loss(self, logits: Tensor, batch: Batch) -> Tensor:
         if self.label_smoothing == 0:
             return self.loss(logits, batch)
-        # transformers' LabelSmoother, operation by operation: torch's own differs in the last bits.
-        negative = -F.log_softmax(logits, dim=-1)  # (B, C)
-        nll = negative.gather(dim=-1, index=batch["labels"][:, None]).sum() / len(logits)
-        uniform = negative.sum(dim=-1, keepdim=True).sum() / negative.numel()
-        return (1 - self.label_smoothing) * nll + self.label_smoothing * uniform
+        return smoothed_cross_entropy(logits, batch["labels"], self.label_smoothing)
 
     def loss(self, logits: Tensor, batch: Batch) -> Tensor:
         return F.cross_entropy(logits, batch["labels"])
@@ -76,15 +83,14 @@ class SequenceClassification:
     def loss_weight(self, batch: Batch) -> int:
         return len(batch["labels"])
 
-    def scorer(self, rows: list[Row]) -> "ClassScorer":
-        return ClassScorer(len(self.labels), [row.kind for row in rows])
+    def scorer(self, rows: list[Row], examples: Examples) -> "ClassScorer":
+        return ClassScorer(len(self.labels), [rows[row].kind for row in examples.row])
 
-    def predictions(self, logits: np.ndarray) -> list[dict[str, Any]]:
-        # Softmax in float64: the float32 logits are all that was rounded.
-        exponentials = np.exp(logits.astype(np.float64) - logits.max(axis=-1, keepdims=True))
-        probabilities = (exponentials / exponentials.sum(axis=-1, keepdims=True)).tolist()
-        found = []
-        for best, row in zip(logits.argmax(axis=-1), probabilities, strict=True):
+    def predictions(
+        self, rows: list[Row], examples: Examples, logits: list[np.ndarray]
+    ) -> list[dict[str, Any]]:
+        stacked, found = np.stack(logits), []  # (N, C)
+        for best, row in zip(stacked.argmax(axis=-1), softmax(stacked).tolist(), strict=True):
             label, by_label = self.labels[best], dict(zip(self.labels, row, strict=True))
             found.append({"label": label, "score": row[best], "probabilities": by_label})
         return found
@@ -101,8 +107,8 @@ class ClassScorer:
     def add(self, logits: Tensor, batch: Batch) -> None:
         predicted, labels = logits.numpy().argmax(axis=-1), batch["labels"].cpu().numpy()
         np.add.at(self.confusion, (labels, predicted), 1)
-        for row, correct in zip(batch["row"].tolist(), predicted == labels, strict=True):
-            self.correct[self.kinds[row]].append(bool(correct))
+        for example, correct in zip(batch["example"].tolist(), predicted == labels, strict=True):
+            self.correct[self.kinds[example]].append(bool(correct))
 
     def metrics(self) -> dict[str, float]:
         named = sorted((kind, correct) for kind, correct in self.correct.items() if kind)

@@ -8,10 +8,9 @@ from transformers import AutoTokenizer
 
 from minilora import MiniloraError
 from minilora.bert.rows import Row
-from minilora.bert.tasks import build_task
-from tests.conftest import tiny_classifier
+from tests.conftest import examples_of, task_of, tiny_classifier
 
-TASK = build_task("regression")
+TASK = task_of("regression")
 
 
 @pytest.fixture
@@ -48,9 +47,9 @@ def test_the_loss_is_bitwise_transformers():
 def test_scores_of_batches_as_they_come_are_scipys_of_the_whole():
     logits = torch.randn(20, 1)
     labels = logits[:, 0] + torch.randn(20)
-    scorer = TASK.scorer([])
+    scorer = TASK.scorer([], examples_of(20))
     for rows in torch.arange(20).split(7):
-        scorer.add(logits[rows], {"labels": labels[rows], "row": rows})
+        scorer.add(logits[rows], {"labels": labels[rows], "example": rows})
     found, values = scorer.metrics(), logits[:, 0].numpy()
     assert found["mse"] == pytest.approx(((values - labels.numpy()) ** 2).mean())
     assert found["pearson"] == pytest.approx(scipy.stats.pearsonr(values, labels)[0], abs=1e-6)
@@ -58,4 +57,7 @@ def test_scores_of_batches_as_they_come_are_scipys_of_the_whole():
 
 
 def test_a_prediction_is_the_value():
-    assert TASK.predictions(np.array([[0.5], [2.0]])) == [{"score": 0.5}, {"score": 2.0}]
+    assert TASK.predictions([], examples_of(2), [np.array([0.5]), np.array([2.0])]) == [
+        {"score": 0.5},
+        {"score": 2.0},
+    ]

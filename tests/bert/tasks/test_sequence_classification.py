@@ -8,8 +8,8 @@ from transformers import AutoTokenizer
 
 from minilora import MiniloraError
 from minilora.bert.rows import Row
-from minilora.bert.tasks import build_task, task_class
-from tests.conftest import tiny_classifier
+from minilora.bert.tasks import task_class
+from tests.conftest import examples_of, task_of, tiny_classifier
 
 NAME = "sequence_classification"
 
@@ -26,7 +26,7 @@ def ids(tiny_model):
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
 
     def ids(labels, names):
-        arrays = build_task(NAME, names).encode(rows_of(labels), tokenizer, 8, "f")
+        arrays = task_of(NAME, names).encode(rows_of(labels), tokenizer, 8, "f")
         return arrays["labels"].tolist()
 
     return ids
@@ -69,7 +69,7 @@ def test_rows_without_labels_can_be_encoded(ids):
 
 def test_the_loss_is_bitwise_transformers():
     """The same operations as in BertForSequenceClassification.forward."""
-    model, task = tiny_classifier(num_labels=3).eval(), build_task(NAME, ["a", "b", "c"])
+    model, task = tiny_classifier(num_labels=3).eval(), task_of(NAME, ["a", "b", "c"])
     labels = torch.tensor([0, 1, 2, 0])
     expected = model(input_ids=torch.arange(1, 17).reshape(4, 4), labels=labels)
     batch = {"labels": labels}
@@ -82,7 +82,9 @@ def test_label_smoothing_is_trainers_up_to_rounding_and_only_for_training():
     from transformers.trainer_pt_utils import LabelSmoother
 
     logits, labels = torch.randn(5, 3), torch.tensor([0, 1, 2, 0, 1])
-    task, plain = (build_task(NAME, ["a", "b", "c"], smoothing) for smoothing in (0.1, 0.0))
+    task, plain = (
+        task_of(NAME, ["a", "b", "c"], label_smoothing_factor=factor) for factor in (0.1, 0.0)
+    )
     expected = LabelSmoother(epsilon=0.1)({"logits": logits}, labels)
     torch.testing.assert_close(task.training_loss(logits, {"labels": labels}), expected)
     assert torch.equal(
@@ -91,11 +93,13 @@ def test_label_smoothing_is_trainers_up_to_rounding_and_only_for_training():
 
 
 def scored(names, logits, labels, kinds, sizes):
-    task = build_task(NAME, names)
-    scorer = task.scorer(rows_of([names[label] for label in labels], kinds))
+    task = task_of(NAME, names)
+    scorer = task.scorer(
+        rows_of([names[label] for label in labels], kinds), examples_of(len(labels))
+    )
     order = torch.randperm(len(labels))  # a batch says itself which rows it is of
     for rows in order.split(sizes):
-        scorer.add(logits[rows], {"labels": torch.tensor(labels)[rows], "row": rows})
+        scorer.add(logits[rows], {"labels": torch.tensor(labels)[rows], "example": rows})
     return scorer
 
 
@@ -122,7 +126,7 @@ def test_rows_of_no_kind_are_in_no_accuracy_by_kind():
 
 def test_a_prediction_is_the_likeliest_label_and_torchs_softmax():
     logits = torch.randn(6, 3) * 20
-    found = build_task(NAME, ["a", "b", "c"]).predictions(logits.numpy())
+    found = task_of(NAME, ["a", "b", "c"]).predictions([], examples_of(6), list(logits.numpy()))
     for row, expected in zip(found, logits.double().softmax(-1), strict=True):
         assert list(row["probabilities"].values()) == pytest.approx(expected.tolist(), abs=1e-12)
         assert row["label"] == "abc"[expected.argmax()] and row["score"] == expected.max()

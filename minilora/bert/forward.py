@@ -165,7 +165,7 @@ def encoder_layer(
     return layer.output(layer.intermediate(rows), rows)  # (N, D) -> (N, 4 D) -> (N, D)
 
 
-@torch.compiler.disable  # it cannot follow a forward that is exchanged
+@torch.compiler.disable()  # it cannot follow a forward that is exchanged
 def headed(model: Any, hidden: Tensor) -> Tensor:
     """What the model's own head makes of hidden states (b, t, D): logits (b, C) or (b, t, C).
 

@@ -61,21 +61,16 @@ def add_adapter(
     _check_addable(adapters, config, adapter_name)
     config = targets.resolve_config(model, config)
     adapted = targets.target_modules(model, config)
-    saved = targets.saved_names(model, config)
     tokens = targets.trainable_tokens(model, config)
     linear = {name for name, base in adapted.items() if isinstance(base, nn.Linear)}
     kinds = [(name, LoRALinear if name in linear else LoRAEmbedding) for name in adapted]
-    kinds += [(n, ModulesToSave) for n in saved] + [(n, TrainableTokens) for n in tokens]
+    kinds += [(name, ModulesToSave) for name in targets.saved_names(model, config)]
+    kinds += [(name, TrainableTokens) for name in tokens]
     targets.check_free(model, kinds)
 
     if is_first:
-        parameters = model.named_parameters(remove_duplicate=False)
-        adapters.base_requires_grad = {name: p.requires_grad for name, p in parameters}
-        model.requires_grad_(False)
-        if hasattr(model, "save_pretrained"):
-            model.save_pretrained = refuse_to_save  # pyright: ignore[reportArgumentType]
+        _freeze(model, adapters)
     adapters.configs[adapter_name] = config
-    model.minilora_adapters = adapters  # pyright: ignore[reportArgumentType]
     adapters.active = adapters.active or (adapter_name,)
     changed: list[Any] = [base.weight for base in adapted.values() if reduces_base(config)]
     if config.bias != "none":
@@ -85,12 +80,9 @@ def add_adapter(
         for name, kind in kinds:
             module = model.get_submodule(name)
             wrapper = module if isinstance(module, kind) else kind(module)
-            adapter = _new_adapter(wrapper, name, config, tokens)
-            if autocast_adapter_dtype and kind is not ModulesToSave and wrapper.weight.itemsize < 4:
-                adapter.float()
+            adapter = _new_adapter(wrapper, name, config, tokens, autocast_adapter_dtype)
             wrapper.adapters[adapter_name] = adapter
-            wrapper.train(wrapper.base_layer.training)
-            model.set_submodule(name, wrapper)
+            model.set_submodule(name, wrapper.train(wrapper.base_layer.training))
         for name in tokens:
             _attach_tied_output(model, name)
     except BaseException:
@@ -243,13 +235,23 @@ def _check_addable(adapters: Adapters, config: LoraConfig, adapter_name: str) ->
         raise MiniloraError(f"adapter {name!r} {problem}")
 
 
+def _freeze(model: Any, adapters: Adapters) -> None:
+    parameters = model.named_parameters(remove_duplicate=False)
+    adapters.base_requires_grad = {name: p.requires_grad for name, p in parameters}
+    model.requires_grad_(False)
+    model.minilora_adapters = adapters
+    if hasattr(model, "save_pretrained"):
+        model.save_pretrained = refuse_to_save
+
+
 def _new_adapter(
-    wrapper: Wrapper, name: str, config: LoraConfig, tokens: dict[str, list[int]]
+    wrapper: Wrapper, name: str, config: LoraConfig, tokens: dict[str, list[int]], autocast: bool
 ) -> nn.Module:
     base = wrapper.base_layer
     if isinstance(wrapper, ModulesToSave):
         return copy.deepcopy(base)
-    return TokenRows(base, tokens[name]) if name in tokens else new_lora(base, name, config)
+    adapter = TokenRows(base, tokens[name]) if name in tokens else new_lora(base, name, config)
+    return adapter.float() if autocast and base.weight.itemsize < 4 else adapter
 
 
 def _attach_tied_output(model: nn.Module, name: str) -> None:

@@ -15,6 +15,8 @@ from minilora.options import check, differences, option
 
 # One file each, whose name is the task's.
 TASKS = tuple(sorted(f.stem for f in Path(__file__).parents[1].glob("bert/tasks/[!_]*.py")))
+# Masked words are their texts' own; Trainer's recipe for them draws masks of its own.
+LABELLED = tuple(task for task in TASKS if task != "masked_lm")
 ONE_CLASS = ("sequence_classification", "token_classification")
 SCHEDULES = ("linear", "cosine", "constant", "constant_with_warmup")
 STRATEGIES = ("no", "steps", "epoch")
@@ -49,10 +51,15 @@ class TrainConfig:
     test_file: str | None = checked(None, "the same, evaluated once after training")
     validation_split: float = option(0.0, "share of train_file to hold out", least=0, below=1)
     text_column: str | None = option(None, "the text's name, or number from 0 without a header")
-    text_pair_column: str | None = option(None, "the same for the second text of a pair")
-    label_column: str | None = option(None, "the same for the label")
+    text_pair_column: str | None = option(
+        None, "the same for the second text of a pair", tasks=LABELLED)
+    label_column: str | None = option(None, "the same for the label", tasks=LABELLED)
     label_all_tokens: bool = option(
         False, "label every sub-token of a word, not the first", tasks=("token_classification",))
+    line_by_line: bool = option(
+        False, "an example of each text, not of max_length tokens", tasks=("masked_lm",))
+    mlm_probability: float = option(
+        0.15, "share of tokens to mask", least=0, below=1, tasks=("masked_lm",))
     max_length: int | None = option(None, "tokens of a text; by default the model's limit", least=3)
 
     output_dir: str | None = free(None, "new or empty; by default runs/<date-time>", group="output")
@@ -81,7 +88,8 @@ class TrainConfig:
     seed: int = option(42, "of every random draw", least=0, below=2**32)  # numpy's bound
     data_seed: int | None = option(None, "of the order of examples; by default seed", least=0)
     hf_parity: bool = option(
-        False, "HF Trainer + PEFT's losses, bit for bit: their random draws, their sums of means")
+        False, "HF Trainer + PEFT's losses, bit for bit: their random draws, their sums of means",
+        tasks=LABELLED)
     device: str | None = free(None, "cpu, cuda, cuda:1, ...; by default cuda where there is one")
 
     batching: str | None = option(
@@ -99,7 +107,7 @@ class TrainConfig:
     per_device_eval_batch_size: int = option(32, "examples in a batch", least=1)
     load_best_model_at_end: bool = option(False, "end with the best checkpoint, not the last")
     metric_for_best_model: str | None = option(None, "such as loss, accuracy, f1 or pearson")
-    greater_is_better: bool | None = option(None, "by default true but for loss and mse")
+    greater_is_better: bool | None = option(None, "by default not of loss, mse, perplexity")
     early_stopping_patience: int | None = option(
         None, "stop after this many evaluations without a better metric", least=1)
     # fmt: on
@@ -118,7 +126,7 @@ class TrainConfig:
 
     def best_is_greatest(self) -> bool:
         """Whether a higher metric is a better one."""
-        is_error = (self.best_metric() or "").endswith(("loss", "mse"))
+        is_error = (self.best_metric() or "").endswith(("loss", "mse", "perplexity"))
         return not is_error if self.greater_is_better is None else self.greater_is_better
 
 
@@ -164,6 +172,7 @@ def _relations(c: TrainConfig) -> list[tuple[Any, str]]:
         (c.num_train_epochs <= 0 and c.max_steps <= 0,
          f"num_train_epochs is {c.num_train_epochs}; it must be above 0 unless max_steps is"),
         (c.adam_epsilon <= 0, f"adam_epsilon is {c.adam_epsilon}; it must be above 0"),
+        (c.mlm_probability == 0, "mlm_probability is 0; it must be above, or nothing is masked"),
         (c.validation_split and c.validation_file,
          "validation_split and validation_file are both given: leave one out"),
         (c.eval_strategy == "no" and c.best_metric(),

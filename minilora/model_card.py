@@ -13,6 +13,8 @@ HUB_ID = re.compile(r"[\w.-]+/[\w.-]+|[\w-]+")
 # Our metrics under the Hub's names.
 METRICS = {
     "eval_accuracy": "accuracy",
+    "eval_precision": "precision",
+    "eval_recall": "recall",
     "eval_f1": "f1",
     "eval_matthews": "matthews_correlation",
     "eval_perplexity": "perplexity",

@@ -181,7 +181,8 @@ def _differences(
             problem = "shares its weight with embeddings of which an adapter trains rows"
             raise MiniloraError(f"{name} {problem}: such adapters are merged one at a time")
         if isinstance(layer, ModulesToSave):
-            for key, trained in layer.adapters["default"].named_parameters():
+            head = layer.adapters["default"].named_parameters(remove_duplicate=False)
+            for key, trained in head:
                 yield f"{name}.{key}", trained.double() - plain[f"{name}.{key}"].double(), True
     for name, key, before, after in _changes(model, ["default"], torch.float64):
         yield f"{name}.{key}", after - before, False
@@ -200,3 +201,6 @@ def _record_untied(model: Any) -> None:
     if output is not None and getattr(model.config, "tie_word_embeddings", False):
         is_tied = output.weight is model.get_input_embeddings().weight
         model.config.tie_word_embeddings = is_tied
+        if not is_tied and getattr(output, "bias", None) is not None:
+            # Tied to the head's own, and so left out of the file, from which nothing would tie it.
+            output.bias = nn.Parameter(output.bias.detach().clone(), output.bias.requires_grad)

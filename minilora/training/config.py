@@ -76,6 +76,10 @@ class TrainConfig:
     per_device_train_batch_size: int = option(16, "examples in a batch", least=1)
     gradient_accumulation_steps: int = option(1, "batches in an optimizer step", least=1)
     learning_rate: float = option(1e-3, "AdamW's peak learning rate", least=0)
+    head_learning_rate: float | None = option(
+        None, "of modules trained in full, such as the head; by default learning_rate", least=0)
+    loraplus_lr_ratio: float | None = option(
+        None, "LoRA+: B's learning rate is so many times learning_rate", least=1)
     lr_scheduler_type: str = option("linear", "course of the learning rate", choices=SCHEDULES)
     warmup_steps: float = option(0, "steps of rising rate; below 1, a share of the run", least=0)
     weight_decay: float = option(0.0, "AdamW's, of all but biases and LayerNorms", least=0)
@@ -190,7 +194,8 @@ def _relations(c: TrainConfig) -> list[tuple[Any, str]]:
         if tasks is not None and c.task not in tasks:
             checks.append((is_given, f"{field.name} is for {' and '.join(tasks)}, not {c.task}"))
     plain = {"batching": "padded", "dropout": "torch"}
-    exact = {**plain, "dtype": "float32", "gradient_checkpointing": False}
+    rates = {"head_learning_rate": None, "loraplus_lr_ratio": None}  # Trainer has one
+    exact = {**plain, **rates, "dtype": "float32", "gradient_checkpointing": False}
     for mode, settings in (("hf_parity", exact), ("torch_compile", plain)):
         for name, needed in settings.items():
             value = getattr(c, name)

@@ -77,23 +77,17 @@ def _metadata(name: str, base: str | None, task: str, data: str, metrics: dict[s
 
 
 def _lines_for_peft(name: str, task: type[Task], labels: list[str] | None) -> str:
-    if task.peft_task_type is None:
-        return f"""PEFT loads it so:
-
-```python
-from peft import AutoPeftModel
-
-model = AutoPeftModel.from_pretrained({name!r})
-```"""
-    peft_class = task.auto_class.__name__.replace("AutoModel", "AutoPeftModel")
-    names = "" if labels is None else f"\n    id2label={dict(enumerate(labels))!r},"
-    return f"""PEFT loads it so, with the number of labels and their names:
+    peft_class, how = "AutoPeftModel", ""
+    if task.peft_task_type is not None:
+        peft_class = task.auto_class.__name__.replace("AutoModel", "AutoPeftModel")
+        names = "" if labels is None else f"\n    id2label={dict(enumerate(labels))!r},"
+        how = f"\n    num_labels={1 if labels is None else len(labels)},{names}"
+    return f"""PEFT loads it so{", with the number of labels and their names" if how else ""}:
 
 ```python
 from peft import {peft_class}
 
 model = {peft_class}.from_pretrained(
-    {name!r},
-    num_labels={1 if labels is None else len(labels)},{names}
+    {name!r},{how}
 )
 ```"""

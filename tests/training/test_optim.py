@@ -56,9 +56,11 @@ LORAPLUS = {
 
 def pefts(settings, **changes):
     """(our model, PEFT's, our optimizer, PEFT's) of LoRA+."""
-    ours, theirs = tiny_classifier(), tiny_classifier()
+    ours = tiny_classifier()
     minilora.add_adapter(ours, LoraConfig(task_type="SEQ_CLS", **settings))
-    theirs = peft.get_peft_model(theirs, peft.LoraConfig(task_type="SEQ_CLS", **settings))
+    theirs = peft.get_peft_model(
+        tiny_classifier(), peft.LoraConfig(task_type="SEQ_CLS", **settings)
+    )
     config = TrainConfig(weight_decay=0.1, learning_rate=2e-3, loraplus_lr_ratio=16.0, **changes)
     expected = create_loraplus_optimizer(
         theirs, torch.optim.AdamW, lr=2e-3, loraplus_lr_ratio=16.0, loraplus_weight_decay=0.1,

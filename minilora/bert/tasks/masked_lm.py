@@ -76,9 +76,10 @@ class MaskedLm:
         """Labels are the tokens that `vary` may mask, by an example's `mask_id` and `words`, V; or,
         of a text to be filled, its masks, written as `mask` says.
         """
-        if tokenizer.mask_token_id is None:
+        mask_id, mask = tokenizer.mask_token_id, str(tokenizer.mask_token)
+        if not isinstance(mask_id, int):
             raise MiniloraError(f"the tokenizer {tokenizer.name_or_path!r} has no mask token")
-        mask, draws = str(tokenizer.mask_token), rows[0].label is not None
+        draws = rows[0].label is not None
         limit = UNCUT if draws and not self.line_by_line else max_length
         arrays = arrays_of(call_tokenizer(rows, tokenizer, limit), limit)
         arrays["row"], ids = np.arange(len(rows)), arrays["input_ids"]
@@ -86,16 +87,17 @@ class MaskedLm:
             may = ~np.isin(ids, tokenizer.all_special_ids)
             arrays |= _blocks(arrays["lengths"], max_length) if limit == UNCUT else {}
             each = np.ones(len(arrays["row"]), dtype=np.int32)
-            arrays |= {"mask_id": each * tokenizer.mask_token_id, "words": each * len(tokenizer)}
+            arrays["mask_id"], arrays["words"] = each * mask_id, each * len(tokenizer)
         else:
-            may = ids == tokenizer.mask_token_id
+            may = ids == mask_id
             owner = np.repeat(arrays["row"], arrays["lengths"])[may]
             for row, kept in zip(rows, np.bincount(owner, minlength=len(rows)), strict=True):
                 if not kept or kept != row.text.count(mask):
                     needs = f"each text needs a {mask}, and none beyond max_length, {max_length}"
                     raise MiniloraError(f"{place}, line {row.line}: {needs}")
             arrays["mask"] = np.full(len(rows), mask)
-        return {**arrays, "labels": np.where(may, ids, np.int32(NO_LABEL))}
+        arrays["labels"] = np.where(may, ids, np.int32(NO_LABEL))
+        return arrays
 
     def vary(self, examples: Examples, epoch: int | None) -> Examples:
         """Each token that may be is chosen with `probability`, a short text's perhaps none; of 10
@@ -110,7 +112,7 @@ class MaskedLm:
         chosen = (drawn >> 32 < self.probability * 2**32) & (examples.labels != NO_LABEL)
         if epoch is None and not chosen.any():
             raise MiniloraError("evaluation: of so little text no token was masked; give more")
-        word, tenth = np.divmod(drawn[chosen] % 2**32, 10)
+        word, tenth = np.divmod((drawn[chosen] % 2**32).astype(np.int64), 10)
         mask_id, words = (int(examples.extra[name][0]) for name in ("mask_id", "words"))
         ids = examples.input_ids.copy()
         ids[chosen] = np.select([tenth < 8, tenth == 8], [mask_id, word % words], ids[chosen])
@@ -131,11 +133,11 @@ class MaskedLm:
 
     def condense(self, logits: np.ndarray, tokenizer: Tokenizer) -> np.ndarray:
         """The likeliest words of each mask, {"token", "score"}: logits (M, V) -> (M,) lists."""
-        found, scores = np.empty(len(logits), dtype=object), softmax(logits)
-        best = torch.from_numpy(logits).topk(min(CANDIDATES, logits.shape[1])).indices.tolist()
-        for mask, ids in enumerate(best):
-            tokens = [tokenizer.decode([index]).strip() for index in ids]
-            pairs = zip(tokens, scores[mask, ids].tolist(), strict=True)
+        likeliest = torch.from_numpy(softmax(logits)).topk(CANDIDATES)
+        found = np.empty(len(logits), dtype=object)
+        for mask, (scores, ids) in enumerate(zip(*map(Tensor.tolist, likeliest), strict=True)):
+            tokens = [str(tokenizer.decode([index])).strip() for index in ids]
+            pairs = zip(tokens, scores, strict=True)
             found[mask] = [{"token": token, "score": score} for token, score in pairs]
         return found
 
@@ -144,13 +146,14 @@ class MaskedLm:
     ) -> list[dict[str, Any]]:
         found, mask = [], str(examples.extra["mask"][0])
         for row, masks in zip(rows, logits, strict=True):
-            texts, fills, end = row.text.split(mask), [], 0
-            for text, candidates in zip(texts, masks, strict=False):
-                start, end = end + len(text), end + len(text) + len(mask)
-                place = {"start": start, "end": end}
+            text, *rest = row.text.split(mask)
+            end, fills = len(text), []
+            for candidates, after in zip(masks, rest, strict=True):
+                place = {"start": end, "end": end + len(mask)}
                 fills.append({**candidates[0], **place, "candidates": candidates})
-            filled = [part + fill["token"] for part, fill in zip(texts, fills, strict=False)]
-            found.append({"fills": fills, "text": "".join([*filled, texts[-1]])})
+                text += candidates[0]["token"] + after
+                end += len(mask) + len(after)
+            found.append({"fills": fills, "text": text})
         return found
 
 

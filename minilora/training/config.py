@@ -46,7 +46,7 @@ class TrainConfig:
     task: str = option("sequence_classification", "what the head predicts", choices=TASKS)
 
     train_file: str | None = checked(
-        None, "csv, tsv, json, jsonl, CoNLL or txt; by default the packaged sentences", group="data")
+        None, "csv, tsv, json, jsonl, CoNLL, txt; by default packaged sentences", group="data")
     validation_file: str | None = checked(None, "the same, for evaluation during training")
     test_file: str | None = checked(None, "the same, evaluated once after training")
     validation_split: float = option(0.0, "share of train_file to hold out", least=0, below=1)

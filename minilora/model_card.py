@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 
 from minilora.bert.load import PACKAGED_MODEL, packaged_model
-from minilora.bert.tasks import task_class
+from minilora.bert.tasks import Task, task_class
 from minilora.errors import MiniloraError, harmless
 from minilora.training.record import RunRecord
 
@@ -17,6 +17,7 @@ METRICS = {
     "eval_recall": "recall",
     "eval_f1": "f1",
     "eval_matthews": "matthews_correlation",
+    "eval_perplexity": "perplexity",
     "eval_mse": "mse",
     "eval_pearson": "pearsonr",
     "eval_spearman": "spearmanr",
@@ -37,7 +38,7 @@ def model_card(name: str, base: str, merged: str | None, record: RunRecord) -> s
     if merged is not None:
         onto += f" with the adapter `{Path(merged).name}` merged into it"
     classes = ", ".join((labels or [])[:20]) + (", ..." if labels and labels[20:] else "")
-    predicts = "it predicts a number" if labels is None else f"classes: {classes}"
+    predicts = f"classes: {classes}" if labels else f"task: {record.arguments.task}"
     scores = ", ".join(f"{metric} {value:.4f}" for metric, value in metrics.items())
     metadata = _metadata(name, None if merged else hub_id, task.pipeline_tag, data, metrics)
     paragraphs = [
@@ -46,7 +47,7 @@ def model_card(name: str, base: str, merged: str | None, record: RunRecord) -> s
         f"On `{data}`: {scores}." if scores else "It was not evaluated.",
     ]
     shown = [harmless(" ".join(paragraph.split())) for paragraph in paragraphs]
-    shown += [] if merged else [_lines_for_peft(name, task.auto_class.__name__, labels)]
+    shown += [] if merged else [_lines_for_peft(name, task, labels)]
     return "\n\n".join([metadata, *shown]) + "\n"
 
 
@@ -75,16 +76,18 @@ def _metadata(name: str, base: str | None, task: str, data: str, metrics: dict[s
     return f"---\n{metadata.to_yaml()}\n---"
 
 
-def _lines_for_peft(name: str, auto_class: str, labels: list[str] | None) -> str:
-    peft_class = auto_class.replace("AutoModel", "AutoPeftModel")
-    names = "" if labels is None else f"\n    id2label={dict(enumerate(labels))!r},"
-    return f"""PEFT loads it so, with the number of labels and their names:
+def _lines_for_peft(name: str, task: type[Task], labels: list[str] | None) -> str:
+    peft_class, how = "AutoPeftModel", ""
+    if task.peft_task_type is not None:
+        peft_class = task.auto_class.__name__.replace("AutoModel", "AutoPeftModel")
+        names = "" if labels is None else f"\n    id2label={dict(enumerate(labels))!r},"
+        how = f"\n    num_labels={1 if labels is None else len(labels)},{names}"
+    return f"""PEFT loads it so{", with the number of labels and their names" if how else ""}:
 
 ```python
 from peft import {peft_class}
 
 model = {peft_class}.from_pretrained(
-    {name!r},
-    num_labels={1 if labels is None else len(labels)},{names}
+    {name!r},{how}
 )
 ```"""

@@ -154,10 +154,11 @@ def load_model(
 
 
 def _whole_modules(model: nn.Module, tensors: set[str]) -> list[str]:
-    # The topmost modules all of whose parameters are among `tensors`.
-    found: list[str] = []
-    for name, module in model.named_modules():
-        own = {f"{name}.{key}" for key, _ in module.named_parameters()}
+    # The topmost modules all of whose parameters are among `tensors`. What is tied to another
+    # module's, such as the words of a masked language model's head, is that one's.
+    found, parameters = list[str](), dict(model.named_parameters())
+    for name, _ in model.named_modules():
+        own = {key for key in parameters if key.startswith(f"{name}.")}
         if own and own <= tensors and not name.startswith(tuple(f"{above}." for above in found)):
             found.append(name)
     return found

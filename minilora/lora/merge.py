@@ -135,3 +135,6 @@ def record_untied(model: Any) -> None:
     if output is not None and getattr(model.config, "tie_word_embeddings", False):
         is_tied = output.weight is model.get_input_embeddings().weight
         model.config.tie_word_embeddings = is_tied
+        if not is_tied and getattr(output, "bias", None) is not None:
+            # Tied to the head's own, and so left out of the file, from which nothing would tie it.
+            output.bias = nn.Parameter(output.bias.detach().clone(), output.bias.requires_grad)

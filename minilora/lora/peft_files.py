@@ -132,7 +132,8 @@ def adapter_state_dict(model: nn.Module, adapter_name: str = "default") -> dict[
     for name, layer in adapters.adapter_layers(model):
         # A tied output layer reads the rows that its embedding brings along.
         if adapter_name in layer.adapters and not isinstance(layer, TiedOutput):
-            for key, parameter in layer.adapters[adapter_name].named_parameters():
+            parameters = layer.adapters[adapter_name].named_parameters(remove_duplicate=False)
+            for key, parameter in parameters:
                 found[f"{PREFIX}{name}.{ON_DISK.get(key, key)}"] = parameter.detach()
     for name, parameter in adapters.trained_biases(model, record.configs[adapter_name].bias):
         # Merging folds lora_bias into a trained bias, which is kept aside.

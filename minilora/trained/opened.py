@@ -118,12 +118,12 @@ def load_base(adapter: Path, record: RunRecord) -> tuple[PreTrainedModel, PreTra
 
 def _record_of_foreign(adapter: StoredAdapter, name: str | None) -> RunRecord:
     sizes = [tensor.shape[0] for key, tensor in adapter.tensors.items() if HEAD.search(key)]
-    if not sizes:
+    outputs = sizes[0] if sizes else 0
+    task = foreign_task(adapter.config.task_type, outputs) or foreign_task("SEQ_CLS", outputs)
+    if task is None:
         raise MiniloraError(f"{adapter.directory} has no head (classifier, score, qa_outputs)")
     revision = adapter.config.revision
     name = name or starting_model.base_of(adapter.directory)[0].location
-    labels = None if sizes[0] == 1 else recorded_labels(name, revision, sizes[0])
-    task = foreign_task(adapter.config.task_type, sizes[0]) or foreign_task("SEQ_CLS", sizes[0])
-    assert task is not None
+    labels = None if outputs < 2 else recorded_labels(name, revision, outputs)
     arguments = TrainConfig(model_name_or_path=name, model_revision=revision, task=task)
     return RunRecord(arguments, adapter.config, labels, None, {}, model_sha256="", environment={})

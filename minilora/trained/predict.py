@@ -98,6 +98,8 @@ def _logits(run: TrainedRun, examples: Examples, batch_size: int, bar: tqdm) -> 
             indices = order[start : start + batch_size]
             batch = run.forward.collate(examples, indices)
             logits = run.forward(to_device(batch, run.model.device)).float().cpu().numpy()
+            if hasattr(run.task, "condense"):
+                logits = run.task.condense(logits, run.tokenizer)  # pyright: ignore
             of_examples = examples.logits_of == "examples"
             found.extend(logits if of_examples else by_example(logits, batch))
             bar.update(len(indices))

@@ -12,6 +12,8 @@ from minilora.options import check, differences, option
 
 # One file each, whose name is the task's.
 TASKS = tuple(sorted(f.stem for f in Path(__file__).parents[1].glob("bert/tasks/[!_]*.py")))
+# Masked words are their texts' own; Trainer's recipe for them draws masks of its own.
+LABELLED = tuple(task for task in TASKS if task != "masked_lm")
 ONE_CLASS = ("sequence_classification", "token_classification")
 SCHEDULES = ("linear", "cosine", "constant", "constant_with_warmup")
 STRATEGIES = ("no", "steps", "epoch")
@@ -41,15 +43,20 @@ class TrainConfig:
     task: str = option("sequence_classification", "what the head predicts", choices=TASKS)
 
     train_file: str | None = free(
-        None, "csv, tsv, json, jsonl, or CoNLL; by default the packaged sentences", group="data")
+        None, "csv, tsv, json, jsonl, CoNLL, txt; by default packaged sentences", group="data")
     validation_file: str | None = free(None, "the same, for evaluation during training")
     test_file: str | None = free(None, "the same, evaluated once after training")
     validation_split: float = option(0.0, "share of train_file to hold out", least=0, below=1)
     text_column: str | None = option(None, "the text's name, or number from 0 without a header")
-    text_pair_column: str | None = option(None, "the same for the second text of a pair")
-    label_column: str | None = option(None, "the same for the label")
+    text_pair_column: str | None = option(
+        None, "the same for the second text of a pair", tasks=LABELLED)
+    label_column: str | None = option(None, "the same for the label", tasks=LABELLED)
     label_all_tokens: bool = option(
         False, "label every sub-token of a word, not the first", tasks=("token_classification",))
+    line_by_line: bool = option(
+        False, "an example of each text, not of max_length tokens", tasks=("masked_lm",))
+    mlm_probability: float = option(
+        0.15, "share of tokens to mask", least=0, below=1, tasks=("masked_lm",))
     max_length: int | None = option(None, "tokens of a text; by default the model's limit", least=3)
 
     output_dir: str | None = free(None, "new or empty; by default runs/<date-time>", group="output")
@@ -66,6 +73,10 @@ class TrainConfig:
     per_device_train_batch_size: int = option(16, "examples in a batch", least=1)
     gradient_accumulation_steps: int = option(1, "batches in an optimizer step", least=1)
     learning_rate: float = option(1e-3, "AdamW's peak learning rate", least=0)
+    head_learning_rate: float | None = option(
+        None, "of modules trained in full, such as the head; by default learning_rate", least=0)
+    loraplus_lr_ratio: float | None = option(
+        None, "LoRA+: B's learning rate is so many times learning_rate", least=1)
     lr_scheduler_type: str = option("linear", "course of the learning rate", choices=SCHEDULES)
     warmup_steps: float = option(0, "steps of rising rate; below 1, a share of the run", least=0)
     weight_decay: float = option(0.0, "AdamW's, of all but biases and LayerNorms", least=0)
@@ -78,7 +89,8 @@ class TrainConfig:
     seed: int = option(42, "of every random draw", least=0, below=2**32)  # numpy's bound
     data_seed: int | None = option(None, "of the order of examples; by default seed", least=0)
     hf_parity: bool = option(
-        False, "HF Trainer + PEFT's losses, bit for bit: their random draws, their sums of means")
+        False, "HF Trainer + PEFT's losses, bit for bit: their random draws, their sums of means",
+        tasks=LABELLED)
     device: str | None = free(None, "cpu, cuda, cuda:1, ...; by default cuda where there is one")
 
     batching: str | None = option(
@@ -96,7 +108,7 @@ class TrainConfig:
     per_device_eval_batch_size: int = option(32, "examples in a batch", least=1)
     load_best_model_at_end: bool = option(False, "end with the best checkpoint, not the last")
     metric_for_best_model: str | None = option(None, "such as loss, accuracy, f1 or pearson")
-    greater_is_better: bool | None = option(None, "by default true but for loss and mse")
+    greater_is_better: bool | None = option(None, "by default not of loss, mse, perplexity")
     early_stopping_patience: int | None = option(
         None, "stop after this many evaluations without a better metric", least=1)
     # fmt: on
@@ -115,7 +127,7 @@ class TrainConfig:
 
     def best_is_greatest(self) -> bool:
         """Whether a higher metric is a better one."""
-        is_error = (self.best_metric() or "").endswith(("loss", "mse"))
+        is_error = (self.best_metric() or "").endswith(("loss", "mse", "perplexity"))
         return not is_error if self.greater_is_better is None else self.greater_is_better
 
 
@@ -159,6 +171,7 @@ def _relations(c: TrainConfig) -> list[tuple[Any, str]]:
         (c.num_train_epochs <= 0 and c.max_steps <= 0,
          f"num_train_epochs is {c.num_train_epochs}; it must be above 0 unless max_steps is"),
         (c.adam_epsilon <= 0, f"adam_epsilon is {c.adam_epsilon}; it must be above 0"),
+        (c.mlm_probability == 0, "mlm_probability is 0; it must be above, or nothing is masked"),
         (c.validation_split and c.validation_file,
          "validation_split and validation_file are both given: leave one out"),
         (c.hf_parity and c.label_smoothing_factor and c.gradient_accumulation_steps > 1,
@@ -179,7 +192,8 @@ def _relations(c: TrainConfig) -> list[tuple[Any, str]]:
         if tasks is not None and c.task not in tasks:
             checks.append((is_given, f"{field.name} is for {' and '.join(tasks)}, not {c.task}"))
     plain = {"batching": "padded", "dropout": "torch"}
-    exact = {**plain, "dtype": "float32", "gradient_checkpointing": False}
+    rates = {"head_learning_rate": None, "loraplus_lr_ratio": None}  # Trainer has one
+    exact = {**plain, **rates, "dtype": "float32", "gradient_checkpointing": False}
     for mode, settings in (("hf_parity", exact), ("torch_compile", plain)):
         for name, needed in settings.items():
             value = getattr(c, name)

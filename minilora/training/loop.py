@@ -199,7 +199,8 @@ def loss_shares(task: Any, config: TrainConfig, batches: list[Batch]) -> list[fl
         # accumulation (transformers#47688).
         return [1.0] * len(batches)
     weights = [task.loss_weight(batch) for batch in batches]
-    return [weight / sum(weights) for weight in weights]  # 1.0 of a single batch changes no bit
+    total = sum(weights) or 1  # of masked words there may be none
+    return [weight / total for weight in weights]  # 1.0 of a single batch changes no bit
 
 
 def log_loss(training: Training, run: Callbacks, grad_norm: float, learning_rate: float) -> None:

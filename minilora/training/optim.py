@@ -12,36 +12,77 @@ from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from minilora.errors import MiniloraError
+from minilora.lora.heads import ModulesToSave
 from minilora.reading import check_like
 from minilora.training.config import TrainConfig
 
 # Not decayed, as in transformers 5.23 `Trainer.get_decay_parameter_names`: biases and norms.
 NO_DECAY = re.compile(r"bias|layernorm|rmsnorm|(?:^|\.)norm(?:$|\.)|_norm(?:$|\.)")
 
+# Of embeddings in LoRA+, whatever the others' is: PEFT's default, of the paper's authors.
+EMBEDDING_RATE = 1e-6
+
 # What AdamW does with these is another algorithm, which keeps other states.
 SWITCHES = ("amsgrad", "maximize", "capturable", "differentiable")
 
 
 def build_optimizer(model: nn.Module, config: TrainConfig) -> AdamW:
-    """AdamW (arXiv:1711.05101) with HF Trainer's two groups: decayed first, then not decayed.
+    """AdamW (arXiv:1711.05101) with HF Trainer's two groups: decayed first, then not decayed. With
+    `loraplus_lr_ratio` they are the four of peft 0.21 `create_loraplus_optimizer`
+    (arXiv:2402.12354); `head_learning_rate` adds two for modules trained in full.
 
-    Both groups exist even when one is empty: a checkpoint of Trainer's names its groups by
-    position. `fused` is Trainer's default and not a matter of speed alone, for its rounding differs
-    from the unfused loop's.
+    Groups exist even when empty: a checkpoint of Trainer's names its groups by position. `fused`
+    is Trainer's default and not a matter of speed alone, for its rounding differs from the unfused
+    loop's.
     """
-    norms = [module for module in model.modules() if isinstance(module, nn.LayerNorm)]
-    in_norms = {parameter for norm in norms for parameter in norm.parameters(recurse=False)}
-    decayed, not_decayed = [], []
+    in_norms, in_heads = _parameters_in(model, nn.LayerNorm), _parameters_in(model, ModulesToSave)
+    groups, has_own_rate = _empty_groups(config), config.head_learning_rate is not None
     for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            exempt = parameter in in_norms or NO_DECAY.search(name.lower())
-            (not_decayed if exempt else decayed).append(parameter)
-    groups = [
-        {"params": decayed, "weight_decay": config.weight_decay},
-        {"params": not_decayed, "weight_decay": 0.0},
-    ]
+        if not parameter.requires_grad:
+            continue
+        exempt = bool(parameter in in_norms or NO_DECAY.search(name.lower()))
+        if has_own_rate and parameter in in_heads:
+            index = len(groups) - 2 + exempt
+        elif config.loraplus_lr_ratio is None:
+            index = int(exempt)
+        elif "lora_embedding" in name:
+            index = 1
+        else:  # a head's bias is among the fast ones, too, as in PEFT
+            index = 2 + exempt if "lora_B" in name or parameter.ndim == 1 else 0
+        groups[index]["params"].append(parameter)
+    if has_own_rate and not groups[-2]["params"] + groups[-1]["params"]:
+        raise MiniloraError("head_learning_rate: no module is trained in full; leave it out")
     betas = (config.adam_beta1, config.adam_beta2)
     return AdamW(groups, config.learning_rate, betas, config.adam_epsilon, fused=True)
+
+
+def _empty_groups(config: TrainConfig) -> list[dict[str, Any]]:
+    rate, ratio, of_heads = (
+        config.learning_rate,
+        config.loraplus_lr_ratio,
+        config.head_learning_rate,
+    )
+    decayed = config.weight_decay
+    pairs = [(rate, decayed), (rate, 0.0)]
+    if ratio is not None:  # A and all that is not named here, embeddings, B
+        fast = rate * ratio
+        pairs = [(rate, decayed), (EMBEDDING_RATE, decayed), (fast, decayed), (fast, 0.0)]
+    if of_heads is not None:
+        pairs += [(of_heads, decayed), (of_heads, 0.0)]
+    return [{"params": [], "weight_decay": decay, "lr": lr} for lr, decay in pairs]
+
+
+def _parameters_in(model: nn.Module, kind: type[nn.Module]) -> set[nn.Parameter]:
+    return {
+        p for module in model.modules() if isinstance(module, kind) for p in module.parameters()
+    }
+
+
+def beyond_trainer(optimizer: Optimizer) -> str | None:
+    """What to say where HF Trainer, which builds two groups, cannot resume this optimizer."""
+    count = len(optimizer.param_groups)
+    cannot = f"optimizer.pt has {count} groups, HF Trainer's has 2: it cannot resume from it"
+    return f"{cannot}, minilora can" if count > 2 else None
 
 
 def build_scheduler(optimizer: Optimizer, config: TrainConfig, max_steps: int) -> LambdaLR:

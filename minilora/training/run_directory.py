@@ -17,6 +17,7 @@ from minilora.errors import MiniloraError
 from minilora.reading import read_json
 from minilora.training.checkpoint import save_checkpoint, sorted_checkpoints
 from minilora.training.loop import Training, is_finished
+from minilora.training.optim import beyond_trainer
 from minilora.training.progress import say
 from minilora.training.record import RunRecord
 
@@ -112,6 +113,7 @@ class Saver:
     def __init__(self, output_dir: Path, training: Training, record: RunRecord) -> None:
         self.output_dir, self.training, self.record = output_dir, training, record
         self.failure: OSError | None = None  # of the last save
+        self.remark = beyond_trainer(training.optimizer)  # once
 
     def save(self) -> None:
         step, limit = self.training.state.global_step, self.record.arguments.save_total_limit
@@ -127,6 +129,9 @@ class Saver:
             what = f"checkpoint-{step} is" if is_there else f"no checkpoint at step {step}:"
             say(f"warning: {what} {error.strerror}; training goes on")
             return
+        if self.remark is not None:
+            say(self.remark)
+            self.remark = None
         try:
             rotate_checkpoints(self.output_dir, limit, self.training.state.best_step)
         except OSError as error:

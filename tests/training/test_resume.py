@@ -223,6 +223,27 @@ def test_a_resume_is_exact_in_every_mode(mode, tmp_path, tiny_model, sentences):
     assert_same_run(tmp_path / "run", tmp_path / "whole")
 
 
+RATES = {"head_learning_rate": 3e-4, "loraplus_lr_ratio": 8.0}
+
+
+@pytest.mark.parametrize("names", [["head_learning_rate"], ["loraplus_lr_ratio"], [*RATES]])
+def test_a_resume_with_several_learning_rates_is_exact_and_trainers_cannot_is_said_once(
+    names, tmp_path, tiny_model, sentences, capfd
+):
+    values = arguments(tiny_model, sentences, **{name: RATES[name] for name in names})
+    fine_tune(TrainConfig(**values, output_dir=str(tmp_path / "whole")))
+    said = capfd.readouterr().err
+    count = {1: 4, 2: 6}[len(names)]
+    line = f"optimizer.pt has {count} groups, HF Trainer's has 2: it cannot resume from it"
+    assert said.count(line) == 1
+    stop_at(STEPS_PER_EPOCH + 2, values, tmp_path / "run")
+    fine_tune(TrainConfig(resume_from_checkpoint=str(tmp_path / "run")))
+    assert_same_run(tmp_path / "run", tmp_path / "whole")
+    with pytest.raises(MiniloraError, match=f"cannot change {names[0]}"):
+        again = {"resume_from_checkpoint": str(tmp_path / "run"), names[0]: 100.0}
+        fine_tune(TrainConfig(**again))
+
+
 def rng(stored):
     stored.parts["rng_state.pth"]["cpu"] = torch.Generator().manual_seed(1).get_state()
 

@@ -98,6 +98,8 @@ class Task(Protocol):
 
     # Only where examples differ from epoch to epoch (see `varied`):
     #     def vary(self, examples: Examples, epoch: int | None) -> Examples
+    # Only where C is a vocabulary: what is kept of a batch's logits until `predictions`, as long.
+    #     def condense(self, logits: np.ndarray, tokenizer: Tokenizer) -> np.ndarray
 
     # The mean that is minimised, label smoothing included; the mean that is reported; how many
     # things they are means over: examples, or labelled tokens.
@@ -108,7 +110,8 @@ class Task(Protocol):
     # batch["example"] (B,) are indices into the examples, and so, by `row`, into the rows.
     def scorer(self, rows: list[Row], examples: Examples) -> Scorer: ...
 
-    # What to say of each row; one array of logits for each example: (C,), (T, C) or (M, C).
+    # What to say of each row; one array of logits for each example: (C,), (T, C) or (M, C), or of
+    # what `condense` made of them.
     def predictions(
         self, rows: list[Row], examples: Examples, logits: list[np.ndarray]
     ) -> list[dict[str, Any]]: ...

@@ -36,7 +36,6 @@ FAMILIES = {
     "distilbert": OF_DISTILBERT, "albert": {}, "mpnet": {}, "deberta-v2": {},
     "modernbert": {"reference_compile": False},
 }  # fmt: skip
-TARGETS = {"modernbert": ["Wqkv"]}
 KINDS = {
     "bare": (AutoModel, {}),
     "masked": (AutoModelForMaskedLM, {}),
@@ -62,7 +61,7 @@ def run(base, sentences, output_dir, family, **changes):
         per_device_train_batch_size=8, output_dir=str(output_dir), save_strategy="steps",
         save_steps=2, eval_strategy="steps", eval_steps=4, **changes,
     )  # fmt: skip
-    return fine_tune(config, LoraConfig(r=2, target_modules=TARGETS.get(family)))
+    return fine_tune(config, LoraConfig(r=2))
 
 
 # What a fresh process finds: scores, probabilities, the merged model's and PEFT's logits.
@@ -134,7 +133,7 @@ def stop_after_two_steps(base, sentences, output_dir, family):
         "max_steps": 4, "per_device_train_batch_size": 8, "output_dir": str(output_dir),
         "save_strategy": "steps", "save_steps": 2, "eval_strategy": "steps", "eval_steps": 4,
     }  # fmt: skip
-    lora = dataclasses.asdict(LoraConfig(r=2, target_modules=TARGETS.get(family)))
+    lora = dataclasses.asdict(LoraConfig(r=2))
     assert run_fine_tuning(arguments, lora, should_stop).global_step == 2
 
 

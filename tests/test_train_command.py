@@ -231,19 +231,16 @@ def test_regression_learns_values(tiny_model, tmp_path):
     assert {"eval_mse", "eval_spearman"} <= result.metrics.keys()
 
 
-@pytest.mark.parametrize("family", ["roberta", "distilbert"])
+@pytest.mark.parametrize("family", ["roberta", "megatron-bert"])
 def test_a_relative_trains_and_says_so_where_it_is_padded(family, tiny_model, tmp_path, capsys):
-    """RoBERTa packed, DistilBERT padded; either learns what the words say."""
+    """RoBERTa packed, MegatronBERT padded; either learns what the words say."""
     from transformers import AutoConfig, AutoModel, set_seed
 
-    sizes = {
-        "roberta": {"hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": 64},
-        "distilbert": {"dim": 32, "n_layers": 2, "n_heads": 4, "hidden_dim": 64},
-    }
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
     config = AutoConfig.for_model(
         family, vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id,
-        num_attention_heads=4, max_position_embeddings=66, **sizes[family],
+        num_attention_heads=4, max_position_embeddings=66, hidden_size=32, num_hidden_layers=2,
+        intermediate_size=64,
     )  # fmt: skip
     set_seed(1)
     AutoModel.from_config(config).save_pretrained(tmp_path / "model")
@@ -257,8 +254,8 @@ def test_a_relative_trains_and_says_so_where_it_is_padded(family, tiny_model, tm
     targets = LoraConfig(lora_alpha=16, target_modules="all-linear")
     result = fine_tune(settings(tmp_path / "model", files, tmp_path / "out", **changes), targets)
     assert result.metrics["eval_accuracy"] > 0.75
-    said = "a distilbert is not known how to pack" in capsys.readouterr().err
-    assert said == (family == "distilbert")
+    said = "a megatron-bert is not known how to pack" in capsys.readouterr().err
+    assert said == (family == "megatron-bert")
 
 
 def test_trained_biases_are_refused_over_half_precision(tiny_model, sentences, tmp_path):

@@ -1,16 +1,17 @@
 """From a batch to logits: `Padded`, the model's own forward, and `Packed`, without the padding.
 
-Both hold the model and are modules themselves: what is compiled, and what is distributed.
+Both hold the model and are modules themselves: what is compiled, and what is distributed. Which
+head the model has decides what comes out: C classes for each sequence, in the batch's order; for
+each token, in the row's order; or, of V words, for each masked place of it.
 
-`Packed` walks through the encoders that are built like BERT, calling the model's own modules on the
-tokens that are there and no others; the arithmetic is that of transformers 5.23 `BertModel.forward`
-and its relatives'. In the last layer only each sequence's first token goes on after the keys and
-values are made, for the heads look at nothing else: that saves a seventh of a six-layer model.
+`Packed` gets the last hidden states of a row from a walk through the encoder's modules, or from the
+encoder's own forward. `Padded` runs the whole model, and both leave the head to its class.
 
-Not here: how tokens lie in the row and attend to each other (`packing`), what an adapter adds to a
-linear layer: layers are called as they are.
+Not here: how tokens lie in the row and attend to each other (`packing`), the walk (`walk`), the
+encoders that need none (`interface`), what an adapter adds to a linear layer: layers are called as
+they are.
 
-B sequences; N tokens of the row; D hidden; C classes.
+B sequences of up to T tokens; N tokens of the row, M masked; D hidden; C classes, V words.
 """
 
 from typing import Any
@@ -19,16 +20,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 
+from minilora.bert import interface, walk
 from minilora.bert.dataset import collate_padded
-from minilora.bert.packing import Layout, attention, collate_packed, layout_of
+from minilora.bert.packing import Layout, collate_packed, layout_of
 from minilora.bert.tasks import Batch, Examples
 
-# The encoders built like BERT, by config.model_type; those of fairseq number positions from the
-# padding id on.
-FAIRSEQ = ("camembert", "roberta", "xlm-roberta")
-FAMILIES = ("bert", "electra", *FAIRSEQ)
-BLOCKS = ("attention", "attention.self", "attention.output", "intermediate", "output")
+# The ends of the classes whose heads read each sequence's first token, and each token.
+OF_SEQUENCES = "ForSequenceClassification"
+OF_TOKENS = ("ForTokenClassification", "ForQuestionAnswering", "ForMaskedLM")
 
 
 class Padded(nn.Module):
@@ -43,9 +44,15 @@ class Padded(nn.Module):
         return collate_padded(examples, indices, self.pad_token_id)
 
     def forward(self, batch: Batch) -> Tensor:
-        """Logits (B, C); the labels stay here, so that the loss is ours to see."""
+        """Logits (B, C) or (B, T, C), or (M, V) of `masked` (M,), indices into B * T; the labels
+        stay here, so that the loss is ours to see.
+        """
         names = ("input_ids", "token_type_ids", "attention_mask")
-        return self.model(**{name: batch[name] for name in names if name in batch}).logits
+        inputs = {name: batch[name] for name in names if name in batch}
+        if "masked" not in batch:
+            return logits_of(self.model(**inputs))
+        hidden = self.model.base_model(**inputs)[0]  # (B, T, D)
+        return headed(self.model, hidden.flatten(0, 1)[batch["masked"]][None])[0]
 
 
 class Packed(nn.Module):
@@ -56,67 +63,66 @@ class Packed(nn.Module):
         self.model = model
         self.pad_token_id = pad_token_id
         self.multiple = multiple
+        self.is_walked = walk.can_walk(model)
+        if not self.is_walked:
+            interface.prepare(model)
 
     def collate(self, examples: Examples, indices: np.ndarray) -> Batch:
         return collate_packed(examples, indices, self.pad_token_id, self.multiple)
 
     def forward(self, batch: Batch) -> Tensor:
-        """Logits (B, C), in the order of the batch's labels."""
-        encoder: Any = self.model.base_model
+        """Logits (B, C), in the order of the batch's labels; or (N, C), in the row's order, filler
+        and all; or (M, V) of `masked` (M,), indices into the row.
+        """
         layout: Layout = layout_of(batch["lengths"])  # pyright: ignore
-        x = embedded(self.model, batch)
-        *layers, last = encoder.encoder.layer
-        for layer in layers:
-            if layer.gradient_checkpointing and layer.training:
-                x = layer._gradient_checkpointing_func(encoder_layer, layer, x, layout)
-            else:
-                x = encoder_layer(layer, x, layout)
-        first = encoder_layer(last, x, layout, first_only=True)
-        return classified(self.model, first)[batch["place"]]
+        of_sequences = type(self.model).__name__.endswith(OF_SEQUENCES)
+        if self.is_walked:
+            x = walk.walked(self.model, batch, layout, first_only=of_sequences)
+        else:
+            x = interface.own_forward(self.model, batch, layout)  # (N, D)
+            x = pooled(self.model, x, batch["lengths"], layout) if of_sequences else x
+        if of_sequences:
+            return headed(self.model, x[:, None])[batch["place"]]
+        return headed(self.model, (x[batch["masked"]] if "masked" in batch else x)[None])[0]
 
 
 def can_pack(model: PreTrainedModel) -> bool:
-    """Whether the model is a classifier built like BERT, of the very parts that are called here: an
-    adapter may have wrapped a whole block, to train it in full."""
-    config, own = model.config, type(model).__module__
-    if config.model_type not in FAMILIES or getattr(config, "is_decoder", False):
-        return False
-    modules = dict(model.base_model.named_modules())
-    layers = [f"encoder.layer.{number}" for number in range(config.num_hidden_layers)]
-    blocks = [*layers, *(f"{layer}.{block}" for layer in layers for block in BLOCKS)]
-    of_the_family = all(type(modules.get(block)).__module__ == own for block in blocks)
-    return of_the_family and type(model).__name__.endswith("ForSequenceClassification")
+    """Whether the model is an encoder that is known how to pack, with a head that is."""
+    known = type(model).__name__.endswith((OF_SEQUENCES, *OF_TOKENS))
+    is_decoder = getattr(model.config, "is_decoder", False)
+    return known and not is_decoder and (walk.can_walk(model) or interface.can_run(model))
 
 
-def embedded(model: Any, batch: Batch) -> Tensor:
-    """The embeddings of the row: (N, D)."""
-    encoder, types, positions = model.base_model, batch.get("token_type_ids"), batch["position_ids"]
-    if model.config.model_type in FAIRSEQ:
-        # `RobertaEmbeddings.create_position_ids_from_input_ids`: a padding token, even inside a
-        # text, has the padding's own position and is not counted.
-        counted = batch["input_ids"] != model.config.pad_token_id
-        count = counted.cumsum(0)
-        starts = torch.arange(len(count), device=count.device) - positions
-        positions = (count - (count - counted.long())[starts]) * counted + model.config.pad_token_id
-    x = encoder.embeddings(
-        input_ids=batch["input_ids"][None],
-        token_type_ids=None if types is None else types[None],
-        position_ids=positions[None],
-    )[0]
-    return encoder.embeddings_project(x) if hasattr(encoder, "embeddings_project") else x
+def pooled(model: Any, x: Tensor, lengths: Tensor, layout: Layout) -> Tensor:
+    """Of the row (N, D), what a head for sequences reads (B, D): first tokens, or, if ModernBERT's
+    config says so, means.
+    """
+    if getattr(model.config, "classifier_pooling", "cls") == "cls":
+        return x[layout.first]
+    parts = x.split([*lengths.tolist(), len(x) - int(lengths.sum())])
+    return torch.stack([part.mean(dim=0) for part in parts[:-1]])
 
 
-def encoder_layer(layer: Any, x: Tensor, layout: Layout, first_only: bool = False) -> Tensor:
-    """One layer: (N, D) -> (N, D), or, `first_only`, -> (B, D)."""
-    rows = x[layout.first] if first_only else x
-    own = layer.attention.self
-    q, k, v = own.query(rows), own.key(x), own.value(x)
-    context = attention(q, k, v, layout, own.num_attention_heads, own.dropout)
-    rows = layer.attention.output(context, rows)  # LayerNorm(rows + dropout(W context + b))
-    return layer.output(layer.intermediate(rows), rows)  # (N, D) -> (N, 4 D) -> (N, D)
+def headed(model: Any, hidden: Tensor) -> Tensor:
+    """What the model's own head makes of hidden states (b, t, D): logits (b, C) or (b, t, C).
+
+    Its class is called, with an encoder that has no more to do than to give them.
+    """
+    encoder, summary = model.base_model, None
+    if getattr(encoder, "pooler", None) is not None:
+        first = hidden[:, 0] if model.config.model_type == "albert" else hidden
+        activation = getattr(encoder, "pooler_activation", lambda x: x)  # ALBERT's
+        summary = activation(encoder.pooler(first))
+    output = BaseModelOutputWithPooling(last_hidden_state=hidden, pooler_output=summary)  # pyright: ignore
+    encoder.forward = lambda *_, **__: output
+    try:
+        return logits_of(model())
+    finally:
+        del encoder.forward
 
 
-def classified(model: Any, first: Tensor) -> Tensor:
-    """The head's logits (B, C) of the first tokens (B, D); heads take the first of (B, 1, D)."""
-    x, pooler = first[:, None], getattr(model.base_model, "pooler", None)
-    return model.classifier(x if pooler is None else model.dropout(pooler(x)))
+def logits_of(output: Any) -> Tensor:
+    """Logits as one tensor; those of answers are (B, T, 2): of their starts and their ends."""
+    if hasattr(output, "start_logits"):
+        return torch.stack([output.start_logits, output.end_logits], dim=-1)
+    return output.logits

@@ -11,6 +11,7 @@ B sequences of a batch, b of a bucket; N tokens of the row, n of a bucket, T of 
 sequence; D hidden, H heads, d = D / H.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -26,6 +27,10 @@ from minilora.bert.tasks import Batch, Examples
 # one.
 BUCKETS = 4
 NEGLIGIBLE_PADDING = 0.1
+
+# From a bucket's queries (b * H, Tq, d) and keys (b * H, T, d) to what is added to their scores,
+# (b * H, Tq, T) or less to be broadcast: relative positions, a window.
+Bias = Callable[[Tensor, Tensor], Tensor | None]
 
 
 @dataclass(frozen=True)
@@ -100,27 +105,37 @@ def _bucket(lengths: np.ndarray, device: torch.device) -> Bucket:
 
 
 def attention(
-    query: Tensor, key: Tensor, value: Tensor, layout: Layout, heads: int, dropout: nn.Module
+    qkv: tuple[Tensor, Tensor, Tensor],
+    layout: Layout,
+    heads: int,
+    dropout: nn.Module,
+    scale: float | None = None,
+    bias: Bias | None = None,
 ) -> Tensor:
-    """softmax(Q K^T / sqrt(d)) V within each sequence, `dropout` on the probabilities, as
-    transformers' eager attention computes it: (N, D) three times -> (N, D).
+    """softmax(scale Q K^T + bias) V within each sequence, `dropout` on the probabilities, as
+    transformers' eager attention computes it: (N, D) three times -> (N, D). The scale is that of d
+    unless given, 1 / sqrt(d).
 
-    A query (B, D) is of the first tokens alone, and so is the result. Scores and probabilities are
+    Queries (B, D) are of the first tokens alone, and so is the result. Scores and probabilities are
     float32 whatever the row's dtype: oneDNN's bfloat16 products of such small matrices are slower.
     """
+    query, key, value = qkv
     buckets = queries = layout.buckets
     if len(query) < len(key):
         queries = [Bucket(bucket.count, 1, bucket.count, None, None) for bucket in buckets]
     q_parts = _to_heads(query, queries, heads)
     k_parts, v_parts = _to_heads(key, buckets, heads), _to_heads(value, buckets, heads)
+    scale = scale or (query.shape[-1] // heads) ** -0.5
     found = []
     for of_query, bucket, q, k, v in zip(queries, buckets, q_parts, k_parts, v_parts, strict=True):
-        scale = q.shape[-1] ** -0.5
-        if bucket.padding is None:
-            scores = torch.bmm(q, k.transpose(1, 2)).mul_(scale)  # (b * H, T, T)
-        else:
+        added = None if bias is None else bias(q, k)
+        if bucket.padding is not None:
             padding = bucket.padding.repeat_interleave(heads, dim=0)  # (b, 1, T) -> (b * H, 1, T)
-            scores = torch.baddbmm(padding, q, k.transpose(1, 2), alpha=scale)
+            added = padding if added is None else added + padding
+        if added is None:
+            scores = torch.bmm(q, k.transpose(1, 2)).mul_(scale)  # (b * H, Tq, T)
+        else:
+            scores = torch.baddbmm(added.to(q.dtype), q, k.transpose(1, 2), alpha=scale)
         probabilities = dropout(torch.softmax(scores, dim=-1))
         found.append(_from_heads(torch.bmm(probabilities, v), of_query, heads))
     result = torch.cat(found).to(query.dtype)
@@ -128,15 +143,15 @@ def attention(
 
 
 def _to_heads(row: Tensor, buckets: list[Bucket], heads: int) -> list[Tensor]:
-    # (N, D) -> (b * H, T, d) of each bucket, float32. One split, not a slice for each bucket: the
-    # slices' backward passes would each fill and add a row of zeros.
+    # (N, D) -> (b * H, T, d) of each bucket, float32 or more. One split, not a slice for each
+    # bucket: the slices' backward passes would each fill and add a row of zeros.
     sizes = [bucket.tokens for bucket in buckets]
-    found = []
+    dtype, found = torch.promote_types(row.dtype, torch.float32), []
     for bucket, x in zip(buckets, row.split([*sizes, len(row) - sum(sizes)]), strict=False):
         if bucket.index is not None:  # (n, D) -> (b * T, D)
             padded = x.new_zeros(bucket.count * bucket.length, x.shape[1])
             x = padded.index_copy_(0, bucket.index, x)
-        x = x.view(bucket.count, bucket.length, heads, -1).transpose(1, 2).to(torch.float32)
+        x = x.view(bucket.count, bucket.length, heads, -1).transpose(1, 2).to(dtype)
         found.append(x.reshape(bucket.count * heads, bucket.length, -1))
     return found
 

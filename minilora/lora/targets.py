@@ -18,12 +18,14 @@ from minilora.lora.heads import TASK_HEADS, ModulesToSave
 from minilora.lora.layer import LoRALinear, Wrapper
 
 # config.model_type -> modules adapted when target_modules is None: the attention's query and value,
-# as in section 4.2 of the paper and in PEFT's table, where that has an entry.
+# as in section 4.2 of the paper and in PEFT's table, where that has an entry. It has none for
+# ModernBERT, whose query, key and value are one layer.
 QUERY_AND_VALUE = ("albert", "bert", "camembert", "electra", "layoutlm", "roberta", "xlm-roberta")
 DEFAULT_TARGETS = dict.fromkeys(QUERY_AND_VALUE, ("query", "value")) | {
     "deberta": ("in_proj",),
     "deberta-v2": ("query_proj", "value_proj"),
     "distilbert": ("q_lin", "v_lin"),
+    "modernbert": ("Wqkv",),
     "mpnet": ("attn.q", "attn.v"),
 }
 

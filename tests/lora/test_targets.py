@@ -137,17 +137,19 @@ def test_settings_without_effect_are_said_aloud():
         minilora.add_adapter(tiny_classifier(), LoraConfig(rank_pattern={"nothing": 2}))
 
 
-@pytest.mark.parametrize("family", ["distilbert", "roberta", "electra", "albert", "mpnet"])
+@pytest.mark.parametrize(
+    "family", ["distilbert", "roberta", "electra", "albert", "mpnet", "modernbert"]
+)
 def test_the_defaults_fit_the_relatives(family):
     from transformers import AutoConfig, AutoModelForSequenceClassification
 
     sizes = {
         "vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
         "intermediate_size": 64, "dim": 32, "n_layers": 2, "n_heads": 4, "hidden_dim": 64,
-        "embedding_size": 32,
+        "embedding_size": 32, "pad_token_id": 0,
     }  # fmt: skip
     config = AutoConfig.for_model(family, **sizes)
     model = AutoModelForSequenceClassification.from_config(config)
     names = minilora.add_adapter(model, LoraConfig(task_type="SEQ_CLS"))
-    # ALBERT shares one layer among all.
-    assert len(names) == (2 if family == "albert" else 4)
+    # ALBERT shares one layer among all; ModernBERT's three projections are one.
+    assert len(names) == (2 if family in ("albert", "modernbert") else 4)

@@ -53,6 +53,9 @@ class TrainConfig:
     label_column: str | None = option(None, "the same for the label")
     label_all_tokens: bool = option(
         False, "label every sub-token of a word, not the first", tasks=("token_classification",))
+    doc_stride: int = option(
+        128, "tokens that windows of a long passage share; at most half of those they have for it",
+        least=0, tasks=("question_answering",))
     max_length: int | None = option(None, "tokens of a text; by default the model's limit", least=3)
 
     output_dir: str | None = free(None, "new or empty; by default runs/<date-time>", group="output")

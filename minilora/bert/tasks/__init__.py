@@ -98,6 +98,8 @@ class Task(Protocol):
 
     # Only where examples differ from epoch to epoch (see `varied`):
     #     def vary(self, examples: Examples, epoch: int | None) -> Examples
+    # Only where the batches that Trainer makes for the task hold no "labels", but, say, places:
+    #     trainer_averages = True
 
     # The mean that is minimised, label smoothing included; the mean that is reported; how many
     # things they are means over: examples, or labelled tokens.

@@ -90,9 +90,11 @@ class QuestionAnswering:
             for at in self._windows(spans, max_length, f"{place}, line {row.line}"):
                 windows.append((ids[at], types[at], spans[at], _places(row, spans[at]), index))
         ids, types, spans, labels, owners = zip(*windows, strict=True)
+        # PEFT 0.21's PeftModelForQuestionAnswering takes token_type_ids and leaves them out.
+        takes_types = "token_type_ids" in encoded and not self.hf_parity
         return {
             "input_ids": np.concatenate(ids),
-            **({"token_type_ids": np.concatenate(types)} if "token_type_ids" in encoded else {}),
+            **({"token_type_ids": np.concatenate(types)} if takes_types else {}),
             "lengths": np.array([len(each) for each in ids]),
             "labels": np.array(labels),
             "row": np.array(owners),
@@ -205,19 +207,17 @@ def best_spans(logits: np.ndarray, spans: np.ndarray) -> list[Span]:
     """No answer, and behind it the best answers of a window, of all that there can be, from logits
     (T, 2) and where in the passage its tokens are, (T, 2).
     """
-    logits, inside = logits.astype(np.float64), np.flatnonzero(spans[:, 0] >= 0)
-    found: list[Span] = [(logits[0].sum().item(), 0, 0)]
-    if len(inside) > 0:
-        start, end = logits[inside].T  # (P,) each
-        end = np.append(end, np.full(MAX_ANSWER_LENGTH - 1, -np.inf))
-        ends = np.lib.stride_tricks.sliding_window_view(end, MAX_ANSWER_LENGTH)
-        scores = start[:, None] + ends  # (P, 30): of each first token and the last, so much later
-        best = np.argsort(-scores, axis=None, kind="stable")[:N_BEST]
-        best = best[np.isfinite(scores.flat[best])]
-        first, later = np.unravel_index(best, scores.shape)
-        places = (spans[inside[first], 0], spans[inside[first + later], 1])
-        found += zip(scores.flat[best].tolist(), *(place.tolist() for place in places), strict=True)
-    return found
+    inside, logits = np.flatnonzero(spans[:, 0] >= 0), logits.astype(np.float64)
+    start, end = logits[inside].T  # (P,) each
+    end = np.append(end, np.full(MAX_ANSWER_LENGTH, -np.inf))
+    ends = np.lib.stride_tricks.sliding_window_view(end, MAX_ANSWER_LENGTH)[: len(inside)]
+    scores = start[:, None] + ends  # (P, 30): of each first token and the last, so much later
+    best = np.argsort(-scores, axis=None, kind="stable")[:N_BEST]
+    best = best[np.isfinite(scores.flat[best])]
+    first, later = np.unravel_index(best, scores.shape)
+    places = spans[inside[first], 0].tolist(), spans[inside[first + later], 1].tolist()
+    none = (logits[0].sum().item(), 0, 0)
+    return [none, *zip(scores.flat[best].tolist(), *places, strict=True)]
 
 
 def _spans(row: Row, encoding: Any) -> np.ndarray:
@@ -231,12 +231,11 @@ def _spans(row: Row, encoding: Any) -> np.ndarray:
 
 def _places(row: Row, spans: np.ndarray) -> tuple[int, int]:
     """The tokens of a window in which the row's first answer starts and ends; (0, 0) of none."""
-    inside = np.flatnonzero(spans[:, 0] >= 0)
-    if not row.label or len(inside) == 0:
+    if not row.label:
         return 0, 0
-    (first, text), (starts, ends) = row.label[0], spans[inside].T
-    start = np.searchsorted(starts, first, side="right") - 1
-    end = np.searchsorted(ends, first + len(text))
+    inside, (first, text) = np.flatnonzero(spans[:, 0] >= 0), row.label[0]
+    start = np.searchsorted(spans[inside, 0], first, side="right") - 1
+    end = np.searchsorted(spans[inside, 1], first + len(text))
     is_whole = 0 <= start <= end < len(inside)
     return (inside[start].item(), inside[end].item()) if is_whole else (0, 0)
 

@@ -2,6 +2,7 @@
 
 import json
 import random
+from pathlib import Path
 
 import peft
 import pytest
@@ -226,3 +227,12 @@ def test_a_foreign_adapter_of_answers_is_opened(run, tiny_model, tmp_path):
     theirs.save_pretrained(tmp_path / "theirs")
     opened = open_run(tmp_path / "theirs", model_name_or_path=str(tiny_model))
     assert opened.task.name == "question_answering"
+
+
+def test_the_example_s_questions_can_be_trained_on(tmp_path, tiny_model):
+    example = Path(__file__).parent.parent / "examples" / "data" / "questions.json"
+    flags = arguments(tiny_model, [example, example], tmp_path / "out", max_steps=1)
+    opened = open_run(fine_tune(TrainConfig(**flags)).output_dir)
+    rows = opened.task.read_rows(example, opened.record.arguments, True)
+    assert (len(rows), sum(not row.label for row in rows)) == (34, 6)
+    assert opened.record.labels == ["start or none", "end or none"]

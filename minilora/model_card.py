@@ -14,6 +14,8 @@ HUB_ID = re.compile(r"[\w.-]+/[\w.-]+|[\w-]+")
 METRICS = {
     "eval_accuracy": "accuracy",
     "eval_exact_match": "exact_match",
+    "eval_precision": "precision",
+    "eval_recall": "recall",
     "eval_f1": "f1",
     "eval_matthews": "matthews_correlation",
     "eval_mse": "mse",

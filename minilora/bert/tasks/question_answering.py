@@ -22,9 +22,9 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForQuestionAnswering
 
-from minilora.bert.metrics import answer_scores
+from minilora.bert.metrics import answer_scores, softmax
 from minilora.bert.rows import Records, Row, bad, parse_json, read_objects, read_text, row_of
-from minilora.bert.tasks import Arguments, Arrays, Batch, Examples, Tokenizer, by_example, softmax
+from minilora.bert.tasks import Arguments, Arrays, Batch, Examples, Tokenizer, by_example
 from minilora.errors import MiniloraError
 
 Span = tuple[float, int, int]

@@ -13,6 +13,7 @@ HUB_ID = re.compile(r"[\w.-]+/[\w.-]+|[\w-]+")
 # Our metrics under the Hub's names.
 METRICS = {
     "eval_accuracy": "accuracy",
+    "eval_exact_match": "exact_match",
     "eval_precision": "precision",
     "eval_recall": "recall",
     "eval_f1": "f1",

@@ -7,7 +7,13 @@ correlations, scipy gives NaN, which JSON cannot hold.
 A confusion matrix (C, C) counts examples: row the true class, column the predicted one.
 """
 
+import re
+import string
+from collections import Counter
+
 import numpy as np
+
+NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
 def classification_metrics(confusion: np.ndarray) -> dict[str, float]:
@@ -50,6 +56,25 @@ def ranks(values: np.ndarray) -> np.ndarray:
     _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
     last = np.cumsum(counts) - 1
     return (last - (counts - 1) / 2)[inverse]
+
+
+def answer_scores(found: str, right: list[str]) -> tuple[float, float]:
+    """(exact match, F1) of an answer, each against the right answer that it is closest to; "" is no
+    answer. SQuAD's definition (evaluate-v2.0.py), 1.0 for its 100.
+    """
+    words = answer_words(found)
+    # A right answer such as "the" is none.
+    truths = [truth for truth in map(answer_words, right) if truth] or [[]]
+    overlaps = []
+    for truth in truths:
+        shared, both = (Counter(words) & Counter(truth)).total(), len(words) + len(truth)
+        overlaps.append(2 * shared / both if words and truth else float(words == truth))
+    return float(words in truths), max(overlaps)
+
+
+def answer_words(text: str) -> list[str]:
+    """The words of an answer that count: no case, no punctuation of ASCII, no articles."""
+    return re.sub(r"\b(a|an|the)\b", " ", text.lower().translate(NO_PUNCTUATION)).split()
 
 
 def entity_spans(tags: list[str]) -> set[tuple[str, int, int]]:

@@ -86,7 +86,7 @@ def read_rows(path: Path, columns: Columns = USUAL, labelled: bool = True) -> li
     if not records:
         raise MiniloraError(f"{path} is empty: it holds no example")
     found = _find_columns(path, records, columns, labelled)
-    return [_row(path, line, record, found) for line, record in records]
+    return [row_of(path, line, record, found) for line, record in records]
 
 
 def read_texts(path: Path, arguments: Any, labelled: bool) -> list[Row]:
@@ -195,10 +195,7 @@ def read_objects(path: Path) -> Records:
     is_array, records, text = path.suffix.lower() == ".json", [], read_text(path)
     filled = [(number, line) for number, line in lines_of(text) if line.strip()]
     for line, part in [(1, text)] if is_array else filled:
-        try:
-            records.append((line, json.loads(part, object_pairs_hook=unique_keys)))
-        except (ValueError, RecursionError) as error:
-            raise bad(path, line, f"not valid JSON: {error}") from None
+        records.append((line, parse_json(path, line, part)))
     if is_array:
         array = records[0][1]
         if not isinstance(array, list):
@@ -208,6 +205,14 @@ def read_objects(path: Path) -> Records:
         if not isinstance(record, dict):
             raise bad(path, line, f"a JSON {type(record).__name__} where an object is expected")
     return records
+
+
+def parse_json(path: Path, line: int, text: str) -> Any:
+    """What the JSON says that begins in this line of a file."""
+    try:
+        return json.loads(text, object_pairs_hook=unique_keys)
+    except (ValueError, RecursionError) as error:
+        raise bad(path, line, f"not valid JSON: {error}") from None
 
 
 def _find_columns(path: Path, records: Records, asked: Columns, labelled: bool) -> dict[str, str]:
@@ -242,7 +247,8 @@ def _find_columns(path: Path, records: Records, asked: Columns, labelled: bool) 
     return found
 
 
-def _row(path: Path, line: int, record: dict[str, Any], columns: dict[str, str]) -> Row:
+def row_of(path: Path, line: int, record: dict[str, Any], columns: dict[str, str]) -> Row:
+    """A row of what a record has in the columns: of its "text", "pair", "label" and "kind"."""
     values = {}
     for role, column in columns.items():
         if role == "kind" and record.get(column) is None:

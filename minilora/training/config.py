@@ -57,6 +57,9 @@ class TrainConfig:
         False, "an example of each text, not of max_length tokens", tasks=("masked_lm",))
     mlm_probability: float = option(
         0.15, "share of tokens to mask", least=0, below=1, tasks=("masked_lm",))
+    doc_stride: int = option(
+        128, "tokens that windows of a long passage share; at most half of those they have for it",
+        least=0, tasks=("question_answering",))
     max_length: int | None = option(None, "tokens of a text; by default the model's limit", least=3)
 
     output_dir: str | None = free(None, "new or empty; by default runs/<date-time>", group="output")

@@ -168,8 +168,10 @@ def training_step(
     task, scaler = training.task, training.scaler
     forward.train()
     losses = []
+    # Where its batches hold no "labels", as places of answers are none, Trainer takes the mean.
+    divisor = len(batches) if config.hf_parity and hasattr(task, "trainer_averages") else 1
     for batch, share in zip(batches, loss_shares(task, config, batches), strict=True):
-        loss = task.training_loss(forward(batch), batch) * share
+        loss = task.training_loss(forward(batch), batch) * share / divisor
         scaler.scale(loss).backward()
         losses.append(loss.item())
     scaler.unscale_(training.optimizer)

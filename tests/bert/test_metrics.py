@@ -5,11 +5,13 @@ import pytest
 import scipy.stats
 import seqeval.metrics
 import sklearn.metrics
+import torchmetrics.functional.text
 from hypothesis import given
 from hypothesis import strategies as st
 from seqeval.metrics.sequence_labeling import get_entities
 
 from minilora.bert.metrics import (
+    answer_scores,
     classification_metrics,
     entity_spans,
     precision_recall_f1,
@@ -56,6 +58,26 @@ def test_regression_metrics_are_scipys(seed):
 
 def test_ties_share_their_rank():
     assert ranks(np.array([3.0, 1.0, 3.0])).tolist() == [1.5, 0.0, 1.5]
+
+
+# Words that a definition of an answer's words may or may not drop or part.
+PIECES = ["the", "a", "An", "THE", "plot", "Plot", "plots", "-", ".", "the-plot", "'s", "\u2019",
+          "\n", "\u00a0", "42", "\u00dcber", "_", "theplot", "$", "\u0130"]  # fmt: skip
+ANSWERS = st.lists(st.sampled_from([*PIECES, " ", " "]), max_size=7).map("".join) | st.text()
+
+
+@given(found=ANSWERS, right=st.lists(ANSWERS, max_size=3))
+def test_an_answers_scores_are_those_of_torchmetrics(found, right):
+    """Its SQuAD is the first version's, in which a right answer may have no words: the second
+    version drops these, and so where one has is left out.
+    """
+    scores = answer_scores(found, right)
+    right = [text for text in right if answer_scores(text, []) != (1.0, 1.0)] or [""]
+    theirs = torchmetrics.functional.text.squad(
+        [{"prediction_text": found, "id": "1"}], [{"answers": {"text": right}, "id": "1"}]
+    )
+    expected = (theirs["exact_match"].item() / 100, theirs["f1"].item() / 100)
+    assert scores == pytest.approx(expected, abs=1e-6)
 
 
 NAMED = [f"{letter}-{name}" for letter in "BIES" for name in ("x", "y")]

@@ -100,6 +100,8 @@ class Task(Protocol):
     #     def vary(self, examples: Examples, epoch: int | None) -> Examples
     # Only where C is a vocabulary: what is kept of a batch's logits until `predictions`, as long.
     #     def condense(self, logits: np.ndarray, tokenizer: Tokenizer) -> np.ndarray
+    # Only where the batches that Trainer makes for the task hold no "labels", but, say, places:
+    #     trainer_averages = True
 
     # The mean that is minimised, label smoothing included; the mean that is reported; how many
     # things they are means over: examples, or labelled tokens.

@@ -1,0 +1,288 @@
+"""Where in a passage the answer to a question stands, or that it has none.
+
+A passage longer than the model takes is read in windows that overlap, each an example of its own;
+the question is never cut. A window that lacks the answer has its start and end at the first token,
+[CLS], as BERT's authors did it for SQuAD 2. Files are SQuAD's json, or objects as the Hub has them;
+a row's text is the question, its pair the passage, its label each right answer's start and words.
+
+A span is a score and where in the passage it starts and ends, in characters; (score, 0, 0) is no
+answer. B windows of a batch; T tokens, P of them of the passage.
+"""
+
+import dataclasses
+from collections.abc import Iterator
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from transformers import AutoModelForQuestionAnswering
+
+from minilora.bert.metrics import answer_scores, softmax
+from minilora.bert.rows import Records, Row, bad, parse_json, read_objects, read_text, row_of
+from minilora.bert.tasks import Arguments, Arrays, Batch, Examples, Tokenizer, by_example
+from minilora.errors import MiniloraError
+
+Span = tuple[float, int, int]
+
+# As in transformers' run_qa.py: tokens of an answer at most, and answers kept of a passage.
+MAX_ANSWER_LENGTH, N_BEST = 30, 20
+
+# What the head's two outputs are of, where each training question has an answer, and where not.
+ANSWER = ["start", "end"]
+ANSWER_OR_NONE = ["start or none", "end or none"]
+
+
+class QuestionAnswering:
+    """Cross entropies of logits (..., 2), of starts and of ends, over the tokens of a window."""
+
+    name = "question_answering"
+    auto_class = AutoModelForQuestionAnswering
+    peft_task_type = "QUESTION_ANS"
+    foreign_outputs = range(2, 3)
+    pipeline_tag = "question-answering"
+    logits_of = "tokens"
+    trainer_averages = True
+
+    def __init__(self, arguments: Arguments, labels: list[str] | None) -> None:
+        self.labels = labels or ANSWER
+        self.doc_stride = arguments.doc_stride
+        self.hf_parity = arguments.hf_parity
+
+    @staticmethod
+    def read_rows(path: Path, arguments: Arguments, labelled: bool) -> list[Row]:
+        """Questions, numbered by line, or in a .json file from 1."""
+        if path.suffix.lower() not in (".json", ".jsonl"):
+            raise MiniloraError(f"{path} has the suffix {path.suffix!r}; allowed are .json, .jsonl")
+        is_squad = path.suffix.lower() == ".json" and read_text(path).lstrip().startswith("{")
+        records = _of_squad(path) if is_squad else read_objects(path)
+        if not records:
+            raise MiniloraError(f"{path} is empty: it holds no question")
+        return [_row(path, *record, arguments, labelled) for record in records]
+
+    @staticmethod
+    def find_labels(rows: list[Row], path: str) -> list[str]:
+        if not any(row.label for row in rows):
+            raise MiniloraError(f"{path} has no question with an answer: nothing to find")
+        return ANSWER if all(row.label for row in rows) else ANSWER_OR_NONE
+
+    def configure(self, config: Any) -> None:
+        config.id2label = dict(enumerate(self.labels))  # and with it num_labels
+        config.label2id = {label: index for index, label in enumerate(self.labels)}
+
+    def encode(self, rows: list[Row], tokenizer: Tokenizer, max_length: int, place: str) -> Arrays:
+        """labels (N, 2), tokens of a window; `spans` (total tokens, 2), where in the passage a
+        token starts and ends, in characters, and (-1, -1) of one that is not of it.
+        """
+        if not tokenizer.is_fast:
+            slow = f"{type(tokenizer).__name__} does not tell where in a text its tokens are"
+            raise MiniloraError(f"{slow}: {self.name} needs a fast tokenizer")
+        texts = [row.text for row in rows], [row.pair or "" for row in rows]
+        encoded: Any = tokenizer(*texts, truncation=False, verbose=False)
+        windows = []
+        for index, (row, encoding) in enumerate(zip(rows, encoded.encodings, strict=True)):
+            spans, ids = _spans(row, encoding), np.array(encoding.ids, dtype=np.int32)
+            types = np.array(encoding.type_ids, dtype=np.int8)
+            for at in self._windows(spans, max_length, f"{place}, line {row.line}"):
+                windows.append((ids[at], types[at], spans[at], _places(row, spans[at]), index))
+        ids, types, spans, labels, owners = zip(*windows, strict=True)
+        # PEFT 0.21's PeftModelForQuestionAnswering takes token_type_ids and leaves them out.
+        takes_types = "token_type_ids" in encoded and not self.hf_parity
+        return {
+            "input_ids": np.concatenate(ids),
+            **({"token_type_ids": np.concatenate(types)} if takes_types else {}),
+            "lengths": np.array([len(each) for each in ids]),
+            "labels": np.array(labels),
+            "row": np.array(owners),
+            "spans": np.concatenate(spans),
+            "truncated": np.zeros(len(windows), dtype=bool),
+        }
+
+    def _windows(self, spans: np.ndarray, max_length: int, place: str) -> Iterator[np.ndarray]:
+        """Which tokens of a pair each window has, (T,): all that are not of the passage, and of
+        that as many as there is room for, cut as transformers' `stride` does it.
+        """
+        passage, others = np.flatnonzero(spans[:, 0] >= 0), np.flatnonzero(spans[:, 0] < 0)
+        room, start = max_length - len(others), 0
+        if room < 1:
+            left = f"{len(others)} tokens with the special ones, and max_length is {max_length}"
+            raise MiniloraError(f"{place}: the question has {left}: none are left for the passage")
+        step = room - min(self.doc_stride, room // 2)
+        while start == 0 or start - step + room < len(passage):
+            yield np.sort(np.concatenate([others, passage[start : start + room]]))
+            start += step
+
+    def training_loss(self, logits: Tensor, batch: Batch) -> Tensor:
+        return self.loss(logits, batch)
+
+    def loss(self, logits: Tensor, batch: Batch) -> Tensor:
+        """The mean of both, as `BertForQuestionAnswering.forward` computes it. There an answer may
+        lie in the padding, too, and so it may with `hf_parity`, but not otherwise.
+        """
+        if "place" in batch:  # packed: (N, 2) -> (B, T, 2)
+            lengths = batch["lengths"].tolist()
+            apart = list(logits[: sum(lengths)].split(lengths))
+            logits = pad_sequence(apart, batch_first=True, padding_value=-torch.inf)[batch["place"]]
+        elif not self.hf_parity:
+            logits = logits.masked_fill(batch["attention_mask"][..., None] == 0, -torch.inf)
+        start, end = (each.contiguous() for each in logits.unbind(dim=-1))  # (B, T) each
+        labels = batch["labels"]
+        return (F.cross_entropy(start, labels[:, 0]) + F.cross_entropy(end, labels[:, 1])) / 2
+
+    def loss_weight(self, batch: Batch) -> int:
+        return len(batch["labels"])
+
+    def scorer(self, rows: list[Row], examples: Examples) -> "AnswerScorer":
+        return AnswerScorer(self, rows, examples)
+
+    def predictions(
+        self, rows: list[Row], examples: Examples, logits: list[np.ndarray]
+    ) -> list[dict[str, Any]]:
+        """The best answer to each question, and all that were kept, with their shares of what their
+        scores' exponentials are together.
+        """
+        spans, found = np.split(examples.extra["spans"], examples.offsets[1:-1]), []
+        windows = [best_spans(*window) for window in zip(logits, spans, strict=True)]
+        for row, kept in zip(rows, self.answers(rows, examples, windows), strict=True):
+            answers, shares = [], softmax(np.array([score for score, *_ in kept])).tolist()
+            for (_, start, end), share in zip(kept, shares, strict=True):
+                words = (row.pair or "")[start:end]
+                answers.append({"answer": words, "score": share, "start": start, "end": end})
+            found.append({**row.fields, **answers[0], "answers": answers})
+        return found
+
+    def answers(
+        self, rows: list[Row], examples: Examples, windows: list[list[Span]]
+    ) -> Iterator[list[Span]]:
+        """The answers to each row's question, best first, from the `best_spans` of each window.
+
+        Only where training had questions without one is none among them: the best if it scores
+        above all spans in every window, as in run_qa.py.
+        """
+        edges = np.searchsorted(examples.row, np.arange(len(rows) + 1))
+        for first, end in pairwise(edges.tolist()):
+            spans = sorted(span for window in windows[first:end] for span in window[1:])
+            # Two windows may have the same words.
+            kept = sorted({span[1:]: span for span in spans}.values(), reverse=True)[:N_BEST]
+            if self.labels == ANSWER_OR_NONE or not kept:
+                kept.append(min(window[0] for window in windows[first:end]))
+            yield sorted(kept, key=lambda span: span[0], reverse=True)
+
+
+class AnswerScorer:
+    """exact_match and f1; where some questions have no answer, under SQuAD's names of each kind's,
+    too.
+    """
+
+    def __init__(self, task: QuestionAnswering, rows: list[Row], examples: Examples) -> None:
+        self.task, self.rows, self.examples = task, rows, examples
+        self.spans = np.split(examples.extra["spans"], examples.offsets[1:-1])
+        self.windows: list[list[Span]] = [[] for _ in self.spans]
+
+    def add(self, logits: Tensor, batch: Batch) -> None:
+        apart = by_example(logits.numpy(), batch)
+        for example, values in zip(batch["example"].tolist(), apart, strict=True):
+            self.windows[example] = best_spans(values, self.spans[example])
+
+    def metrics(self) -> dict[str, float]:
+        answers, scores = self.task.answers(self.rows, self.examples, self.windows), []
+        for row, ((_, start, end), *_) in zip(self.rows, answers, strict=True):
+            found = (row.pair or "")[start:end]
+            scores.append(answer_scores(found, [text for _, text in row.label]))
+        exact, f1 = np.array(scores).T
+        metrics = {"exact_match": exact.mean().item(), "f1": f1.mean().item()}
+        has_answer = np.array([bool(row.label) for row in self.rows])
+        for kind, chosen in (("HasAns", has_answer), ("NoAns", ~has_answer)):
+            if chosen.any() and not has_answer.all():
+                metrics[f"{kind}_exact"] = exact[chosen].mean().item()
+                metrics[f"{kind}_f1"] = f1[chosen].mean().item()
+        return metrics
+
+
+def best_spans(logits: np.ndarray, spans: np.ndarray) -> list[Span]:
+    """No answer, and behind it the best answers of a window, of all that there can be, from logits
+    (T, 2) and where in the passage its tokens are, (T, 2).
+    """
+    inside, logits = np.flatnonzero(spans[:, 0] >= 0), logits.astype(np.float64)
+    start, end = logits[inside].T  # (P,) each
+    end = np.append(end, np.full(MAX_ANSWER_LENGTH, -np.inf))
+    ends = np.lib.stride_tricks.sliding_window_view(end, MAX_ANSWER_LENGTH)[: len(inside)]
+    scores = start[:, None] + ends  # (P, 30): of each first token and the last, so much later
+    best = np.argsort(-scores, axis=None, kind="stable")[:N_BEST]
+    best = best[np.isfinite(scores.flat[best])]
+    first, later = np.unravel_index(best, scores.shape)
+    places = spans[inside[first], 0].tolist(), spans[inside[first + later], 1].tolist()
+    none = (logits[0].sum().item(), 0, 0)
+    return [none, *zip(scores.flat[best].tolist(), *places, strict=True)]
+
+
+def _spans(row: Row, encoding: Any) -> np.ndarray:
+    """Where in the passage each token of a pair is, (tokens, 2); (-1, -1) of no token of it."""
+    passage, spans = row.pair or "", np.array(encoding.offsets, dtype=np.int32)
+    # Some tokenizers count the space before a word to its first token.
+    spans[:, 0] += [passage[start:end][:1].isspace() for start, end in spans]
+    of_passage = [sequence == 1 for sequence in encoding.sequence_ids]
+    return np.where(np.array(of_passage)[:, None], spans, -1)
+
+
+def _places(row: Row, spans: np.ndarray) -> tuple[int, int]:
+    """The tokens of a window in which the row's first answer starts and ends; (0, 0) of none."""
+    if not row.label:
+        return 0, 0
+    inside, (first, text) = np.flatnonzero(spans[:, 0] >= 0), row.label[0]
+    start = np.searchsorted(spans[inside, 0], first, side="right") - 1
+    end = np.searchsorted(spans[inside, 1], first + len(text))
+    is_whole = 0 <= start <= end < len(inside)
+    return (inside[start].item(), inside[end].item()) if is_whole else (0, 0)
+
+
+def _of_squad(path: Path) -> Records:
+    """The questions of SQuAD's json, numbered, each with its passage."""
+    squad = parse_json(path, 1, read_text(path))
+    try:
+        paragraphs = [part for article in squad["data"] for part in article["paragraphs"]]
+        questions = [{"context": part["context"]} | qa for part in paragraphs for qa in part["qas"]]
+    except (KeyError, TypeError) as error:
+        layout = "data, a list with paragraphs, a list with context and qas, a list"
+        raise MiniloraError(f"{path} is not built as SQuAD is ({layout}): {error!r}") from None
+    return list(enumerate(questions, start=1))
+
+
+def _row(
+    path: Path, line: int, record: dict[str, Any], arguments: Arguments, labelled: bool
+) -> Row:
+    question, passage = arguments.text_column or "question", arguments.text_pair_column or "context"
+    row = row_of(path, line, record, {"text": question, "pair": passage})
+    if not row.text.strip() or not (row.pair or "").strip():
+        raise bad(path, line, f"the {question} or the {passage} is empty")
+    label = _answers(path, row, record, arguments.label_column or "answers") if labelled else None
+    fields = {"id": record["id"]} if "id" in record else {}
+    return dataclasses.replace(row, label=label, fields=fields)
+
+
+def _answers(path: Path, row: Row, record: dict[str, Any], column: str) -> list[tuple[int, str]]:
+    """Where each right answer starts, and its words; nothing if the question has none."""
+    match record.get(column, record):
+        case {"text": list(texts), "answer_start": list(starts)} if len(texts) == len(starts):
+            pairs = list(zip(starts, texts, strict=True))  # the Hub's
+        case list(answers) if all(isinstance(answer, dict) for answer in answers):  # SQuAD's
+            pairs = [(answer.get("answer_start"), answer.get("text")) for answer in answers]
+        case {"answer": "" | None}:
+            pairs = []
+        case {"answer": text, "answer_start": start}:
+            pairs = [(start, text)]
+        case _:
+            raise bad(path, row.line, f"{column!r} is no list of text and answer_start")
+    of = f"of the question {record.get('id', row.text[:60])!r}"
+    if pairs and record.get("is_impossible"):
+        raise bad(path, row.line, f"is_impossible is true {of}, which has an answer")
+    for start, text in pairs:
+        is_there = type(start) is int and start >= 0 and isinstance(text, str) and text != ""
+        if not is_there or not (row.pair or "").startswith(text, start):
+            found = f"the answer {str(text)[:60]!r} {of}"
+            raise bad(path, row.line, f"{found} is not at {start!r} in its passage")
+    return pairs

@@ -26,6 +26,9 @@ def main() -> int:
         labels, counts = run.task.labels or [], scores.confusion.tolist()
         print_confusion(labels, counts)
         summary |= {"confusion_matrix": counts, "labels": labels}
+    if scores.by_class:
+        print_by_class(scores.by_class)
+        summary |= {"per_class": scores.by_class}
     print(json_text(summary))
     return 0
 
@@ -42,8 +45,21 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
 
 def print_confusion(labels: list[str], counts: list[list[int]]) -> None:
     """A table: a row for each true class, a column for each predicted one."""
-    rows = [["true \\ predicted", *labels]]
-    rows += [[label, *map(str, row)] for label, row in zip(labels, counts, strict=True)]
+    rows = [[label, *map(str, row)] for label, row in zip(labels, counts, strict=True)]
+    print_table([["true \\ predicted", *labels], *rows])
+
+
+def print_by_class(scores: dict[str, dict[str, float]]) -> None:
+    """A table: a row for each class, with how often it occurs (support) last."""
+    names = ("precision", "recall", "f1")
+    rows = [
+        [label, *(f"{row[name]:.4f}" for name in names), str(row["support"])]
+        for label, row in scores.items()
+    ]
+    print_table([["class", *names, "support"], *rows])
+
+
+def print_table(rows: list[list[str]]) -> None:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         print("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)))

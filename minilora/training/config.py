@@ -3,6 +3,8 @@
 Imports nothing but the standard library, so that `--help` answers without torch.
 """
 
+# ruff: noqa: RUF009 (each call of option() makes a new field)
+
 import dataclasses
 import re
 from dataclasses import dataclass
@@ -16,6 +18,8 @@ from minilora.options import check, differences, option
 # One file each, whose name is the task's.
 TASKS = tuple(sorted(f.stem for f in Path(__file__).parents[1].glob("bert/tasks/[!_]*.py")))
 ONE_CLASS = ("sequence_classification", "token_classification")
+SEVERAL = ("multi_label_classification",)
+WHOLE_TEXTS = ("sequence_classification", "regression", *SEVERAL)
 SCHEDULES = ("linear", "cosine", "constant", "constant_with_warmup")
 STRATEGIES = ("no", "steps", "epoch")
 EVAL_STEPS = 500  # TrainingArguments', where eval_steps is not given
@@ -51,9 +55,15 @@ class TrainConfig:
     text_column: str | None = option(None, "the text's name, or number from 0 without a header")
     text_pair_column: str | None = option(None, "the same for the second text of a pair")
     label_column: str | None = option(None, "the same for the label")
+    label_columns: list[str] | None = option(
+        None, "a column of 0 and 1 for each label, instead of label_column", tasks=SEVERAL)
+    label_separator: str = option(",", "between the labels of a text's field", tasks=SEVERAL)
     label_all_tokens: bool = option(
         False, "label every sub-token of a word, not the first", tasks=("token_classification",))
     max_length: int | None = option(None, "tokens of a text; by default the model's limit", least=3)
+    stride: int | None = option(
+        None, "cut no text, but make windows of max_length that share so many tokens", least=0,
+        tasks=WHOLE_TEXTS)
 
     output_dir: str | None = free(None, "new or empty; by default runs/<date-time>", group="output")
     resume_from_checkpoint: str | None = free(None, "a run or its checkpoint; needs no other flag")
@@ -78,6 +88,12 @@ class TrainConfig:
     max_grad_norm: float = option(1.0, "gradients are clipped to this norm; 0: never", least=0)
     label_smoothing_factor: float = option(
         0.0, "share of the target spread over all classes", least=0, below=1, tasks=ONE_CLASS)
+    class_weights: list[str] | None = option(
+        None, "balanced, or name=weight of some; the training loss is their weighted mean",
+        tasks=("sequence_classification",))
+    threshold: float | str = option(
+        0.5, "probability from which on a label is given; best: of the highest micro F1 in "
+        "evaluation", least=0, below=1, tasks=SEVERAL)
     seed: int = option(42, "of every random draw", least=0, below=2**32)  # numpy's bound
     data_seed: int | None = option(None, "of the order of examples; by default seed", least=0)
     hf_parity: bool = option(
@@ -168,6 +184,15 @@ def _relations(c: TrainConfig) -> list[tuple[Any, str]]:
          "validation_split and validation_file are both given: leave one out"),
         (c.eval_strategy == "no" and c.best_metric(),
          f"{c.best_metric()} is asked to rank checkpoints, and eval_strategy is no"),
+        (isinstance(c.threshold, str) and c.threshold != "best",
+         f"threshold is {c.threshold!r}; it must be a number or best"),
+        (c.threshold == "best" and evaluates != "epoch",
+         f"threshold best is chosen as an epoch ends; eval_strategy is {evaluates}: leave it out"),
+        (not c.label_separator, "label_separator is empty; it must be a character or more"),
+        (c.label_column and c.label_columns,
+         "label_column and label_columns are both given: leave one out"),
+        (c.class_weights and c.label_smoothing_factor,
+         "class_weights and label_smoothing_factor are both given: leave one out"),
         (c.load_best_model_at_end and evaluates != c.save_strategy,
          "load_best_model_at_end needs a checkpoint at each evaluation: eval_strategy is "
          f"{evaluates}, save_strategy is {c.save_strategy}; make them the same"),
@@ -182,6 +207,7 @@ def _relations(c: TrainConfig) -> list[tuple[Any, str]]:
             checks.append((is_given, f"{field.name} is for {' and '.join(tasks)}, not {c.task}"))
     plain = {"batching": "padded", "dropout": "torch"}
     exact = {**plain, "dtype": "float32", "gradient_checkpointing": False}
+    exact |= {"class_weights": None, "stride": None}  # Trainer has neither
     for mode, settings in (("hf_parity", exact), ("torch_compile", plain)):
         for name, needed in settings.items():
             value = getattr(c, name)

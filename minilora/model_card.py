@@ -3,9 +3,10 @@
 import contextlib
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 from minilora.bert.load import PACKAGED_MODEL, packaged_model
-from minilora.bert.tasks import task_class
+from minilora.bert.tasks import Task, build_task, task_class
 from minilora.errors import MiniloraError, harmless
 from minilora.training.record import RunRecord
 
@@ -14,6 +15,7 @@ HUB_ID = re.compile(r"[\w.-]+/[\w.-]+|[\w-]+")
 METRICS = {
     "eval_accuracy": "accuracy",
     "eval_f1": "f1",
+    "eval_f1_micro": "f1",
     "eval_matthews": "matthews_correlation",
     "eval_mse": "mse",
     "eval_pearson": "pearsonr",
@@ -44,7 +46,7 @@ def model_card(name: str, base: str, merged: str | None, record: RunRecord) -> s
         f"On `{data}`: {scores}." if scores else "It was not evaluated.",
     ]
     shown = [harmless(" ".join(paragraph.split())) for paragraph in paragraphs]
-    shown += [] if merged else [_lines_for_peft(name, task.auto_class.__name__, labels)]
+    shown += [] if merged else [_lines_for_peft(name, build_task(record.arguments, labels))]
     return "\n\n".join([metadata, *shown]) + "\n"
 
 
@@ -73,9 +75,12 @@ def _metadata(name: str, base: str | None, task: str, data: str, metrics: dict[s
     return f"---\n{metadata.to_yaml()}\n---"
 
 
-def _lines_for_peft(name: str, auto_class: str, labels: list[str] | None) -> str:
-    peft_class = auto_class.replace("AutoModel", "AutoPeftModel")
+def _lines_for_peft(name: str, task: Task) -> str:
+    peft_class, labels = task.auto_class.__name__.replace("AutoModel", "AutoPeftModel"), task.labels
+    task.configure(config := SimpleNamespace())
+    problem = getattr(config, "problem_type", None)  # of which transformers' pipeline asks
     names = "" if labels is None else f"\n    id2label={dict(enumerate(labels))!r},"
+    names += "" if problem is None else f"\n    problem_type={problem!r},"
     return f"""PEFT loads it so, with the number of labels and their names:
 
 ```python

@@ -68,21 +68,6 @@ Lines = list[tuple[int, list[str]]]  # (line, its fields)
 Records = list[tuple[int, dict[str, Any]]]  # (line, value by column)
 
 
-def bad(path: Path, line: int, what: str) -> MiniloraError:
-    """The error that something is wrong there."""
-    return MiniloraError(f"{path}, line {line}: {what}")
-
-
-def text_of(path: Path, line: int, role: str, value: Any) -> str:
-    """A value of a file as text: a number's, too."""
-    if value is None or isinstance(value, dict | list):
-        raise bad(path, line, f"the {role} is {value!r}; it must be text or a number")
-    text = str(value).lower() if isinstance(value, bool) else str(value)
-    if re.search("[\ud800-\udfff]", text):
-        raise bad(path, line, f"the {role} holds half of a surrogate pair: no character")
-    return text
-
-
 def one_label(path: Path, line: int, value: Any) -> str:
     """The label of a row that has one."""
     label = text_of(path, line, "label", value).strip()
@@ -124,6 +109,11 @@ def read_rows(
             value = {name: record.get(name) for name in columns.labels}
         rows.append(replace(row, label=label_of(path, line, value)) if labelled else row)
     return rows
+
+
+def bad(path: Path, line: int, what: str) -> MiniloraError:
+    """The error that something is wrong there."""
+    return MiniloraError(f"{path}, line {line}: {what}")
 
 
 def read_text(path: Path) -> str:
@@ -285,3 +275,13 @@ def _row(path: Path, line: int, record: dict[str, Any], columns: dict[str, str])
         if role != "label":
             values[role] = text_of(path, line, role, record[column])
     return Row(values["text"], values.get("pair"), None, values.get("kind"), line)
+
+
+def text_of(path: Path, line: int, role: str, value: Any) -> str:
+    """A value of a file as text: a number's, too."""
+    if value is None or isinstance(value, dict | list):
+        raise bad(path, line, f"the {role} is {value!r}; it must be text or a number")
+    text = str(value).lower() if isinstance(value, bool) else str(value)
+    if re.search("[\ud800-\udfff]", text):
+        raise bad(path, line, f"the {role} holds half of a surrogate pair: no character")
+    return text

@@ -114,48 +114,35 @@ class MultiLabelClassification:
 
 
 class LabelScorer:
-    """f1_micro, f1_macro, accuracy (all labels of a text right) and threshold, the one they are at.
-    Probabilities are kept only while there is none.
+    """f1_micro, f1_macro, accuracy (all labels of a text right), and threshold, the one they are
+    at. All probabilities are kept.
     """
 
     def __init__(self, task: MultiLabelClassification, examples: Examples) -> None:
-        self.labels, self.threshold = task.labels, task.threshold
+        self.names, self.threshold = task.labels, task.threshold
         self.whole_texts = WholeTexts(examples.row)
-        self.kept: list[tuple[np.ndarray, np.ndarray]] = []
-        # By label: those given that are right, those given, those that are there.
-        self.correct, self.predicted, self.actual = np.zeros((3, len(task.labels)), dtype=np.int64)
-        self.right_texts, self.texts = 0, 0
+        self.probabilities: list[np.ndarray] = []
+        self.labels: list[np.ndarray] = []
+        self.counts: list[np.ndarray] = []  # as in `scores_by_class`
 
     def add(self, logits: Tensor, batch: Batch) -> None:
-        probabilities, labels = sigmoid(logits.numpy()), batch["labels"].cpu().numpy() > 0
-        if self.threshold is None:
-            self.kept.append((probabilities, labels))
-        else:
-            self._count(probabilities >= self.threshold, labels)
-
-    def _count(self, given: np.ndarray, labels: np.ndarray) -> None:
-        self.correct += (given & labels).sum(axis=0)
-        self.predicted += given.sum(axis=0)
-        self.actual += labels.sum(axis=0)
-        self.right_texts += int((given == labels).all(axis=1).sum())
-        self.texts += len(labels)
+        self.probabilities.append(sigmoid(logits.numpy()))
+        self.labels.append(batch["labels"].cpu().numpy() > 0)
 
     def metrics(self) -> dict[str, float]:
+        probabilities, labels = np.concatenate(self.probabilities), np.concatenate(self.labels)
         if self.threshold is None:
-            probabilities, labels = map(np.concatenate, zip(*self.kept, strict=True))
             self.threshold = best_threshold(probabilities, labels)
-            self._count(probabilities >= self.threshold, labels)
-        counts = (int(count.sum()) for count in (self.correct, self.predicted, self.actual))
-        macro = float(np.mean([scores["f1"] for scores in self.by_class().values()]))
-        return {
-            "f1_micro": precision_recall_f1(*counts)["f1"],
-            "f1_macro": macro,
-            "accuracy": self.right_texts / self.texts,
-            "threshold": self.threshold,
-        }
+        given = probabilities >= self.threshold
+        self.counts = [marks.sum(axis=0) for marks in (given & labels, given, labels)]
+        micro = precision_recall_f1(*(int(count.sum()) for count in self.counts))
+        macro = np.mean([scores["f1"] for scores in self.by_class().values()])
+        accuracy = (given == labels).all(axis=1).mean()
+        found = {"f1_micro": micro["f1"], "f1_macro": macro, "accuracy": accuracy}
+        return {name: float(value) for name, value in found.items()} | {"threshold": self.threshold}
 
     def by_class(self) -> dict[str, dict[str, float]]:
-        return scores_by_class(self.labels, self.correct, self.predicted, self.actual)
+        return scores_by_class(self.names, *self.counts)
 
 
 def sigmoid(logits: np.ndarray) -> np.ndarray:

@@ -22,13 +22,19 @@ def main() -> int:
     columns = (asked.text_column, asked.text_pair_column, asked.label_column)
     scores = evaluate_file(run, asked.file, *columns)
     summary = {**scores.metrics, "file": asked.file, "adapter": str(run.adapter)}
+    if scores.by_class:
+        names = list(next(iter(scores.by_class.values())))
+        rows = [
+            [label, *(f"{v:.4f}" if isinstance(v, float) else str(v) for v in row.values())]
+            for label, row in scores.by_class.items()
+        ]
+        print_table([["class", *names], *rows])
+        summary |= {"per_class": scores.by_class}
     if asked.confusion_matrix and scores.confusion is not None:
         labels, counts = run.task.labels or [], scores.confusion.tolist()
-        print_confusion(labels, counts)
+        rows = [[label, *map(str, row)] for label, row in zip(labels, counts, strict=True)]
+        print_table([["true \\ predicted", *labels], *rows])
         summary |= {"confusion_matrix": counts, "labels": labels}
-    if scores.by_class:
-        print_by_class(scores.by_class)
-        summary |= {"per_class": scores.by_class}
     print(json_text(summary))
     return 0
 
@@ -37,29 +43,14 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     parser = command.Parser("evaluate", usage=__doc__)
     command.add_run_arguments(parser)
     add = parser.add_argument
-    add("--file", required=True, help="labelled: csv, tsv, json or jsonl")
+    add("--file", required=True, help="labelled, in a format of training's")
     command.add_column_arguments(parser, "text_column", "text_pair_column", "label_column")
     add("--confusion_matrix", action="store_true", help="print which class was taken for which")
     return parser.parse_args(arguments)
 
 
-def print_confusion(labels: list[str], counts: list[list[int]]) -> None:
-    """A table: a row for each true class, a column for each predicted one."""
-    rows = [[label, *map(str, row)] for label, row in zip(labels, counts, strict=True)]
-    print_table([["true \\ predicted", *labels], *rows])
-
-
-def print_by_class(scores: dict[str, dict[str, float]]) -> None:
-    """A table: a row for each class, with how often it occurs (support) last."""
-    names = ("precision", "recall", "f1")
-    rows = [
-        [label, *(f"{row[name]:.4f}" for name in names), str(row["support"])]
-        for label, row in scores.items()
-    ]
-    print_table([["class", *names, "support"], *rows])
-
-
 def print_table(rows: list[list[str]]) -> None:
+    """The rows in columns as wide as their widest cell; the first row holds the names."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         print("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)))

@@ -6,6 +6,7 @@ python -m minilora.merge --adapter A B --weights .7 .3 --output_dir MERGED
 
 import argparse
 import sys
+from pathlib import Path
 
 from minilora import command
 from minilora.files import json_text
@@ -15,12 +16,16 @@ from minilora.training.config import DTYPES
 def main() -> int:
     asked = parse_arguments(sys.argv[1:])
     with command.without_collection():  # the slow imports: torch and transformers
+        from minilora.bert.tasks import task_class
         from minilora.trained.merge import write_merged_model
+        from minilora.trained.opened import read_record
 
     paths = asked.adapter if asked.path is None else [asked.path]
     how = (asked.weights, asked.max_shard_size, asked.dtype, asked.model_name_or_path)
     write_merged_model(paths, asked.output_dir, *how)
-    print(f'use it: transformers.pipeline("text-classification", {asked.output_dir!r})')
+    _, record = read_record(Path(paths[0]))
+    tag = task_class(record.arguments.task).pipeline_tag
+    print(f'use it: transformers.pipeline("{tag}", {asked.output_dir!r})')
     print(json_text({"output_dir": asked.output_dir, "merged": paths, "dtype": asked.dtype}))
     return 0
 

@@ -14,6 +14,8 @@ HUB_ID = re.compile(r"[\w.-]+/[\w.-]+|[\w-]+")
 # Our metrics under the Hub's names.
 METRICS = {
     "eval_accuracy": "accuracy",
+    "eval_precision": "precision",
+    "eval_recall": "recall",
     "eval_f1": "f1",
     "eval_f1_micro": "f1",
     "eval_matthews": "matthews_correlation",

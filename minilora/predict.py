@@ -61,7 +61,7 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     add("stdin", metavar="-", nargs="?", choices=["-"], help="read stdin, one text per line")
     add("--text", help="the text itself")
     add("--text_pair", metavar="TEXT", help="the second text of a pair")
-    add("--file", help="csv, tsv, json or jsonl; labels are not looked at")
+    add("--file", help="as in training, or texts; labels are not looked at")
     command.add_column_arguments(parser, "text_column", "text_pair_column")
     add("--output", metavar="P.jsonl", help="a new file for the predictions; by default stdout")
     # Half precision would round the sum.

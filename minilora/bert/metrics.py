@@ -52,6 +52,26 @@ def ranks(values: np.ndarray) -> np.ndarray:
     return (last - (counts - 1) / 2)[inverse]
 
 
+def entity_spans(tags: list[str]) -> set[tuple[str, int, int]]:
+    """(name, first, last) of each entity in a sentence's tags, such as B-PER, I-PER, O.
+
+    IOB1, IOB2 and BIOES, mixed or unfinished, as conlleval.pl and so seqeval's default mode (1.2.2)
+    read them: an entity is also begun by an I or E of its own, and ended by another name.
+    """
+    found, begun, before, name_before = set(), 0, "O", ""
+    for place, tag in enumerate([*tags, "O"]):
+        letter, name = tag[0], tag[1:].split("-", maxsplit=1)[-1] or "_"
+        is_other = name != name_before
+        is_cut = before in "ES" or (before in "BI" and letter in "BSO")
+        if is_cut or (before not in "O." and is_other):
+            found.add((name_before, begun, place - 1))
+        is_start = letter in "BS" or (before in "ESO" and letter in "EI")
+        if is_start or (letter not in "O." and is_other):
+            begun = place
+        before, name_before = letter, name
+    return found
+
+
 def precision_recall_f1(correct: int, predicted: int, actual: int) -> dict[str, float]:
     """From how many were found and are right, were found, and are there."""
     return {
@@ -86,3 +106,9 @@ def best_threshold(probabilities: np.ndarray, labels: np.ndarray) -> float:
     f1[sorted_down == below] = 0.0  # no threshold parts these two
     best = int(f1.argmax())
     return float((sorted_down[best] + below[best]) / 2) if f1[best] > 0 else 0.5
+
+
+def softmax(logits: np.ndarray) -> np.ndarray:
+    """Over the last axis, in float64: the float32 logits are all that was rounded."""
+    exponentials = np.exp(logits.astype(np.float64) - logits.max(axis=-1, keepdims=True))
+    return exponentials / exponentials.sum(axis=-1, keepdims=True)

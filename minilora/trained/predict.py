@@ -29,8 +29,8 @@ WINDOW_CHARACTERS = 2_000_000
 def predict_texts(
     run: TrainedRun, texts: Iterable[str | tuple[str, str]], batch_size: int | None = None
 ) -> Iterator[dict[str, Any]]:
-    """{"index", "label", "score", "probabilities"} of each text, or pair of texts, in their order;
-    for regression {"index", "score"} with the value as the score.
+    """{"index"} and the task's prediction for each text, or pair of texts, in their order: of
+    classes {"label", "score", "probabilities"}, of a number {"score"}, the value.
 
     A prediction depends on the batch size (by default training's for evaluation) and on the other
     texts by float rounding only. Texts are taken as they are needed: an endless stream is fine.

@@ -48,7 +48,7 @@ class TrainConfig:
     task: str = option("sequence_classification", "what the head predicts", choices=TASKS)
 
     train_file: str | None = checked(
-        None, "csv, tsv, json or jsonl; by default the packaged sentences", group="data")
+        None, "csv, tsv, json, jsonl, or CoNLL; by default the packaged sentences", group="data")
     validation_file: str | None = checked(None, "the same, for evaluation during training")
     test_file: str | None = checked(None, "the same, evaluated once after training")
     validation_split: float = option(0.0, "share of train_file to hold out", least=0, below=1)
@@ -182,6 +182,9 @@ def _relations(c: TrainConfig) -> list[tuple[Any, str]]:
         (c.adam_epsilon <= 0, f"adam_epsilon is {c.adam_epsilon}; it must be above 0"),
         (c.validation_split and c.validation_file,
          "validation_split and validation_file are both given: leave one out"),
+        (c.hf_parity and c.label_smoothing_factor and c.gradient_accumulation_steps > 1,
+         "hf_parity with label_smoothing_factor needs gradient_accumulation_steps 1: only smoothed "
+         "losses does Trainer divide by the labels of a whole step"),
         (c.eval_strategy == "no" and c.best_metric(),
          f"{c.best_metric()} is asked to rank checkpoints, and eval_strategy is no"),
         (isinstance(c.threshold, str) and c.threshold != "best",

@@ -3,9 +3,19 @@
 import numpy as np
 import pytest
 import scipy.stats
+import seqeval.metrics
 import sklearn.metrics
+from hypothesis import given
+from hypothesis import strategies as st
+from seqeval.metrics.sequence_labeling import get_entities
 
-from minilora.bert.metrics import classification_metrics, ranks, regression_metrics
+from minilora.bert.metrics import (
+    classification_metrics,
+    entity_spans,
+    precision_recall_f1,
+    ranks,
+    regression_metrics,
+)
 
 
 @pytest.mark.parametrize("classes", [2, 3, 7])
@@ -46,3 +56,25 @@ def test_regression_metrics_are_scipys(seed):
 
 def test_ties_share_their_rank():
     assert ranks(np.array([3.0, 1.0, 3.0])).tolist() == [1.5, 0.0, 1.5]
+
+
+NAMED = [f"{letter}-{name}" for letter in "BIES" for name in ("x", "y")]
+TAGS = st.sampled_from(["O", *NAMED, "B", "I", "NOUN", "X-x"])
+
+
+@given(st.lists(TAGS, max_size=12))
+@pytest.mark.filterwarnings("ignore:.*seems not to be NE tag")
+def test_entities_are_seqevals_in_its_default_mode(tags):
+    """IOB1, IOB2, BIOES, their mixtures, and what is none of them."""
+    assert entity_spans(tags) == set(get_entities(tags))
+
+
+@pytest.mark.filterwarnings("ignore::sklearn.exceptions.UndefinedMetricWarning")
+@pytest.mark.parametrize("predicted", [["B-x", "I-x", "O", "B-y"], ["O"] * 4])
+def test_precision_recall_and_f1_are_seqevals(predicted):
+    actual = ["B-x", "I-x", "B-x", "B-y"]
+    found, there = entity_spans(predicted), entity_spans(actual)
+    ours = precision_recall_f1(len(found & there), len(found), len(there))
+    for name, value in ours.items():
+        theirs = getattr(seqeval.metrics, f"{name}_score")([actual], [predicted])
+        assert value == pytest.approx(theirs), name

@@ -9,17 +9,15 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification
 
-from minilora.bert.metrics import classification_metrics, scores_by_class
-from minilora.bert.rows import Row, is_number
+from minilora.bert.metrics import classification_metrics, scores_by_class, softmax
+from minilora.bert.rows import Row, is_number, read_texts
 from minilora.bert.tasks import (
     Arguments,
     Arrays,
     Batch,
     Examples,
     Tokenizer,
-    read_texts,
     smoothed_cross_entropy,
-    softmax,
 )
 from minilora.bert.texts import WholeTexts, encode_texts, of_whole_texts
 from minilora.errors import MiniloraError

@@ -1,0 +1,290 @@
+"""A tag for each token of a text: names of people, places, and so on.
+
+A token here is a word of the file; its sub-tokens are the model's. The first sub-token carries the
+tag. A word that has none, because its text was cut, or because the tokenizer leaves nothing of it,
+is tagged O, in the metrics, too.
+"""
+
+import itertools
+import re
+import unicodedata
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import AutoModelForTokenClassification
+
+from minilora.bert.metrics import entity_spans, precision_recall_f1, softmax
+from minilora.bert.rows import (
+    Row,
+    bad,
+    lines_of,
+    read_objects,
+    read_text,
+    read_texts,
+    text_of,
+)
+from minilora.bert.tasks import (
+    NO_LABEL,
+    Arguments,
+    Arrays,
+    Batch,
+    Examples,
+    Tokenizer,
+    arrays_of,
+    by_example,
+    call_tokenizer,
+    smoothed_cross_entropy,
+)
+from minilora.errors import MiniloraError
+
+COLUMNS = (".conll", ".txt", ".iob", ".bio")  # a token a line, a blank line between sentences
+OBJECTS = (".json", ".jsonl")
+UNFINISHED = re.compile(r"|[BIES]-")
+Sentence = tuple[int, list[str], list[str] | None]  # line, tokens, tags
+
+
+class TokenClassification:
+    """Cross entropy of logits (..., C): the operations of `BertForTokenClassification.forward`."""
+
+    name = "token_classification"
+    auto_class = AutoModelForTokenClassification
+    peft_task_type = "TOKEN_CLS"
+    foreign_outputs = range(1, 2**31)
+    pipeline_tag = "token-classification"
+    logits_of = "tokens"
+
+    def __init__(self, arguments: Arguments, labels: list[str] | None) -> None:
+        assert labels is not None
+        self.labels = labels
+        self.label_smoothing = arguments.label_smoothing_factor
+        self.label_all_tokens = arguments.label_all_tokens
+
+    @staticmethod
+    def read_rows(path: Path, arguments: Arguments, labelled: bool) -> list[Row]:
+        """Columns, of which the first is the token and the last the tag, or objects with tokens and
+        tags; to be predicted, also texts.
+        """
+        suffix = path.suffix.lower()
+        if labelled and suffix not in COLUMNS + OBJECTS:
+            allowed = ", ".join(COLUMNS + OBJECTS)
+            raise MiniloraError(f"{path} has the suffix {suffix!r}; allowed are {allowed}")
+        found = _sentences(path, labelled) if suffix in COLUMNS else []
+        found = _objects(path, arguments, labelled) if suffix in OBJECTS else found
+        rows = [_row(path, line, tokens, tags) for line, tokens, tags in found]
+        if not rows and (labelled or suffix in COLUMNS):
+            raise MiniloraError(f"{path} is empty: it holds no sentence")
+        return rows or read_texts(path, arguments, labelled)
+
+    @staticmethod
+    def find_labels(rows: list[Row], path: str) -> list[str]:
+        labels = sorted({tag for row in rows for tag in row.label})
+        if len(labels) < 2:
+            raise MiniloraError(f"{path} has a single tag, {labels[0]!r}: nothing to tell apart")
+        return labels
+
+    def configure(self, config: Any) -> None:
+        config.id2label = dict(enumerate(self.labels))  # and with it num_labels
+        config.label2id = {label: index for index, label in enumerate(self.labels)}
+
+    def encode(self, rows: list[Row], tokenizer: Tokenizer, max_length: int, place: str) -> Arrays:
+        """`word` (total tokens,): of which word a sub-token is the first, else -1."""
+        if not tokenizer.is_fast:
+            slow = f"{type(tokenizer).__name__} does not tell where in a text its tokens are"
+            raise MiniloraError(f"{slow}: {self.name} needs a fast tokenizer")
+        encoded, ids = call_tokenizer(rows, tokenizer, max_length), self._ids()
+        words, labels = [], []
+        for row, encoding in zip(rows, encoded.encodings, strict=True):
+            owner = _owners(row, np.array(encoding.offsets).reshape(-1, 2))
+            # Between two sub-tokens of a word there is no other.
+            is_first = (owner >= 0) & (owner != np.concatenate([[-1], owner[:-1]]))
+            words.append(np.where(is_first, owner, -1))
+            labels.append(np.full(len(owner), NO_LABEL))
+            if row.label is not None:
+                if unknown := [word for word, tag in enumerate(row.label) if tag not in ids]:
+                    raise self._unknown_tag(row, unknown[0], place)
+                first, rest = np.array([ids[tag] for tag in row.label]).T  # (words,) each
+                labels[-1][is_first] = first[owner[is_first]]
+                if self.label_all_tokens:
+                    is_rest = (owner >= 0) & ~is_first
+                    labels[-1][is_rest] = rest[owner[is_rest]]
+        arrays = {"labels": np.concatenate(labels), "word": np.concatenate(words)}
+        return {**arrays_of(encoded, max_length), **arrays, "row": np.arange(len(rows))}
+
+    def _ids(self) -> dict[str, tuple[int, int]]:
+        # Of a word's first sub-token, and of its others, which begin no entity.
+        ids = {label: index for index, label in enumerate(self.labels)}
+        inside = {label: re.sub("^B-", "I-", label) for label in self.labels}
+        return {label: (index, ids.get(inside[label], index)) for label, index in ids.items()}
+
+    def _unknown_tag(self, row: Row, word: int, place: str) -> MiniloraError:
+        token, tag = row.fields["tokens"][word], row.label[word]
+        found = f"token {word + 1}, {token!r}, has the tag {tag!r}"
+        known = f"the training data, which has {', '.join(self.labels[:20])}"
+        return MiniloraError(f"{place}, line {row.line}: {found}; it does not occur in {known}")
+
+    def training_loss(self, logits: Tensor, batch: Batch) -> Tensor:
+        if self.label_smoothing == 0 or self.loss_weight(batch) == 0:
+            return self.loss(logits, batch)
+        return smoothed_cross_entropy(logits, batch["labels"], self.label_smoothing)
+
+    def loss(self, logits: Tensor, batch: Batch) -> Tensor:
+        if self.loss_weight(batch) == 0:
+            return logits.sum() * 0  # a mean over no token would be NaN
+        return F.cross_entropy(logits.view(-1, len(self.labels)), batch["labels"].view(-1))
+
+    def loss_weight(self, batch: Batch) -> int:
+        return int((batch["labels"] != NO_LABEL).sum())
+
+    def scorer(self, rows: list[Row], examples: Examples) -> "EntityScorer":
+        return EntityScorer(self, rows, examples)
+
+    def tags(self, row: Row, word: np.ndarray, logits: np.ndarray) -> tuple[list[str], list[float]]:
+        """The tag of each word of a row and its probability, from logits (T, C) and word (T,)."""
+        tags, scores = ["O"] * len(_spans(row)), [1.0] * len(_spans(row))
+        probabilities = softmax(logits[word >= 0])
+        best = probabilities.argmax(axis=-1)
+        for place, label, values in zip(word[word >= 0], best, probabilities, strict=True):
+            tags[place], scores[place] = self.labels[label], float(values[label])
+        return tags, scores
+
+    def predictions(
+        self, rows: list[Row], examples: Examples, logits: list[np.ndarray]
+    ) -> list[dict[str, Any]]:
+        """Entities with their places in the text, which of tokens is these joined by spaces."""
+        found = []
+        for row, values, word in zip(rows, logits, words_of(examples), strict=True):
+            tags, scores = self.tags(row, word, values)
+            spans, entities = _spans(row), []
+            for kind, first, last in sorted(entity_spans(tags), key=lambda entity: entity[1]):
+                label = kind if tags[first][1:2] == "-" else tags[first]
+                start, end = int(spans[first, 0]), int(spans[last, 1])
+                mean = float(np.mean(scores[first : last + 1]))
+                entity = {"label": label, "score": mean, "start": start, "end": end}
+                entities.append({**entity, "text": row.text[start:end]})
+            own = {"tokens": row.fields["tokens"], "tags": tags} if row.fields else {}
+            found.append({"entities": entities, **own})
+        return found
+
+
+class EntityScorer:
+    """precision, recall, f1 of entities, and accuracy of tags: seqeval's, in its default mode."""
+
+    def __init__(self, task: TokenClassification, rows: list[Row], examples: Examples) -> None:
+        self.task, self.rows, self.examples = task, rows, examples
+        self.words = words_of(examples)
+        self.correct_tags, self.count = 0, 0
+        # Entities by name: those found that are right, those found, those that are there.
+        self.correct, self.predicted, self.actual = Counter(), Counter(), Counter()
+
+    def add(self, logits: Tensor, batch: Batch) -> None:
+        apart = by_example(logits.numpy(), batch)
+        for example, values in zip(batch["example"].tolist(), apart, strict=True):
+            row = self.rows[self.examples.row[example]]
+            tags, _ = self.task.tags(row, self.words[example], values)
+            self.correct_tags += sum(map(str.__eq__, tags, row.label))
+            self.count += len(tags)
+            found, there = entity_spans(tags), entity_spans(row.label)
+            self.correct.update(kind for kind, *_ in found & there)
+            self.predicted.update(kind for kind, *_ in found)
+            self.actual.update(kind for kind, *_ in there)
+
+    def metrics(self) -> dict[str, float]:
+        counts = (self.correct.total(), self.predicted.total(), self.actual.total())
+        return precision_recall_f1(*counts) | {"accuracy": self.correct_tags / self.count}
+
+    def by_class(self) -> dict[str, dict[str, float]]:
+        found = {}
+        for kind in sorted(self.predicted | self.actual):
+            counts = (self.correct[kind], self.predicted[kind], self.actual[kind])
+            found[kind] = precision_recall_f1(*counts) | {"support": self.actual[kind]}
+        return found
+
+
+def words_of(examples: Examples) -> list[np.ndarray]:
+    """`word` of each example apart, (T,)."""
+    return np.split(examples.extra["word"], examples.offsets[1:-1])
+
+
+def _sentences(path: Path, labelled: bool) -> Iterator[Sentence]:
+    tokens, tags, start = [], [], 1
+    for line, text in [*lines_of(read_text(path)), (0, "")]:
+        text = text.removeprefix("\ufeff")  # of a file that was appended to another
+        fields = [field.strip() for field in text.split("\t")] if "\t" in text else text.split()
+        if not text.strip() or fields[0] == "-DOCSTART-":
+            if tokens:
+                yield start, tokens, tags if labelled else None
+            tokens, tags = [], []
+        elif labelled and len(fields) < 2:
+            raise bad(path, line, f"{text!r} is one field; a token and its tag are expected")
+        else:
+            start = start if tokens else line
+            tokens.append(fields[0])
+            tags.append(fields[-1])
+
+
+def _objects(path: Path, arguments: Arguments, labelled: bool) -> Iterator[Sentence]:
+    names = [arguments.text_column or "tokens", arguments.label_column or "tags"]
+    records = read_objects(path)
+    if not labelled and not any(isinstance(record.get(names[0]), list) for _, record in records):
+        return  # they are texts
+    for line, record in records:
+        lists: list[Any] = [record.get(name) for name in names]
+        for name, value in list(zip(names, lists, strict=True))[: 1 + labelled]:
+            if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+                raise bad(path, line, f"{name!r} is {value!r}; it must be a list of strings")
+        yield line, lists[0], lists[1] if labelled else None
+
+
+def _row(path: Path, line: int, tokens: list[str], tags: list[str] | None) -> Row:
+    tokens = [text_of(path, line, "token", token) for token in tokens]
+    if not tokens:
+        raise bad(path, line, "the sentence has no token")
+    if "" in tokens:
+        raise bad(path, line, f"token {tokens.index('') + 1} is empty")
+    if tags is not None and len(tags) != len(tokens):
+        raise bad(path, line, f"{len(tokens)} tokens and {len(tags)} tags; each token needs one")
+    for place, tag in enumerate(tags or [], start=1):
+        if UNFINISHED.fullmatch(tag):
+            raise bad(path, line, f"the tag {tag!r} of token {place} is unfinished")
+    return Row(" ".join(tokens), None, tags, None, line, {"tokens": tokens})
+
+
+def _spans(row: Row) -> np.ndarray:
+    """Where in the row's text its words are: start and end, (words, 2).
+
+    Those of a text are parted as BERT's basic tokenizer parts them, whichever the model's is: at
+    white space, and around each mark of punctuation and each Chinese character.
+    """
+    if row.fields:
+        lengths = np.array([len(token) for token in row.fields["tokens"]])
+        ends = np.cumsum(lengths + 1) - 1
+        return np.stack([ends - lengths, ends], axis=-1)
+    spans = []
+    for run in re.finditer(r"\S+", row.text):
+        edges = {run.start(), run.end()}
+        for place in range(*run.span()):
+            if _stands_alone(row.text[place]):
+                edges |= {place, place + 1}
+        spans += itertools.pairwise(sorted(edges))
+    return np.array(spans, dtype=np.int64).reshape(-1, 2)
+
+
+def _stands_alone(character: str) -> bool:
+    is_mark = character.isascii() and not character.isalnum()
+    is_chinese = unicodedata.name(character, "").startswith("CJK ")
+    return is_mark or is_chinese or unicodedata.category(character).startswith("P")
+
+
+def _owners(row: Row, offsets: np.ndarray) -> np.ndarray:
+    """Of which word each sub-token is, by where it starts (`offsets` (T, 2)); -1 of none."""
+    starts, ends = offsets.T
+    # Some tokenizers count the space before a word to its first sub-token.
+    starts = starts + [row.text[start:end][:1].isspace() for start, end in offsets]
+    spans = np.concatenate([[[-1, -1]], _spans(row)])
+    owner = np.searchsorted(spans[:, 0], starts, side="right") - 1
+    return np.where((starts < ends) & (starts < spans[owner, 1]), owner - 1, -1)

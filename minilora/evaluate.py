@@ -22,6 +22,11 @@ def main() -> int:
     columns = (asked.text_column, asked.text_pair_column, asked.label_column)
     scores = evaluate_file(run, asked.file, *columns)
     summary = {**scores.metrics, "file": asked.file, "adapter": str(run.adapter)}
+    if asked.confusion_matrix and scores.confusion is not None:
+        labels, counts = run.task.labels or [], scores.confusion.tolist()
+        rows = [[label, *map(str, row)] for label, row in zip(labels, counts, strict=True)]
+        print_table([["true \\ predicted", *labels], *rows])
+        summary |= {"confusion_matrix": counts, "labels": labels}
     if scores.by_class:
         names = list(next(iter(scores.by_class.values())))
         rows = [
@@ -30,11 +35,6 @@ def main() -> int:
         ]
         print_table([["class", *names], *rows])
         summary |= {"per_class": scores.by_class}
-    if asked.confusion_matrix and scores.confusion is not None:
-        labels, counts = run.task.labels or [], scores.confusion.tolist()
-        rows = [[label, *map(str, row)] for label, row in zip(labels, counts, strict=True)]
-        print_table([["true \\ predicted", *labels], *rows])
-        summary |= {"confusion_matrix": counts, "labels": labels}
     print(json_text(summary))
     return 0
 

@@ -22,19 +22,19 @@ def main() -> int:
     columns = (asked.text_column, asked.text_pair_column, asked.label_column)
     scores = evaluate_file(run, asked.file, *columns)
     summary = {**scores.metrics, "file": asked.file, "adapter": str(run.adapter)}
-    if scores.by_class:
-        names = list(next(iter(scores.by_class.values())))
-        rows = [
-            [label, *(f"{value:.4g}" for value in row.values())]
-            for label, row in scores.by_class.items()
-        ]
-        print_table([["", *names], *rows])
-        summary |= {"by_class": scores.by_class}
     if asked.confusion_matrix and scores.confusion is not None:
         labels, counts = run.task.labels or [], scores.confusion.tolist()
         rows = [[label, *map(str, row)] for label, row in zip(labels, counts, strict=True)]
         print_table([["true \\ predicted", *labels], *rows])
         summary |= {"confusion_matrix": counts, "labels": labels}
+    if scores.by_class:
+        names = list(next(iter(scores.by_class.values())))
+        rows = [
+            [label, *(f"{v:.4f}" if isinstance(v, float) else str(v) for v in row.values())]
+            for label, row in scores.by_class.items()
+        ]
+        print_table([["class", *names], *rows])
+        summary |= {"per_class": scores.by_class}
     print(json_text(summary))
     return 0
 

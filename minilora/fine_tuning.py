@@ -17,7 +17,7 @@ import torch
 
 from minilora import starting_model
 from minilora.bert import load
-from minilora.bert.dataset import batches_in_order, epoch_batches, tokenize
+from minilora.bert.dataset import batches_in_order, epoch_batches, shortening, tokenize
 from minilora.bert.forward import Packed, Padded
 from minilora.bert.splits import Splits, read_splits
 from minilora.bert.tasks import Examples, Task, build_task, varied
@@ -153,6 +153,8 @@ def train(plan: resume.ResumePlan, should_stop: Callable[[], bool]) -> TrainResu
     record = RunRecord(config, lora, splits.labels, splits.has_pairs(), *inputs)
     resume.check_same_inputs(plan, record)
     examples = tokenize_all(config, splits, task, start)
+    if hasattr(task, "weigh"):
+        task.weigh(examples["train"])  # pyright: ignore[reportAttributeAccessIssue]
 
     starting_model.attach_adapter(start, config, lora)
     pad_token_id = load.pad_token_id(start.tokenizer)
@@ -181,6 +183,7 @@ def read_data(config: TrainConfig) -> Splits:
         raise MiniloraError(f"{packaged}, not {config.task}: give --train_file")
     splits = read_splits(config)
     asked = config.best_metric() or config.eval_strategy not in (None, "no")
+    asked = asked or config.threshold == "best"
     if asked and "validation" not in splits.rows:
         advice = "give --validation_file or --validation_split"
         raise MiniloraError(f"evaluation is asked for without data: {advice}")
@@ -196,8 +199,8 @@ def tokenize_all(
     for split, rows in splits.rows.items():
         file = splits.files[split]
         examples[split] = tokenize(rows, task, start.tokenizer, max_length, file)
-        if cut := examples[split].truncated:
-            say(f"{file}: {cut} of {len(rows)} texts were cut at {max_length} tokens")
+        if told := shortening(examples[split], len(rows), max_length):
+            say(f"{file}: {told}")
     return examples
 
 

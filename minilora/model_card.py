@@ -3,9 +3,10 @@
 import contextlib
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 from minilora.bert.load import PACKAGED_MODEL, packaged_model
-from minilora.bert.tasks import Task, task_class
+from minilora.bert.tasks import Task, build_task, task_class
 from minilora.errors import MiniloraError, harmless
 from minilora.training.record import RunRecord
 
@@ -17,6 +18,7 @@ METRICS = {
     "eval_precision": "precision",
     "eval_recall": "recall",
     "eval_f1": "f1",
+    "eval_f1_micro": "f1",
     "eval_matthews": "matthews_correlation",
     "eval_perplexity": "perplexity",
     "eval_mse": "mse",
@@ -48,7 +50,7 @@ def model_card(name: str, base: str, merged: str | None, record: RunRecord) -> s
         f"On `{data}`: {scores}." if scores else "It was not evaluated.",
     ]
     shown = [harmless(" ".join(paragraph.split())) for paragraph in paragraphs]
-    shown += [] if merged else [_lines_for_peft(name, task, labels)]
+    shown += [] if merged else [_lines_for_peft(name, build_task(record.arguments, labels))]
     return "\n\n".join([metadata, *shown]) + "\n"
 
 
@@ -77,11 +79,15 @@ def _metadata(name: str, base: str | None, task: str, data: str, metrics: dict[s
     return f"---\n{metadata.to_yaml()}\n---"
 
 
-def _lines_for_peft(name: str, task: type[Task], labels: list[str] | None) -> str:
+def _lines_for_peft(name: str, task: Task) -> str:
     peft_class, how = "AutoPeftModel", ""
     if task.peft_task_type is not None:
         peft_class = task.auto_class.__name__.replace("AutoModel", "AutoPeftModel")
+        labels = task.labels
+        task.configure(config := SimpleNamespace())
+        problem = getattr(config, "problem_type", None)  # of which transformers' pipeline asks
         names = "" if labels is None else f"\n    id2label={dict(enumerate(labels))!r},"
+        names += "" if problem is None else f"\n    problem_type={problem!r},"
         how = f"\n    num_labels={1 if labels is None else len(labels)},{names}"
     return f"""PEFT loads it so{", with the number of labels and their names" if how else ""}:
 

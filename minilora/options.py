@@ -128,6 +128,10 @@ def boolean(text: str) -> bool:
     return BOOLEANS[text.lower()]
 
 
+def _number_or_word(text: str) -> float | str:
+    return float(text) if re.match("[-+.0-9]", text) else text
+
+
 def positive(text: str) -> int:
     """A flag's value that is a whole number, 1 or more."""
     if not text.isdecimal() or int(text) < 1:
@@ -159,6 +163,7 @@ _FLAGS: dict[Any, dict[str, Any]] = {
     str: {},
     bool: {"type": boolean, "nargs": "?", "const": True, "metavar": "BOOL"},
     bool | str: {"type": lambda text: BOOLEANS.get(text.lower(), text), "metavar": "VALUE"},
+    float | str: {"type": _number_or_word, "metavar": "VALUE"},
     int: {"type": int, "metavar": "N"},
     float: {"type": float, "metavar": "X"},
     int | float: {"type": _number, "metavar": "X"},

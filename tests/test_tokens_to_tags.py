@@ -176,7 +176,7 @@ def test_evaluate_is_trainings_last_evaluation_and_by_class(finished, files, com
     found = done.summary()
     for name in last.keys() - {"step", "epoch"}:
         assert found[name] == last[name], name
-    assert list(found["by_class"]) == ["good", "thing"] and "support" in done.out
+    assert list(found["per_class"]) == ["good", "thing"] and "support" in done.out
 
 
 def test_peft_loads_the_adapter_with_the_same_logits(finished):

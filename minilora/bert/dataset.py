@@ -66,6 +66,14 @@ def tokenize(
     )
 
 
+def shortening(examples: Examples, rows: int, max_length: int) -> str:
+    """What became of the texts that are too long for the model; empty where there are none."""
+    if len(examples) != rows:
+        return f"{rows} texts are {len(examples)} examples of at most {max_length} tokens"
+    cut = examples.truncated
+    return f"{cut} of {rows} texts were cut at {max_length} tokens" if cut else ""
+
+
 def token_positions(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
     """start, start + 1, ..., start + length - 1 for each pair, end to end: (total,) int64."""
     ends = np.cumsum(lengths)

@@ -106,6 +106,33 @@ def precision_recall_f1(correct: int, predicted: int, actual: int) -> dict[str, 
     }
 
 
+def scores_by_class(
+    names: list[str], correct: np.ndarray, predicted: np.ndarray, actual: np.ndarray
+) -> dict[str, dict[str, float]]:
+    """precision, recall, f1 and support of each class, from counts (C,)."""
+    found = {}
+    for name, *counts in zip(
+        names, *map(np.ndarray.tolist, (correct, predicted, actual)), strict=True
+    ):
+        found[name] = precision_recall_f1(*counts) | {"support": counts[-1]}
+    return found
+
+
+def best_threshold(probabilities: np.ndarray, labels: np.ndarray) -> float:
+    """From where on a probability should mean yes: the micro F1 over all (N, C) is then the highest
+    that any threshold gives; of several, the highest. 0.5 where there is no yes to be found.
+
+    It lies midway between two probabilities, so that a last bit of one changes nothing.
+    """
+    order = np.argsort(-probabilities, axis=None, kind="stable")
+    sorted_down, is_yes = probabilities.reshape(-1)[order], labels.reshape(-1)[order] > 0
+    below = np.append(sorted_down[1:], 0.0)
+    f1 = 2 * np.cumsum(is_yes) / (np.arange(1, len(order) + 1) + is_yes.sum())
+    f1[sorted_down == below] = 0.0  # no threshold parts these two
+    best = int(f1.argmax())
+    return float((sorted_down[best] + below[best]) / 2) if f1[best] > 0 else 0.5
+
+
 def softmax(logits: np.ndarray) -> np.ndarray:
     """Over the last axis, in float64: the float32 logits are all that was rounded."""
     exponentials = np.exp(logits.astype(np.float64) - logits.max(axis=-1, keepdims=True))

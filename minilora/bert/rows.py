@@ -17,7 +17,8 @@ import io
 import json
 import math
 import re
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,7 @@ class Columns:
     text: str | None = None
     pair: str | None = None
     label: str | None = None
+    labels: tuple[str, ...] = ()  # a column of 0 and 1 for each, instead of a label
 
 
 USUAL = Columns()
@@ -66,8 +68,22 @@ Lines = list[tuple[int, list[str]]]  # (line, its fields)
 Records = list[tuple[int, dict[str, Any]]]  # (line, value by column)
 
 
-def read_rows(path: Path, columns: Columns = USUAL, labelled: bool = True) -> list[Row]:
-    """All rows of a file, in its order.
+def one_label(path: Path, line: int, value: Any) -> str:
+    """The label of a row that has one."""
+    label = text_of(path, line, "label", value).strip()
+    if label.lower() in ("", "nan"):
+        raise bad(path, line, f"the label is {label!r}; every example needs one")
+    return label
+
+
+def read_rows(
+    path: Path,
+    columns: Columns = USUAL,
+    labelled: bool = True,
+    label_of: Callable[[Path, int, Any], Any] = one_label,
+) -> list[Row]:
+    """All rows of a file, in its order, each label as `label_of` makes it of file, line and value.
+    With `columns.labels` the value is that of each column, by name.
 
     If not `labelled`, no label is looked for, and a headerless file has its text first and its
     second text, if any, next.
@@ -86,7 +102,13 @@ def read_rows(path: Path, columns: Columns = USUAL, labelled: bool = True) -> li
     if not records:
         raise MiniloraError(f"{path} is empty: it holds no example")
     found = _find_columns(path, records, columns, labelled)
-    return [row_of(path, line, record, found) for line, record in records]
+    rows = []
+    for line, record in records:
+        row, value = row_of(path, line, record, found), record.get(found.get("label", ""))
+        if columns.labels:
+            value = {name: record.get(name) for name in columns.labels}
+        rows.append(replace(row, label=label_of(path, line, value)) if labelled else row)
+    return rows
 
 
 def read_texts(path: Path, arguments: Any, labelled: bool) -> list[Row]:
@@ -159,7 +181,7 @@ def _by_column(path: Path, lines: Lines, asked: Columns, labelled: bool) -> tupl
 
 def _is_header(first: list[str], last_below: list[str], asked: Columns, labelled: bool) -> bool:
     if asked != USUAL:
-        given = (asked.text, asked.pair, asked.label)
+        given = (asked.text, asked.pair, asked.label, *asked.labels)
         named = {column for column in given if column is not None and not column.isdecimal()}
         return bool(named) and named <= set(first)
     named_as_usual = any(name.lower() in USUAL_NAMES["text"] for name in first)
@@ -184,10 +206,14 @@ def _by_number(path: Path, width: int, asked: Columns, labelled: bool) -> Column
             f"{path} has no header and {width} fields where a text or two and a label are "
             f"expected: say which is which with {', '.join(FLAGS.values())} (numbers from 0)"
         )
-    label = str(width - 1) if asked.label is None and labelled else asked.label
+    is_last = asked.label is None and labelled and not asked.labels
+    label = str(width - 1) if is_last else asked.label
     pair = "1" if asked == USUAL and texts == 2 else asked.pair
-    left = [str(number) for number in range(width) if str(number) not in (label, pair)]
-    return Columns((left or ["0"])[0] if asked.text is None else asked.text, pair, label)
+    left = [
+        str(number) for number in range(width) if str(number) not in (label, pair, *asked.labels)
+    ]
+    text = (left or ["0"])[0] if asked.text is None else asked.text
+    return Columns(text, pair, label, asked.labels)
 
 
 def read_objects(path: Path) -> Records:
@@ -218,13 +244,17 @@ def parse_json(path: Path, line: int, text: str) -> Any:
 def _find_columns(path: Path, records: Records, asked: Columns, labelled: bool) -> dict[str, str]:
     names = list(dict.fromkeys(name for _, record in records for name in record))
     listed, lower = ", ".join(names), {name.lower(): name for name in reversed(names)}
-    found, taken = {}, {asked.text, asked.pair, asked.label}
+    found, taken = {}, {asked.text, asked.pair, asked.label, *asked.labels}
+    if lacking := [name for name in asked.labels if name not in names]:
+        raise MiniloraError(
+            f"{path} has no column {lacking[0]!r} (--label_columns); it has {listed}"
+        )
     # GLUE's QNLI: each alone is a usual name of a text.
     is_question_pair = "text" not in lower and {"question", "sentence"} <= lower.keys()
     if is_question_pair and asked.text is None and asked.pair is None:
-        asked = Columns(lower["question"], lower["sentence"], asked.label)
+        asked = replace(asked, text=lower["question"], pair=lower["sentence"])
     for role, usual in USUAL_NAMES.items():
-        if role == "label" and not labelled:
+        if role == "label" and (asked.labels or not labelled):
             continue
         given, flag = getattr(asked, role, None), FLAGS.get(role)
         if given is not None and given not in names:
@@ -255,12 +285,9 @@ def row_of(path: Path, line: int, record: dict[str, Any], columns: dict[str, str
             continue  # it is optional
         if column not in record:
             raise bad(path, line, f"no {role} (column {column!r}); it has {', '.join(record)}")
-        values[role] = text_of(path, line, role, record[column])
-    label = values.get("label")
-    if label is not None and label.strip().lower() in ("", "nan"):
-        raise bad(path, line, f"the label is {label!r}; every example needs one")
-    label = label and label.strip()
-    return Row(values["text"], values.get("pair"), label, values.get("kind"), line)
+        if role != "label":
+            values[role] = text_of(path, line, role, record[column])
+    return Row(values["text"], values.get("pair"), None, values.get("kind"), line)
 
 
 def text_of(path: Path, line: int, role: str, value: Any) -> str:

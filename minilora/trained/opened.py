@@ -22,7 +22,7 @@ from minilora.bert.tasks import Task, build_task, foreign_task
 from minilora.errors import MiniloraError
 from minilora.lora.peft_files import CONFIG_NAME, StoredAdapter, read_adapter
 from minilora.trained.directory import kind_of
-from minilora.training.checkpoint import latest_checkpoint, read_checkpoint
+from minilora.training.checkpoint import Stored, latest_checkpoint, read_checkpoint
 from minilora.training.config import TrainConfig
 from minilora.training.progress import say
 from minilora.training.record import RunRecord
@@ -68,6 +68,8 @@ def open_run(
     length = input_length(model, tokenizer, config.max_length)
     record = dataclasses.replace(record, arguments=config)
     task = build_task(config, record.labels)
+    if hasattr(task, "recall"):
+        task.recall(record.result or {})  # pyright: ignore[reportAttributeAccessIssue]
     return TrainedRun(adapter, record, model, tokenizer, task, forward, length)
 
 
@@ -83,13 +85,14 @@ def read_record(path: Path, model_name_or_path: str | None = None) -> tuple[Path
     if kind == "run":
         record = read_run(path)
         if not (path / CONFIG_NAME).is_file():  # the last file of an adapter to be written
-            adapter = latest_checkpoint(path)
-            if adapter is None:
+            found = latest_checkpoint(path)
+            if found is None:
                 go_on = f"python -m minilora.train --resume_from_checkpoint {path}"
                 raise MiniloraError(f"{path} has no adapter yet: {go_on}")
-            say(f"{path} is not finished: this is {adapter.name}")
+            say(f"{path} is not finished: this is {found.name}")
+            adapter, record = found, _evaluated(read_checkpoint(found))
     elif kind == "checkpoint":
-        record = read_checkpoint(path).record
+        record = _evaluated(read_checkpoint(path))
     if record is None:
         return path, _record_of_foreign(read_adapter(path), model_name_or_path)
     if model_name_or_path is not None:
@@ -114,6 +117,13 @@ def load_base(adapter: Path, record: RunRecord) -> tuple[PreTrainedModel, PreTra
         )
     saved_beside = (adapter / "tokenizer_config.json").is_file()
     return start.model, load_tokenizer(str(adapter), None) if saved_beside else start.tokenizer
+
+
+def _evaluated(stored: Stored) -> RunRecord | None:
+    # The record of a checkpoint, with the evaluation that came last before it.
+    rows = [row for row in stored.progress["log_history"] if "eval_loss" in row]
+    result = rows[-1] if rows else None
+    return stored.record and dataclasses.replace(stored.record, result=result)
 
 
 def _record_of_foreign(adapter: StoredAdapter, name: str | None) -> RunRecord:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from minilora.bert.dataset import batches_in_order, tokenize
+from minilora.bert.dataset import batches_in_order, shortening, tokenize
 from minilora.bert.tasks import varied
 from minilora.trained.opened import TrainedRun
 from minilora.trained.predict import check_pairs
@@ -45,8 +45,8 @@ def evaluate_file(
     rows = run.task.read_rows(Path(file), columns, labelled=True)
     check_pairs(run, rows)
     examples = tokenize(rows, run.task, run.tokenizer, run.max_length, str(file))
-    if cut := examples.truncated:
-        say(f"{file}: {cut} of {len(rows)} texts were cut at {run.max_length} tokens")
+    if told := shortening(examples, len(rows), run.max_length):
+        say(f"{file}: {told}")
     size, shown = config.per_device_eval_batch_size, f"evaluating {Path(file).name}"
     examples = varied(run.task, examples, None)
     batches = batches_in_order(examples, size, run.forward.collate, run.model.device, shown)

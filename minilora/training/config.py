@@ -1,5 +1,7 @@
 """`TrainConfig`: everything a run is told, under the names of HF `TrainingArguments`."""
 
+# ruff: noqa: RUF009 (each call of option() makes a new field)
+
 import dataclasses
 import re
 from dataclasses import dataclass
@@ -15,6 +17,8 @@ TASKS = tuple(sorted(f.stem for f in Path(__file__).parents[1].glob("bert/tasks/
 # Masked words are their texts' own; Trainer's recipe for them draws masks of its own.
 LABELLED = tuple(task for task in TASKS if task != "masked_lm")
 ONE_CLASS = ("sequence_classification", "token_classification")
+SEVERAL = ("multi_label_classification",)
+WHOLE_TEXTS = ("sequence_classification", "regression", *SEVERAL)
 SCHEDULES = ("linear", "cosine", "constant", "constant_with_warmup")
 STRATEGIES = ("no", "steps", "epoch")
 TIMINGS = ("runtime", "per_second")  # how the names of timings end
@@ -51,6 +55,9 @@ class TrainConfig:
     text_pair_column: str | None = option(
         None, "the same for the second text of a pair", tasks=LABELLED)
     label_column: str | None = option(None, "the same for the label", tasks=LABELLED)
+    label_columns: list[str] | None = option(
+        None, "a column of 0 and 1 for each label, instead of label_column", tasks=SEVERAL)
+    label_separator: str = option(",", "between the labels of a text's field", tasks=SEVERAL)
     label_all_tokens: bool = option(
         False, "label every sub-token of a word, not the first", tasks=("token_classification",))
     line_by_line: bool = option(
@@ -61,6 +68,9 @@ class TrainConfig:
         128, "tokens that windows of a long passage share; at most half of those they have for it",
         least=0, tasks=("question_answering",))
     max_length: int | None = option(None, "tokens of a text; by default the model's limit", least=3)
+    stride: int | None = option(
+        None, "cut no text, but make windows of max_length that share so many tokens", least=0,
+        tasks=WHOLE_TEXTS)
 
     output_dir: str | None = free(None, "new or empty; by default runs/<date-time>", group="output")
     resume_from_checkpoint: str | None = free(None, "a run or its checkpoint; needs no other flag")
@@ -89,6 +99,12 @@ class TrainConfig:
     max_grad_norm: float = option(1.0, "gradients are clipped to this norm; 0: never", least=0)
     label_smoothing_factor: float = option(
         0.0, "share spread over all classes", least=0, below=1, tasks=ONE_CLASS)
+    class_weights: list[str] | None = option(
+        None, "balanced, or name=weight of some; the training loss is their weighted mean",
+        tasks=("sequence_classification",))
+    threshold: float | str = option(
+        0.5, "probability from which on a label is given; best: of the highest micro F1 in "
+        "evaluation", least=0, below=1, tasks=SEVERAL)
     seed: int = option(42, "of every random draw", least=0, below=2**32)  # numpy's bound
     data_seed: int | None = option(None, "of the order of examples; by default seed", least=0)
     hf_parity: bool = option(
@@ -182,6 +198,15 @@ def _relations(c: TrainConfig) -> list[tuple[Any, str]]:
          "losses does Trainer divide by the labels of a whole step"),
         (c.eval_strategy == "no" and c.best_metric(),
          f"{c.best_metric()} is asked to rank checkpoints, and eval_strategy is no"),
+        (isinstance(c.threshold, str) and c.threshold != "best",
+         f"threshold is {c.threshold!r}; it must be a number or best"),
+        (c.threshold == "best" and evaluates != "epoch",
+         f"threshold best is chosen as an epoch ends; eval_strategy is {evaluates}: leave it out"),
+        (not c.label_separator, "label_separator is empty; it must be a character or more"),
+        (c.label_column and c.label_columns,
+         "label_column and label_columns are both given: leave one out"),
+        (c.class_weights and c.label_smoothing_factor,
+         "class_weights and label_smoothing_factor are both given: leave one out"),
         (c.load_best_model_at_end and evaluates != c.save_strategy,
          "load_best_model_at_end needs a checkpoint at each evaluation: eval_strategy is "
          f"{evaluates}, save_strategy is {c.save_strategy}; make them the same"),
@@ -195,8 +220,11 @@ def _relations(c: TrainConfig) -> list[tuple[Any, str]]:
         if tasks is not None and c.task not in tasks:
             checks.append((is_given, f"{field.name} is for {' and '.join(tasks)}, not {c.task}"))
     plain = {"batching": "padded", "dropout": "torch"}
-    rates = {"head_learning_rate": None, "loraplus_lr_ratio": None}  # Trainer has one
-    exact = {**plain, **rates, "dtype": "float32", "gradient_checkpointing": False}
+    # What Trainer has not.
+    plainer = dict.fromkeys(
+        ("head_learning_rate", "loraplus_lr_ratio", "class_weights", "stride"), None
+    )
+    exact = {**plain, **plainer, "dtype": "float32", "gradient_checkpointing": False}
     for mode, settings in (("hf_parity", exact), ("torch_compile", plain)):
         for name, needed in settings.items():
             value = getattr(c, name)

@@ -38,9 +38,10 @@ def evaluate_model(
     no training number. `scorer` is one of bert/tasks.
     """
     start, losses, examples, (loss, weight) = time.perf_counter(), [], 0, measure
+    whole_texts = getattr(scorer, "whole_texts", lambda *output: output)
     with torch.no_grad(), evaluation_mode(forward):
         for batch in batches:
-            logits = forward(batch)
+            logits, batch = whole_texts(forward(batch), batch)
             # What the loss is averaged over counts once each, whatever the size of the last batch;
             # float32, as Trainer averages.
             mean = loss(logits, batch).item()

@@ -200,9 +200,10 @@ def loss_shares(task: Any, config: TrainConfig, batches: list[Batch]) -> list[fl
         # HF Trainer 5.23 adds up the means for BERT's heads, so that the loss grows with the
         # accumulation (transformers#47688).
         return [1.0] * len(batches)
-    weights = [task.loss_weight(batch) for batch in batches]
+    weight = getattr(task, "training_weight", task.loss_weight)
+    weights = [weight(batch) for batch in batches]
     total = sum(weights) or 1  # of masked words there may be none
-    return [weight / total for weight in weights]  # 1.0 of a single batch changes no bit
+    return [own / total for own in weights]  # 1.0 of a single batch changes no bit
 
 
 def log_loss(training: Training, run: Callbacks, grad_norm: float, learning_rate: float) -> None:

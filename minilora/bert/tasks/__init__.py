@@ -59,7 +59,8 @@ class Scorer(Protocol):
     """Takes batches as they come, on the CPU, logits in float32, and never keeps them all.
 
     It may have, too, after the last batch: `confusion`, counts (C, C), true class by predicted; and
-    `by_class()`, {"precision", "recall", "f1", "support"} of each class's name.
+    `by_class()`, {"precision", "recall", "f1", "support"} of each class's name. And where examples
+    may be windows of a text, a `texts.WholeTexts`, `whole_texts`: what of each batch is scored.
     """
 
     def add(self, logits: Tensor, batch: Batch) -> None: ...
@@ -90,8 +91,8 @@ class Task(Protocol):
     # Gives transformers' config the head's size and labels.
     def configure(self, config: Any) -> None: ...
 
-    # The arrays that `encode_texts` says, and any others, each of N examples or of all tokens. A
-    # row may become several examples. `place` is the rows' file, for errors.
+    # The arrays that `texts.encode_texts` says, and any others, each of N examples or of all
+    # tokens. A row may become several examples. `place` is the rows' file, for errors.
     def encode(
         self, rows: list[Row], tokenizer: Tokenizer, max_length: int, place: str
     ) -> Arrays: ...
@@ -103,8 +104,16 @@ class Task(Protocol):
     # Only where the batches that Trainer makes for the task hold no "labels", but, say, places:
     #     trainer_averages = True
 
+    # Only where the loss depends on what is to be learned, as by balanced weights:
+    #     def weigh(self, examples: Examples) -> None
+
+    # Only where an evaluation chooses what is kept, as a threshold; `result` is its metrics:
+    #     def recall(self, result: dict[str, Any]) -> None
+
     # The mean that is minimised, label smoothing included; the mean that is reported; how many
-    # things they are means over: examples, or labelled tokens.
+    # things they are means over: examples, or labelled tokens. Where the first is a weighted mean,
+    # its weight is another:
+    #     def training_weight(self, batch: Batch) -> float
     def training_loss(self, logits: Tensor, batch: Batch) -> Tensor: ...
     def loss(self, logits: Tensor, batch: Batch) -> Tensor: ...
     def loss_weight(self, batch: Batch) -> int: ...
@@ -145,18 +154,6 @@ def varied(task: Task, examples: Examples, epoch: int | None) -> Examples:
     """
     vary = getattr(task, "vary", None)
     return examples if vary is None else vary(examples, epoch)
-
-
-def encode_texts(
-    rows: list[Row], labels: np.ndarray, tokenizer: Tokenizer, max_length: int
-) -> Arrays:
-    """One example for each row, with its label; the longer text of a pair is truncated first.
-
-    The arrays of `Examples` for n examples, with `lengths` (n,) for its offsets, `truncated` (n,),
-    and `row` counted from the first of `rows`.
-    """
-    encoded = call_tokenizer(rows, tokenizer, max_length)
-    return {**arrays_of(encoded, max_length), "labels": labels, "row": np.arange(len(rows))}
 
 
 def call_tokenizer(rows: list[Row], tokenizer: Tokenizer, max_length: int) -> Any:

@@ -9,7 +9,8 @@ from transformers import AutoModelForSequenceClassification
 
 from minilora.bert.metrics import regression_metrics
 from minilora.bert.rows import Row, is_number, read_texts
-from minilora.bert.tasks import Arguments, Arrays, Batch, Examples, Tokenizer, encode_texts
+from minilora.bert.tasks import Arguments, Arrays, Batch, Examples, Tokenizer
+from minilora.bert.texts import WholeTexts, encode_texts, of_whole_texts
 from minilora.errors import MiniloraError
 
 
@@ -25,7 +26,8 @@ class Regression:
     logits_of = "examples"
     read_rows = staticmethod(read_texts)
 
-    def __init__(self, arguments: Arguments, labels: list[str] | None) -> None: ...
+    def __init__(self, arguments: Arguments, labels: list[str] | None) -> None:
+        self.stride = arguments.stride
 
     @staticmethod
     def find_labels(rows: list[Row], path: str) -> None: ...
@@ -40,7 +42,7 @@ class Regression:
                 found = f"{place}, line {row.line}: label {row.label!r}"
                 raise MiniloraError(f"{found} is not a finite number")
         labels = np.array([float(row.label or 0) for row in rows], dtype=np.float32)
-        return encode_texts(rows, labels, tokenizer, max_length)
+        return encode_texts(rows, labels, tokenizer, max_length, self.stride)
 
     def training_loss(self, logits: Tensor, batch: Batch) -> Tensor:
         return self.loss(logits, batch)
@@ -52,18 +54,20 @@ class Regression:
         return len(batch["labels"])
 
     def scorer(self, rows: list[Row], examples: Examples) -> "ValueScorer":
-        return ValueScorer()
+        return ValueScorer(examples)
 
     def predictions(
         self, rows: list[Row], examples: Examples, logits: list[np.ndarray]
     ) -> list[dict[str, Any]]:
-        return [{"score": value} for value in np.concatenate(logits).tolist()]
+        values = of_whole_texts(logits, examples.row)[:, 0]
+        return [{"score": value} for value in values.tolist()]
 
 
 class ValueScorer:
-    """mse, pearson, spearman; two numbers of each example are kept."""
+    """mse, pearson, spearman; two numbers of each text are kept."""
 
-    def __init__(self) -> None:
+    def __init__(self, examples: Examples) -> None:
+        self.whole_texts = WholeTexts(examples.row)
         self.predictions: list[np.ndarray] = []
         self.labels: list[np.ndarray] = []
 

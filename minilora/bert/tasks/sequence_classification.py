@@ -4,11 +4,12 @@ from collections import defaultdict
 from typing import Any
 
 import numpy as np
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification
 
-from minilora.bert.metrics import classification_metrics, softmax
+from minilora.bert.metrics import classification_metrics, scores_by_class, softmax
 from minilora.bert.rows import Row, is_number, read_texts
 from minilora.bert.tasks import (
     Arguments,
@@ -16,9 +17,9 @@ from minilora.bert.tasks import (
     Batch,
     Examples,
     Tokenizer,
-    encode_texts,
     smoothed_cross_entropy,
 )
+from minilora.bert.texts import WholeTexts, encode_texts, of_whole_texts
 from minilora.errors import MiniloraError
 
 # Labels of more values than this, and than a tenth of the examples, are hardly classes.
@@ -40,6 +41,9 @@ class SequenceClassification:
         assert labels is not None
         self.labels = labels
         self.label_smoothing = arguments.label_smoothing_factor
+        self.stride = arguments.stride
+        self.is_balanced = arguments.class_weights == ["balanced"]
+        self.class_weights = _class_weights(arguments.class_weights, labels)
 
     @staticmethod
     def find_labels(rows: list[Row], path: str) -> list[str]:
@@ -70,9 +74,19 @@ class SequenceClassification:
                 known = f"the training data, which has {', '.join(self.labels[:20])}"
                 raise MiniloraError(f"{unknown} does not occur in {known}")
         labels = [0 if row.label is None else ids[_class_name(row.label)] for row in rows]
-        return encode_texts(rows, np.array(labels, dtype=np.int64), tokenizer, max_length)
+        ids_of_rows = np.array(labels, dtype=np.int64)
+        return encode_texts(rows, ids_of_rows, tokenizer, max_length, self.stride)
+
+    def weigh(self, examples: Examples) -> None:
+        """Balanced weights as scikit-learn's: N / (C * examples of the class)."""
+        if self.is_balanced:
+            counts = np.bincount(examples.labels, minlength=len(self.labels))
+            self.class_weights = (len(examples) / (len(counts) * counts)).tolist()
 
     def training_loss(self, logits: Tensor, batch: Batch) -> Tensor:
+        if self.class_weights is not None:
+            weights = torch.tensor(self.class_weights, dtype=logits.dtype, device=logits.device)
+            return F.cross_entropy(logits, batch["labels"], weight=weights)
         if self.label_smoothing == 0:
             return self.loss(logits, batch)
         return smoothed_cross_entropy(logits, batch["labels"], self.label_smoothing)
@@ -83,13 +97,19 @@ class SequenceClassification:
     def loss_weight(self, batch: Batch) -> int:
         return len(batch["labels"])
 
+    def training_weight(self, batch: Batch) -> float:
+        """The sum of the weights, which torch's weighted mean is divided by."""
+        if self.class_weights is None:
+            return self.loss_weight(batch)
+        return float(np.array(self.class_weights)[batch["labels"].cpu().numpy()].sum())
+
     def scorer(self, rows: list[Row], examples: Examples) -> "ClassScorer":
-        return ClassScorer(len(self.labels), [rows[row].kind for row in examples.row])
+        return ClassScorer(self.labels, rows, examples)
 
     def predictions(
         self, rows: list[Row], examples: Examples, logits: list[np.ndarray]
     ) -> list[dict[str, Any]]:
-        stacked, found = np.stack(logits), []  # (N, C)
+        stacked, found = of_whole_texts(logits, examples.row), []  # (texts, C)
         for best, row in zip(stacked.argmax(axis=-1), softmax(stacked).tolist(), strict=True):
             label, by_label = self.labels[best], dict(zip(self.labels, row, strict=True))
             found.append({"label": label, "score": row[best], "probabilities": by_label})
@@ -97,11 +117,12 @@ class SequenceClassification:
 
 
 class ClassScorer:
-    """accuracy, f1, matthews, and accuracy_<kind> for each kind of example."""
+    """accuracy, f1, matthews, and accuracy_<kind> for each kind of text."""
 
-    def __init__(self, classes: int, kinds: list[str | None]) -> None:
-        self.confusion = np.zeros((classes, classes), dtype=np.int64)  # as in `metrics`
-        self.kinds = kinds
+    def __init__(self, labels: list[str], rows: list[Row], examples: Examples) -> None:
+        self.labels, self.kinds = labels, [rows[row].kind for row in examples.row]
+        self.confusion = np.zeros((len(labels), len(labels)), dtype=np.int64)  # as in `metrics`
+        self.whole_texts = WholeTexts(examples.row)
         self.correct: dict[str | None, list[bool]] = defaultdict(list)
 
     def add(self, logits: Tensor, batch: Batch) -> None:
@@ -114,6 +135,27 @@ class ClassScorer:
         named = sorted((kind, correct) for kind, correct in self.correct.items() if kind)
         by_kind = {f"accuracy_{kind}": sum(correct) / len(correct) for kind, correct in named}
         return classification_metrics(self.confusion) | by_kind
+
+    def by_class(self) -> dict[str, dict[str, float]]:
+        counts = self.confusion
+        return scores_by_class(self.labels, np.diag(counts), counts.sum(axis=0), counts.sum(axis=1))
+
+
+def _class_weights(asked: list[str] | None, labels: list[str]) -> list[float] | None:
+    # None where none are asked for, or balanced ones, which only the training examples tell.
+    if asked is None or asked == ["balanced"]:
+        return None
+    found: dict[str, float] = {}
+    for name, _, weight in (item.rpartition("=") for item in asked):
+        problem = None
+        if name not in labels:
+            problem = f"there is no class {name!r}; there are {', '.join(labels[:20])}"
+        elif name in found or not is_number(weight) or float(weight) <= 0:
+            problem = f"{name}={weight}: give a class once, with a number above 0"
+        if problem:
+            raise MiniloraError(f"class_weights: {problem}")
+        found[name] = float(weight)
+    return [found.get(label, 1.0) for label in labels]
 
 
 def _class_name(label: str) -> str:

@@ -1,14 +1,18 @@
 """Classes: what labels mean, what they cost, how they are scored."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import sklearn.metrics
 import torch
+from sklearn.utils.class_weight import compute_class_weight
 from transformers import AutoTokenizer
 
-from minilora import MiniloraError
+from minilora import MiniloraError, TrainConfig
 from minilora.bert.rows import Row
 from minilora.bert.tasks import task_class
+from minilora.training.loop import loss_shares
 from tests.conftest import examples_of, task_of, tiny_classifier
 
 NAME = "sequence_classification"
@@ -142,3 +146,71 @@ def test_labels_of_one_number_have_an_order_of_their_own():
 def test_a_label_of_more_digits_than_python_reads_is_a_name():
     labels = task_class(NAME).find_labels(rows_of(["9" * 5000, "10", "9"]), "f")
     assert labels == ["10", "9", "9" * 5000]
+
+
+def test_the_scores_of_each_class_are_scikit_learns():
+    draw = np.random.default_rng(4)
+    logits = torch.from_numpy(draw.normal(size=(50, 3)).astype(np.float32))
+    logits[:, 2] = -9  # never predicted
+    labels = draw.integers(0, 3, 50).tolist()
+    scorer = scored(["a", "b", "c"], logits, labels, None, 7)
+    report = sklearn.metrics.classification_report(
+        labels, logits.argmax(-1), target_names=["a", "b", "c"], output_dict=True, zero_division=0.0
+    )
+    for label, scores in scorer.by_class().items():
+        assert list(scores) == ["precision", "recall", "f1", "support"]
+        theirs = [report[label][n] for n in ("precision", "recall", "f1-score", "support")]
+        assert list(scores.values()) == pytest.approx(theirs, abs=1e-12)
+
+
+def test_balanced_weights_are_scikit_learns():
+    labels = np.array([0] * 7 + [1] * 2 + [2])
+    task = task_of(NAME, ["a", "b", "c"], class_weights=["balanced"])
+    task.weigh(dataclasses.replace(examples_of(10), labels=labels))
+    expected = compute_class_weight("balanced", classes=np.arange(3), y=labels)
+    assert task.class_weights == pytest.approx(expected.tolist(), rel=1e-15)
+
+
+def test_weights_by_name_are_torchs_and_only_for_training():
+    task = task_of(NAME, ["a", "b=c", "d"], class_weights=["b=c=2.5", "a=.5"])
+    task.weigh(examples_of(1))
+    logits, labels = torch.randn(6, 3), torch.tensor([0, 1, 2, 0, 1, 1])
+    weight = torch.tensor([0.5, 2.5, 1.0])
+    expected = torch.nn.CrossEntropyLoss(weight=weight)(logits, labels)
+    assert torch.equal(task.training_loss(logits, {"labels": labels}), expected)
+    assert torch.equal(
+        task.loss(logits, {"labels": labels}), torch.nn.CrossEntropyLoss()(logits, labels)
+    )
+
+
+def test_accumulated_batches_are_the_weighted_mean_of_the_whole():
+    config = TrainConfig(class_weights=["a=3", "b=0.25"])
+    task = task_of(NAME, ["a", "b", "c"], class_weights=config.class_weights)
+    logits, labels = torch.randn(20, 3), torch.randint(0, 3, (20,))
+    batches = [{"labels": part} for part in labels.split([7, 12, 1])]
+    parts = zip(logits.split([7, 12, 1]), batches, loss_shares(task, config, batches), strict=True)
+    total = sum(task.training_loss(part, batch) * share for part, batch, share in parts)
+    torch.testing.assert_close(total, task.training_loss(logits, {"labels": labels}))
+
+
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [
+        (["c=2"], "there is no class 'c'; there are a, b"),
+        (["a"], "there is no class ''; there are a, b"),
+        (["balanced", "a=1"], "there is no class ''"),
+        (["a=1", "a=2"], "a=2: give a class once, with a number above 0"),
+        (["a=0"], "a=0: give a class once"),
+        (["a=nan"], "a=nan: give a class once"),
+        (["a=much"], "a=much: give a class once"),
+    ],
+)
+def test_weights_of_no_class_and_of_no_number_are_refused(weights, message):
+    with pytest.raises(MiniloraError, match=f"class_weights: {message}"):
+        task_of(NAME, ["a", "b"], class_weights=weights)
+
+
+@pytest.mark.parametrize("other", [{"hf_parity": True}, {"label_smoothing_factor": 0.1}], ids=str)
+def test_weights_are_refused_beside_what_has_none(other):
+    with pytest.raises(MiniloraError, match="class_weights"):
+        TrainConfig(class_weights=["balanced"], **other)

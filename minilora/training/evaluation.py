@@ -12,6 +12,8 @@ from torch import Tensor, nn
 Batch = dict[str, Tensor]
 """What one forward pass takes (bert/forward says what), and labels."""
 
+TIMING_KEYS = ("runtime", "samples_per_second", "steps_per_second")
+
 
 def evaluate_model(
     forward: nn.Module,
@@ -40,8 +42,8 @@ def evaluate_model(
     weighted = np.concatenate(losses)
     found = {"loss": weighted.mean().item(), **scorer.metrics()}
     seconds = time.perf_counter() - start
-    found |= {"runtime": seconds, "samples_per_second": len(weighted) / seconds}
-    found |= {"steps_per_second": len(losses) / seconds}
+    speed = (seconds, len(weighted) / seconds, len(losses) / seconds)
+    found |= dict(zip(TIMING_KEYS, speed, strict=True))
     return {f"{prefix}_{name}": value for name, value in found.items()}
 
 

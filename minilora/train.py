@@ -13,7 +13,7 @@ from minilora.command import INTERRUPTED, Parser, run_command, stop_signals, wit
 from minilora.files import json_text
 from minilora.lora.config import LoraConfig
 from minilora.options import add_flags, given_flags
-from minilora.training.config import LORA_DEFAULTS, TIMINGS, TrainConfig
+from minilora.training.config import LORA_DEFAULTS, TrainConfig
 
 if TYPE_CHECKING:
     from minilora.fine_tuning import TrainResult
@@ -52,7 +52,7 @@ def print_summary(result: "TrainResult", stopped: bool) -> None:
     else:
         untrained = next((row for row in result.log_history if row["step"] == 0), {})
         for name, value in result.metrics.items():
-            if name.startswith(("eval_", "test_")) and not name.endswith(TIMINGS):
+            if name.startswith(("eval_", "test_")) and not name.endswith(("runtime", "second")):
                 before = f"   untrained {untrained[name]:.3f}" if name in untrained else ""
                 print(f"{name:<26}{value:.3f}{before}")
         print(f"adapter:  {result.output_dir}, which PEFT loads, too")

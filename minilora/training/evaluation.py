@@ -12,6 +12,8 @@ from torch import Tensor, nn
 Batch = dict[str, Tensor]
 """What one forward pass takes (bert/forward says what), and labels."""
 
+TIMING_KEYS = ("runtime", "samples_per_second", "steps_per_second")
+
 # Logits and batch to a mean loss; a batch to how many things that is a mean over.
 Measure = tuple[Callable[[Tensor, Batch], Tensor], Callable[[Batch], int]]
 
@@ -52,8 +54,8 @@ def evaluate_model(
     weighted = np.concatenate(losses)
     found = {"loss": weighted.mean().item(), **scorer.metrics()}
     seconds = time.perf_counter() - start
-    found |= {"runtime": seconds, "samples_per_second": examples / seconds}
-    found |= {"steps_per_second": len(losses) / seconds}
+    speed = (seconds, examples / seconds, len(losses) / seconds)
+    found |= dict(zip(TIMING_KEYS, speed, strict=True))
     return {f"{prefix}_{name}": value for name, value in found.items()}
 
 

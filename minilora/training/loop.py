@@ -15,8 +15,8 @@ import torch
 from torch import nn
 
 from minilora.errors import MiniloraError
-from minilora.training.config import TIMINGS, TrainConfig
-from minilora.training.evaluation import Batch
+from minilora.training.config import TrainConfig
+from minilora.training.evaluation import TIMING_KEYS, Batch
 from minilora.training.rng import draw_loader_seed
 
 
@@ -225,7 +225,7 @@ def evaluate_and_rank(training: Training, config: TrainConfig, run: Callbacks) -
     if best is None:
         return
     if best not in metrics:
-        computed = ", ".join(name for name in metrics if not name.endswith(TIMINGS))
+        computed = ", ".join(name for name in metrics if not name.endswith(TIMING_KEYS))
         raise MiniloraError(f"metric_for_best_model: there is no {best}; computed are {computed}")
     sign = 1 if config.best_is_greatest() else -1
     score = sign * metrics[best]

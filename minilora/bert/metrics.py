@@ -79,3 +79,9 @@ def precision_recall_f1(correct: int, predicted: int, actual: int) -> dict[str, 
         "recall": correct / actual if actual else 0.0,
         "f1": 2 * correct / (predicted + actual) if predicted + actual else 0.0,
     }
+
+
+def softmax(logits: np.ndarray) -> np.ndarray:
+    """Over the last axis, in float64: the float32 logits are all that was rounded."""
+    exponentials = np.exp(logits.astype(np.float64) - logits.max(axis=-1, keepdims=True))
+    return exponentials / exponentials.sum(axis=-1, keepdims=True)

@@ -89,6 +89,13 @@ def read_rows(path: Path, columns: Columns = USUAL, labelled: bool = True) -> li
     return [_row(path, line, record, found) for line, record in records]
 
 
+def read_texts(path: Path, arguments: Any, labelled: bool) -> list[Row]:
+    """The same, with the columns named in a run's arguments."""
+    label = arguments.label_column if labelled else None
+    columns = Columns(arguments.text_column, arguments.text_pair_column, label)
+    return read_rows(path, columns, labelled)
+
+
 def bad(path: Path, line: int, what: str) -> MiniloraError:
     """The error that something is wrong there."""
     return MiniloraError(f"{path}, line {line}: {what}")

@@ -179,6 +179,9 @@ def _relations(c: TrainConfig) -> list[tuple[Any, str]]:
         (c.mlm_probability == 0, "mlm_probability is 0; it must be above, or nothing is masked"),
         (c.validation_split and c.validation_file,
          "validation_split and validation_file are both given: leave one out"),
+        (c.hf_parity and c.label_smoothing_factor and c.gradient_accumulation_steps > 1,
+         "hf_parity with label_smoothing_factor needs gradient_accumulation_steps 1: only smoothed "
+         "losses does Trainer divide by the labels of a whole step"),
         (c.eval_strategy == "no" and c.best_metric(),
          f"{c.best_metric()} is asked to rank checkpoints, and eval_strategy is no"),
         (c.load_best_model_at_end and evaluates != c.save_strategy,

@@ -26,6 +26,11 @@ def test_every_task_has_a_file_of_its_own():
         ({"adam_beta2": 1.0}, "adam_beta2 is 1.0; it must be in [0, 1)"),
         ({"adam_epsilon": 0.0}, "adam_epsilon is 0.0; it must be above 0"),
         ({"num_train_epochs": 0}, "num_train_epochs is 0; it must be above 0"),
+        (
+            {"hf_parity": True, "label_smoothing_factor": 0.1, "gradient_accumulation_steps": 2},
+            "needs gradient_accumulation_steps 1",
+        ),
+        ({"label_all_tokens": True}, "is for token_classification, not sequence_classification"),
         ({"task": "translation"}, "task is 'translation'; it must be one of"),
         ({"validation_split": 0.1, "validation_file": "v"}, "both given: leave one out"),
         (

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from minilora.bert.rows import Columns, Row, read_rows
+from minilora.bert.rows import Row
 
 Arguments = Any  # the run's `TrainConfig`, which stands above this folder
 Arrays = dict[str, np.ndarray]
@@ -145,14 +145,6 @@ def varied(task: Task, examples: Examples, epoch: int | None) -> Examples:
     return examples if vary is None else vary(examples, epoch)
 
 
-def read_texts(path: Path, arguments: Arguments, labelled: bool) -> list[Row]:
-    """A text or two a row, and a label, in the columns that the arguments name."""
-    label = arguments.label_column if labelled else None
-    return read_rows(
-        path, Columns(arguments.text_column, arguments.text_pair_column, label), labelled
-    )
-
-
 def encode_texts(
     rows: list[Row], labels: np.ndarray, tokenizer: Tokenizer, max_length: int
 ) -> Arrays:
@@ -220,9 +212,3 @@ def smoothed_cross_entropy(logits: Tensor, labels: Tensor, smoothing: float) -> 
     counted = ignored.numel() - ignored.long().sum()
     uniform = uniform.sum() / (counted * logits.shape[-1])
     return (1 - smoothing) * (nll.sum() / counted) + smoothing * uniform
-
-
-def softmax(logits: np.ndarray) -> np.ndarray:
-    """Over the last axis, in float64: the float32 logits are all that was rounded."""
-    exponentials = np.exp(logits.astype(np.float64) - logits.max(axis=-1, keepdims=True))
-    return exponentials / exponentials.sum(axis=-1, keepdims=True)

@@ -8,16 +8,8 @@ from torch import Tensor
 from transformers import AutoModelForSequenceClassification
 
 from minilora.bert.metrics import regression_metrics
-from minilora.bert.rows import Row, is_number
-from minilora.bert.tasks import (
-    Arguments,
-    Arrays,
-    Batch,
-    Examples,
-    Tokenizer,
-    encode_texts,
-    read_texts,
-)
+from minilora.bert.rows import Row, is_number, read_texts
+from minilora.bert.tasks import Arguments, Arrays, Batch, Examples, Tokenizer, encode_texts
 from minilora.errors import MiniloraError
 
 

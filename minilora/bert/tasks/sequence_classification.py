@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification
 
-from minilora.bert.metrics import classification_metrics
-from minilora.bert.rows import Row, is_number
+from minilora.bert.metrics import classification_metrics, softmax
+from minilora.bert.rows import Row, is_number, read_texts
 from minilora.bert.tasks import (
     Arguments,
     Arrays,
@@ -17,9 +17,7 @@ from minilora.bert.tasks import (
     Examples,
     Tokenizer,
     encode_texts,
-    read_texts,
     smoothed_cross_entropy,
-    softmax,
 )
 from minilora.errors import MiniloraError
 

@@ -18,8 +18,16 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import AutoModelForTokenClassification
 
-from minilora.bert.metrics import entity_spans, precision_recall_f1
-from minilora.bert.rows import Row, bad, lines_of, read_objects, read_text, text_of
+from minilora.bert.metrics import entity_spans, precision_recall_f1, softmax
+from minilora.bert.rows import (
+    Row,
+    bad,
+    lines_of,
+    read_objects,
+    read_text,
+    read_texts,
+    text_of,
+)
 from minilora.bert.tasks import (
     NO_LABEL,
     Arguments,
@@ -30,15 +38,14 @@ from minilora.bert.tasks import (
     arrays_of,
     by_example,
     call_tokenizer,
-    read_texts,
     smoothed_cross_entropy,
-    softmax,
 )
 from minilora.errors import MiniloraError
 
 COLUMNS = (".conll", ".txt", ".iob", ".bio")  # a token a line, a blank line between sentences
 OBJECTS = (".json", ".jsonl")
 UNFINISHED = re.compile(r"|[BIES]-")
+Sentence = tuple[int, list[str], list[str] | None]  # line, tokens, tags
 
 
 class TokenClassification:
@@ -63,20 +70,15 @@ class TokenClassification:
         tags; to be predicted, also texts.
         """
         suffix = path.suffix.lower()
-        if suffix in COLUMNS:
-            rows = list(_sentences(path, labelled))
-        elif suffix in OBJECTS:
-            rows = [_row_of(path, *record, arguments, labelled) for record in read_objects(path)]
-            if not labelled and not any(row.fields for row in rows):
-                return read_texts(path, arguments, labelled)
-        elif labelled:
-            allowed = ", ".join((*COLUMNS, *OBJECTS))
+        if labelled and suffix not in COLUMNS + OBJECTS:
+            allowed = ", ".join(COLUMNS + OBJECTS)
             raise MiniloraError(f"{path} has the suffix {suffix!r}; allowed are {allowed}")
-        else:
-            return read_texts(path, arguments, labelled)
-        if not rows:
+        found = _sentences(path, labelled) if suffix in COLUMNS else []
+        found = _objects(path, arguments, labelled) if suffix in OBJECTS else found
+        rows = [_row(path, line, tokens, tags) for line, tokens, tags in found]
+        if not rows and (labelled or suffix in COLUMNS):
             raise MiniloraError(f"{path} is empty: it holds no sentence")
-        return rows
+        return rows or read_texts(path, arguments, labelled)
 
     @staticmethod
     def find_labels(rows: list[Row], path: str) -> list[str]:
@@ -97,7 +99,7 @@ class TokenClassification:
         encoded, ids = call_tokenizer(rows, tokenizer, max_length), self._ids()
         words, labels = [], []
         for row, encoding in zip(rows, encoded.encodings, strict=True):
-            owner = _owners(row, np.array(encoding.offsets))
+            owner = _owners(row, np.array(encoding.offsets).reshape(-1, 2))
             # Between two sub-tokens of a word there is no other.
             is_first = (owner >= 0) & (owner != np.concatenate([[-1], owner[:-1]]))
             words.append(np.where(is_first, owner, -1))
@@ -208,14 +210,14 @@ def words_of(examples: Examples) -> list[np.ndarray]:
     return np.split(examples.extra["word"], examples.offsets[1:-1])
 
 
-def _sentences(path: Path, labelled: bool) -> Iterator[Row]:
+def _sentences(path: Path, labelled: bool) -> Iterator[Sentence]:
     tokens, tags, start = [], [], 1
     for line, text in [*lines_of(read_text(path)), (0, "")]:
         text = text.removeprefix("\ufeff")  # of a file that was appended to another
         fields = [field.strip() for field in text.split("\t")] if "\t" in text else text.split()
         if not text.strip() or fields[0] == "-DOCSTART-":
             if tokens:
-                yield _row(path, start, tokens, tags if labelled else None)
+                yield start, tokens, tags if labelled else None
             tokens, tags = [], []
         elif labelled and len(fields) < 2:
             raise bad(path, line, f"{text!r} is one field; a token and its tag are expected")
@@ -225,18 +227,17 @@ def _sentences(path: Path, labelled: bool) -> Iterator[Row]:
             tags.append(fields[-1])
 
 
-def _row_of(
-    path: Path, line: int, record: dict[str, Any], arguments: Arguments, labelled: bool
-) -> Row:
-    asked = {"tokens": arguments.text_column or "tokens", "tags": arguments.label_column or "tags"}
-    lists = {role: record.get(column) for role, column in asked.items()}
-    if not labelled and not isinstance(lists["tokens"], list):
-        return Row("", None, None, None, line)  # a text
-    for role in asked if labelled else ("tokens",):
-        value = lists[role]
-        if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
-            raise bad(path, line, f"{asked[role]!r} is {value!r}; it must be a list of strings")
-    return _row(path, line, lists["tokens"] or [], lists["tags"] if labelled else None)
+def _objects(path: Path, arguments: Arguments, labelled: bool) -> Iterator[Sentence]:
+    names = [arguments.text_column or "tokens", arguments.label_column or "tags"]
+    records = read_objects(path)
+    if not labelled and not any(isinstance(record.get(names[0]), list) for _, record in records):
+        return  # they are texts
+    for line, record in records:
+        lists: list[Any] = [record.get(name) for name in names]
+        for name, value in list(zip(names, lists, strict=True))[: 1 + labelled]:
+            if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+                raise bad(path, line, f"{name!r} is {value!r}; it must be a list of strings")
+        yield line, lists[0], lists[1] if labelled else None
 
 
 def _row(path: Path, line: int, tokens: list[str], tags: list[str] | None) -> Row:

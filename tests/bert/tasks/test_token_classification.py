@@ -75,6 +75,7 @@ def test_a_documents_first_line_is_no_token(read):
         ("a.jsonl", '\n{"tokens": ["a"]}', "line 2: 'tags' is None; it must be a list of strings"),
         ("a.jsonl", '{"tokens": ["a"], "tags": [0]}', "must be a list of strings"),
         ("a.jsonl", '{"tokens": "a", "tags": ["O"]}', "must be a list of strings"),
+        ("a.json", "[]", "a.json is empty"),
         ("a.jsonl", '{"tokens": ["\\ud800"], "tags": ["O"]}', "half of a surrogate pair"),
     ],
 )
@@ -90,6 +91,11 @@ def test_files_without_tags_hold_tokens_or_texts(read):
     assert read("a.jsonl", '{"tokens": ["so"]}\n', False) == [row_of(["so"])]
     assert read("a.jsonl", '{"text": "so long"}\n', False) == [Row("so long", None, None, None, 1)]
     assert read("a.csv", "text\nso long\n", False) == [Row("so long", None, None, None, 2)]
+
+
+def test_a_file_that_holds_both_tokens_and_texts_is_refused(read):
+    with pytest.raises(MiniloraError, match="line 2: 'tokens' is None"):
+        read("a.jsonl", '{"tokens": ["so"]}\n{"text": "so long"}\n', False)
 
 
 def test_labels_are_the_sorted_tags_and_one_is_nothing_to_learn():

@@ -14,7 +14,6 @@ import time
 from pathlib import Path
 
 import numpy as np
-import torch
 from transformers import AutoConfig, AutoModelForSequenceClassification, set_seed
 
 from minilora import LoraConfig, add_adapter

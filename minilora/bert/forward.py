@@ -1,17 +1,19 @@
 """From a batch to logits: `Padded`, the model's own forward, and `Packed`, without the padding.
 
-Both hold the model and are modules themselves: what is compiled, and what is distributed. Which
-head the model has decides what comes out: C classes for each sequence, in the batch's order; for
-each token, in the row's order; or, of V words, for each masked place of it.
+Both hold the model and are modules themselves: what is compiled, and what is distributed. The
+model's head says what comes out: C logits for each sequence, in the batch's order; C for each
+token; or V, of words, for the M places that the batch has as `masked`, and for no others.
 
-`Packed` gets the last hidden states of a row from a walk through the encoder's modules, or from the
-encoder's own forward. `Padded` runs the whole model, and both leave the head to its class.
+`Packed` walks through the encoders that are built like BERT, calling the model's own modules on the
+tokens that are there and no others, as transformers 5.23 does in `BertModel.forward` and its
+relatives'. In the last layer only the first tokens go on after the keys and values are made, where
+the head reads nothing else: that saves a seventh of a six-layer model.
 
-Not here: how tokens lie in the row and attend to each other (`packing`), the walk (`walk`), the
-encoders that need none (`interface`), what an adapter adds to a linear layer: layers are called as
-they are.
+Not here: how tokens lie in the row and attend to each other (`packing`), relative positions
+(`relative`), encoders whose own forward takes a row (`interface`), what an adapter adds to a linear
+layer: layers are called as they are.
 
-B sequences of up to T tokens; N tokens of the row, M masked; D hidden; C classes, V words.
+B sequences, padded to T tokens; N tokens of the row; D hidden.
 """
 
 from typing import Any
@@ -22,14 +24,23 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from minilora.bert import interface, walk
+from minilora.bert import interface
 from minilora.bert.dataset import collate_padded
-from minilora.bert.packing import Layout, collate_packed, layout_of
+from minilora.bert.packing import Layout, attention, collate_packed, layout_of
+from minilora.bert.relative import Relative, relative_positions, scale_and_bias
 from minilora.bert.tasks import Batch, Examples
 
-# The ends of the classes whose heads read each sequence's first token, and each token.
+# The encoders built like BERT, by config.model_type: what attention and its projections are called
+# in a layer's `attention`. Those of fairseq number positions from behind the padding id on.
+FAIRSEQ = ("camembert", "mpnet", "roberta", "xlm-roberta")
+Names = tuple[str, str, str, str]
+WALKED: dict[str, Names] = {
+    **dict.fromkeys(("bert", "electra", *FAIRSEQ), ("self", "query", "key", "value")),
+    "deberta-v2": ("self", "query_proj", "key_proj", "value_proj"),
+    "mpnet": ("attn", "q", "k", "v"),
+}
 OF_SEQUENCES = "ForSequenceClassification"
-OF_TOKENS = ("ForTokenClassification", "ForQuestionAnswering", "ForMaskedLM")
+HEADS = (OF_SEQUENCES, "ForTokenClassification", "ForQuestionAnswering", "ForMaskedLM")
 
 
 class Padded(nn.Module):
@@ -44,15 +55,15 @@ class Padded(nn.Module):
         return collate_padded(examples, indices, self.pad_token_id)
 
     def forward(self, batch: Batch) -> Tensor:
-        """Logits (B, C) or (B, T, C), or (M, V) of `masked` (M,), indices into B * T; the labels
+        """Logits (B, C) or (B, T, C), or (M, V) of places `masked` (M,) of the B * T; the labels
         stay here, so that the loss is ours to see.
         """
         names = ("input_ids", "token_type_ids", "attention_mask")
         inputs = {name: batch[name] for name in names if name in batch}
         if "masked" not in batch:
             return logits_of(self.model(**inputs))
-        hidden = self.model.base_model(**inputs)[0]  # (B, T, D)
-        return headed(self.model, hidden.flatten(0, 1)[batch["masked"]][None])[0]
+        x = self.model.base_model(**inputs)[0].flatten(0, 1)  # (B * T, D)
+        return headed(self.model, x[batch["masked"]][None])[0]
 
 
 class Packed(nn.Module):
@@ -63,50 +74,102 @@ class Packed(nn.Module):
         self.model = model
         self.pad_token_id = pad_token_id
         self.multiple = multiple
-        self.is_walked = walk.can_walk(model)
-        if not self.is_walked:
+        self.of_sequences = type(model).__name__.endswith(OF_SEQUENCES)
+        if model.config.model_type not in WALKED:
             interface.prepare(model)
 
     def collate(self, examples: Examples, indices: np.ndarray) -> Batch:
         return collate_packed(examples, indices, self.pad_token_id, self.multiple)
 
     def forward(self, batch: Batch) -> Tensor:
-        """Logits (B, C), in the order of the batch's labels; or (N, C), in the row's order, filler
-        and all; or (M, V) of `masked` (M,), indices into the row.
+        """Logits (B, C), in the order of the batch's labels; or (N, C), in the row's, of what fills
+        it up, too; or (M, V) of places `masked` (M,) in the row.
         """
         layout: Layout = layout_of(batch["lengths"])  # pyright: ignore
-        of_sequences = type(self.model).__name__.endswith(OF_SEQUENCES)
-        if self.is_walked:
-            x = walk.walked(self.model, batch, layout, first_only=of_sequences)
+        if self.model.config.model_type in WALKED:
+            x = walked(self.model, batch, layout, first_only=self.of_sequences)
         else:
-            x = interface.own_forward(self.model, batch, layout)  # (N, D)
-            x = pooled(self.model, x, batch["lengths"], layout) if of_sequences else x
-        if of_sequences:
+            x = interface.own_forward(self.model, batch, layout, self.of_sequences)
+        if self.of_sequences:
             return headed(self.model, x[:, None])[batch["place"]]
         return headed(self.model, (x[batch["masked"]] if "masked" in batch else x)[None])[0]
 
 
 def can_pack(model: PreTrainedModel) -> bool:
-    """Whether the model is an encoder that is known how to pack, with a head that is."""
-    known = type(model).__name__.endswith((OF_SEQUENCES, *OF_TOKENS))
-    is_decoder = getattr(model.config, "is_decoder", False)
-    return known and not is_decoder and (walk.can_walk(model) or interface.can_run(model))
-
-
-def pooled(model: Any, x: Tensor, lengths: Tensor, layout: Layout) -> Tensor:
-    """Of the row (N, D), what a head for sequences reads (B, D): first tokens, or, if ModernBERT's
-    config says so, means.
+    """Whether the model's encoder and head are of those known here, and the encoder of the very
+    parts that are called: an adapter may have wrapped a whole block, to train it in full.
     """
-    if getattr(model.config, "classifier_pooling", "cls") == "cls":
-        return x[layout.first]
-    parts = x.split([*lengths.tolist(), len(x) - int(lengths.sum())])
-    return torch.stack([part.mean(dim=0) for part in parts[:-1]])
+    config, own = model.config, type(model).__module__
+    if not type(model).__name__.endswith(HEADS) or getattr(config, "is_decoder", False):
+        return False
+    if config.model_type not in WALKED:
+        return interface.can_run(model)
+    modules = dict(model.base_model.named_modules())
+    blocks = ["attention", f"attention.{WALKED[config.model_type][0]}", "intermediate", "output"]
+    blocks += [] if config.model_type == "mpnet" else ["attention.output"]
+    layers = [f"encoder.layer.{number}" for number in range(config.num_hidden_layers)]
+    names = [*layers, *(f"{layer}.{block}" for layer in layers for block in blocks)]
+    of_the_family = all(type(modules.get(name)).__module__ == own for name in names)
+    return of_the_family and "encoder.conv" not in modules  # of DeBERTa's largest
 
 
+def walked(model: Any, batch: Batch, layout: Layout, first_only: bool) -> Tensor:
+    """The last hidden states of the row (N, D), or, `first_only`, of the first tokens (B, D)."""
+    encoder, names = model.base_model.encoder, WALKED[model.config.model_type]
+    x = embedded(model, batch)
+    relative = relative_positions(encoder, layout.buckets[-1].length, x.device)
+    *layers, last = encoder.layer
+    for layer in layers:
+        if getattr(layer, "gradient_checkpointing", False) and layer.training:
+            x = layer._gradient_checkpointing_func(encoder_layer, layer, names, x, layout, relative)
+        else:
+            x = encoder_layer(layer, names, x, layout, relative)
+    return encoder_layer(last, names, x, layout, relative, first_only)
+
+
+def embedded(model: Any, batch: Batch) -> Tensor:
+    """The embeddings of the row: (N, D)."""
+    encoder, types, positions = model.base_model, batch.get("token_type_ids"), batch["position_ids"]
+    family = model.config.model_type
+    if family in FAIRSEQ:
+        # `RobertaEmbeddings.create_position_ids_from_input_ids`: a padding token, even inside a
+        # text, has the padding's own position and is not counted. MPNet's is always 1.
+        padding = 1 if family == "mpnet" else model.config.pad_token_id
+        counted = batch["input_ids"] != padding
+        count = counted.cumsum(0)
+        starts = torch.arange(len(count), device=count.device) - positions
+        positions = (count - (count - counted.long())[starts]) * counted + padding
+    x = encoder.embeddings(
+        input_ids=batch["input_ids"][None],
+        token_type_ids=None if types is None else types[None],
+        position_ids=positions[None],
+    )[0]
+    return encoder.embeddings_project(x) if hasattr(encoder, "embeddings_project") else x
+
+
+def encoder_layer(
+    layer: Any, names: Names, x: Tensor, layout: Layout, relative: Relative, first_only=False
+) -> Tensor:
+    """One layer: (N, D) -> (N, D), or, `first_only`, -> (B, D)."""
+    rows = x[layout.first] if first_only else x
+    own = getattr(layer.attention, names[0])
+    query, key, value = (getattr(own, name) for name in names[1:])
+    scale, bias = scale_and_bias(own, relative)
+    context = attention(
+        (query(rows), key(x), value(x)), layout, own.num_attention_heads, own.dropout, scale, bias
+    )
+    if hasattr(own, "o"):  # MPNet's, whose attention has no `output`
+        rows = layer.attention.LayerNorm(layer.attention.dropout(own.o(context)) + rows)
+    else:
+        rows = layer.attention.output(context, rows)  # LayerNorm(rows + dropout(W context + b))
+    return layer.output(layer.intermediate(rows), rows)  # (N, D) -> (N, 4 D) -> (N, D)
+
+
+@torch.compiler.disable()  # it cannot follow a forward that is exchanged
 def headed(model: Any, hidden: Tensor) -> Tensor:
     """What the model's own head makes of hidden states (b, t, D): logits (b, C) or (b, t, C).
 
-    Its class is called, with an encoder that has no more to do than to give them.
+    The whole model runs, and its encoder has no more to do than to give them.
     """
     encoder, summary = model.base_model, None
     if getattr(encoder, "pooler", None) is not None:
@@ -122,7 +185,7 @@ def headed(model: Any, hidden: Tensor) -> Tensor:
 
 
 def logits_of(output: Any) -> Tensor:
-    """Logits as one tensor; those of answers are (B, T, 2): of their starts and their ends."""
+    """A model's logits; those of answers become (B, T, 2): of their starts and their ends."""
     if hasattr(output, "start_logits"):
         return torch.stack([output.start_logits, output.end_logits], dim=-1)
     return output.logits

@@ -1,9 +1,9 @@
 """Families whose own forward takes a packed row: attention comes to it from outside.
 
-Their layers get their attention from transformers' `AttentionInterface`, and hand it every keyword
-they were called with: so the row's layout reaches it, and a recomputed layer gets the same again.
+Their layers get it from transformers' `AttentionInterface` (5.23), and hand it every keyword that
+the model was called with: so the row's layout reaches it, and again when a layer is recomputed.
 
-N tokens of the row; D hidden; H heads, d = D / H; T of a bucket's longest sequence.
+B sequences; N tokens of the row; D hidden; H heads, d = D / H; T of a bucket's longest sequence.
 """
 
 from functools import partial
@@ -19,18 +19,13 @@ from minilora.bert.packing import Layout, attention
 from minilora.bert.tasks import Batch
 
 IMPLEMENTATION = "minilora_packed"
-# By config.model_type, the dropout of an attention module that its probabilities see. ModernBERT
-# has but a number for it, which is that of its output's, too.
+# config.model_type -> the dropout in an attention module that probabilities see; ModernBERT's
+# module has but a number for it, which is its output's, too.
 DROPOUT = {"albert": "attention_dropout", "distilbert": "dropout", "modernbert": "out_drop"}
 
 
 def attend(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    **options: Any,
+    module: nn.Module, q: Tensor, k: Tensor, v: Tensor, attention_mask: Tensor, **options: Any
 ) -> tuple[Tensor, None]:
     """What the interface asks for: (1, H, N, d) three times -> (1, N, H, d), and no probabilities.
 
@@ -38,52 +33,55 @@ def attend(
     """
     layout: Layout | None = options.pop("layout", None)
     if layout is None:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, **options)  # pyright: ignore
-    rows = [x.transpose(1, 2).flatten(2)[0] for x in (query, key, value)]
-    config: Any = module.config
+        return sdpa_attention_forward(module, q, k, v, attention_mask, **options)  # pyright: ignore
+    rows = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (1, N, H, d)
+    qkv = rows[0].flatten(2)[0], rows[1].flatten(2)[0], rows[2].flatten(2)[0]
+    dropout = getattr(module, DROPOUT[module.config.model_type])  # pyright: ignore
     window = options.get("sliding_window")
-    found = attention(
-        (rows[0], rows[1], rows[2]),
-        layout,
-        query.shape[1],
-        getattr(module, DROPOUT[config.model_type]),
-        options["scaling"],
-        window and partial(within, window),
-    )
-    return found.unflatten(1, (query.shape[1], -1))[None], None
+    bias = partial(within, window) if window else None
+    found = attention(qkv, layout, q.shape[1], dropout, options["scaling"], bias)
+    return found.view(rows[0].shape), None
 
 
 def within(window: int, q: Tensor, k: Tensor) -> Tensor | None:
-    """What keeps tokens from attending to others `window` or more away: (1, T, T); None if no two
-    are, as in `create_bidirectional_sliding_window_mask`, whose own window is one less.
+    """What keeps tokens from attending to others `window` or more away, (1, T, T), as
+    `create_bidirectional_sliding_window_mask` does for a window less one; None if no two are.
     """
-    places = torch.arange(k.shape[1], device=k.device)
-    if len(places) <= window:
+    if k.shape[1] <= window:
         return None
+    places = torch.arange(k.shape[1], device=k.device)
     far = (places[:, None] - places).abs() >= window
     # Not -inf: a place of padding far from its sequence would have nothing to attend to, and nan.
     return k.new_zeros(far.shape).masked_fill_(far, torch.finfo(k.dtype).min)[None]
 
 
 def prepare(model: Any) -> None:
-    """Make the model's attention `attend`, for good: layers may be recomputed after the forward."""
+    """Make `attend` the model's attention, for good: layers may be recomputed after the forward."""
     AttentionInterface.register(IMPLEMENTATION, attend)
     AttentionMaskInterface.register(IMPLEMENTATION, sdpa_mask)
     model.set_attn_implementation(IMPLEMENTATION)
 
 
-def own_forward(model: Any, batch: Batch, layout: Layout) -> Tensor:
-    """The last hidden states of the row: (N, D)."""
+def own_forward(model: Any, batch: Batch, layout: Layout, of_sequences: bool) -> Tensor:
+    """The last hidden states of the row (N, D), or, `of_sequences`, what a head for these reads:
+    first tokens (B, D), or, if ModernBERT's config says so, means.
+    """
     names = ("input_ids", "token_type_ids", "position_ids")
     row = {name: batch[name][None] for name in names if name in batch}
-    # One of four dimensions is taken as it is; a mask (N, N) would be made otherwise.
+    # A mask of four dimensions is taken as it is; without one, (N, N) might be made.
     mask = torch.zeros(1, 1, 1, 1, device=batch["input_ids"].device)
-    return model.base_model(**row, attention_mask=mask, layout=layout).last_hidden_state[0]
+    x = model.base_model(**row, attention_mask=mask, layout=layout)[0][0]
+    if not of_sequences:
+        return x
+    if getattr(model.config, "classifier_pooling", "cls") == "cls":
+        return x[layout.first]
+    sizes = batch["lengths"].tolist()
+    return torch.stack([part.mean(dim=0) for part in x[: sum(sizes)].split(sizes)])
 
 
 def can_run(model: Any) -> bool:
-    """Whether all attention is the model's own, by the one config that `prepare` changes: a block
-    that is trained in full is a copy with a copy of it.
+    """Whether all attention goes by the one config that `prepare` changes: a block that is trained
+    in full is a copy, and so is its config.
     """
     configs = [module.config for module in model.base_model.modules() if hasattr(module, "config")]
     return model.config.model_type in DROPOUT and all(one is model.config for one in configs)

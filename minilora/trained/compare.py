@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from minilora.trained.directory import Directory
-from minilora.training.config import TIMINGS
+from minilora.training.evaluation import TIMING_KEYS
 
 
 def compare_directories(a: str | Path, b: str | Path) -> dict[str, Any]:
@@ -49,7 +49,7 @@ def _log_entries(rows: list[dict[str, Any]]) -> dict[tuple[int, str], Any]:
         (row.get("step", 0), name): value
         for row in rows
         for name, value in row.items()
-        if name not in ("step", "epoch") and not name.endswith(TIMINGS)
+        if name not in ("step", "epoch") and not name.endswith(TIMING_KEYS)
     }
 
 

@@ -19,6 +19,7 @@ LABELLED = tuple(task for task in TASKS if task != "masked_lm")
 ONE_CLASS = ("sequence_classification", "token_classification")
 SEVERAL = ("multi_label_classification",)
 WHOLE_TEXTS = ("sequence_classification", "regression", *SEVERAL)
+TRAINER_LACKS = ("head_learning_rate", "loraplus_lr_ratio", "class_weights", "stride")
 SCHEDULES = ("linear", "cosine", "constant", "constant_with_warmup")
 STRATEGIES = ("no", "steps", "epoch")
 DTYPES = ("float32", "bfloat16", "float16")
@@ -219,11 +220,12 @@ def _relations(c: TrainConfig) -> list[tuple[Any, str]]:
         if tasks is not None and c.task not in tasks:
             checks.append((is_given, f"{field.name} is for {' and '.join(tasks)}, not {c.task}"))
     plain = {"batching": "padded", "dropout": "torch"}
-    # What Trainer has not.
-    plainer = dict.fromkeys(
-        ("head_learning_rate", "loraplus_lr_ratio", "class_weights", "stride"), None
-    )
-    exact = {**plain, **plainer, "dtype": "float32", "gradient_checkpointing": False}
+    exact = {
+        **plain,
+        **dict.fromkeys(TRAINER_LACKS),
+        "dtype": "float32",
+        "gradient_checkpointing": False,
+    }
     for mode, settings in (("hf_parity", exact), ("torch_compile", plain)):
         for name, needed in settings.items():
             value = getattr(c, name)

@@ -190,7 +190,6 @@ def _relations(c: TrainConfig) -> list[tuple[Any, str]]:
         (c.num_train_epochs <= 0 and c.max_steps <= 0,
          f"num_train_epochs is {c.num_train_epochs}; it must be above 0 unless max_steps is"),
         (c.adam_epsilon <= 0, f"adam_epsilon is {c.adam_epsilon}; it must be above 0"),
-        (c.mlm_probability == 0, "mlm_probability is 0; it must be above, or nothing is masked"),
         (c.validation_split and c.validation_file,
          "validation_split and validation_file are both given: leave one out"),
         (c.hf_parity and c.label_smoothing_factor and c.gradient_accumulation_steps > 1,
@@ -198,15 +197,6 @@ def _relations(c: TrainConfig) -> list[tuple[Any, str]]:
          "losses does Trainer divide by the labels of a whole step"),
         (c.eval_strategy == "no" and c.best_metric(),
          f"{c.best_metric()} is asked to rank checkpoints, and eval_strategy is no"),
-        (isinstance(c.threshold, str) and c.threshold != "best",
-         f"threshold is {c.threshold!r}; it must be a number or best"),
-        (c.threshold == "best" and evaluates != "epoch",
-         f"threshold best is chosen as an epoch ends; eval_strategy is {evaluates}: leave it out"),
-        (not c.label_separator, "label_separator is empty; it must be a character or more"),
-        (c.label_column and c.label_columns,
-         "label_column and label_columns are both given: leave one out"),
-        (c.class_weights and c.label_smoothing_factor,
-         "class_weights and label_smoothing_factor are both given: leave one out"),
         (c.load_best_model_at_end and evaluates != c.save_strategy,
          "load_best_model_at_end needs a checkpoint at each evaluation: eval_strategy is "
          f"{evaluates}, save_strategy is {c.save_strategy}; make them the same"),
@@ -215,10 +205,6 @@ def _relations(c: TrainConfig) -> list[tuple[Any, str]]:
          "load_best_model_at_end needs a checkpoint at each evaluation: eval_steps "
          f"({c.eval_steps}) must be a multiple of save_steps ({c.save_steps})"),
     ]  # fmt: skip
-    for field in dataclasses.fields(TrainConfig):
-        tasks, is_given = field.metadata.get("tasks"), getattr(c, field.name) != field.default
-        if tasks is not None and c.task not in tasks:
-            checks.append((is_given, f"{field.name} is for {' and '.join(tasks)}, not {c.task}"))
     plain = {"batching": "padded", "dropout": "torch"}
     exact = {
         **plain,
@@ -231,4 +217,25 @@ def _relations(c: TrainConfig) -> list[tuple[Any, str]]:
             value = getattr(c, name)
             is_wrong = getattr(c, mode) and value not in (needed, None)
             checks.append((is_wrong, f"{mode} needs {name} {needed}, not {value}: leave one out"))
+    return checks + _relations_of_tasks(c)
+
+
+def _relations_of_tasks(c: TrainConfig) -> list[tuple[Any, str]]:
+    evaluates = c.eval_strategy or "epoch"
+    checks = [
+        (c.mlm_probability == 0, "mlm_probability is 0; it must be above, or nothing is masked"),
+        (isinstance(c.threshold, str) and c.threshold != "best",
+         f"threshold is {c.threshold!r}; it must be a number or best"),
+        (c.threshold == "best" and evaluates != "epoch",
+         f"threshold best is chosen as an epoch ends; eval_strategy is {evaluates}: leave it out"),
+        (not c.label_separator, "label_separator is empty; it must be a character or more"),
+        (c.label_column and c.label_columns,
+         "label_column and label_columns are both given: leave one out"),
+        (c.class_weights and c.label_smoothing_factor,
+         "class_weights and label_smoothing_factor are both given: leave one out"),
+    ]  # fmt: skip
+    for field in dataclasses.fields(TrainConfig):
+        tasks, is_given = field.metadata.get("tasks"), getattr(c, field.name) != field.default
+        if tasks is not None and c.task not in tasks:
+            checks.append((is_given, f"{field.name} is for {' and '.join(tasks)}, not {c.task}"))
     return checks

@@ -144,8 +144,8 @@ class Manifest:
         for name, data in contents.items():
             found, written = _described(data), self.files[name]
             if found != written:
-                now = f"{checkpoint / name} is {found}, {MANIFEST_NAME} has {written}"
-                raise MiniloraError(f"{now}: resume from another checkpoint")
+                reason = f"is not what was written: {found}, where {MANIFEST_NAME} has {written}"
+                raise MiniloraError(f"{checkpoint / name} {reason}; resume from another checkpoint")
 
 
 def manifest_bytes(state: TrainState, record: RunRecord | None, files: dict[str, bytes]) -> bytes:

@@ -163,7 +163,7 @@ def _fill(parameter: Tensor, value: Tensor) -> None:
 def _check_weights(weights: list[float], count: int) -> None:
     if len(weights) != count or not all(map(math.isfinite, weights)):
         problem = f"weights are {weights} for {count} adapters"
-        raise MiniloraError(f"{problem}: give a finite number for each")
+        raise MiniloraError(f"{problem}: give a number for each, and finite ones")
 
 
 def _share(weight: float, weights: list[float]) -> float:

@@ -142,10 +142,9 @@ class Manifest:
     def check(self, contents: dict[str, bytes], checkpoint: Path) -> None:
         """Refuse files that do not hold what was written."""
         for name, data in contents.items():
-            found, written = _described(data), self.files[name]
-            if found != written:
-                reason = f"is not what was written: {found}, where {MANIFEST_NAME} has {written}"
-                raise MiniloraError(f"{checkpoint / name} {reason}; resume from another checkpoint")
+            if _described(data) != self.files[name]:
+                reason = f"is not what was written (its SHA-256 differs from {MANIFEST_NAME}'s)"
+                raise MiniloraError(f"{checkpoint / name} {reason}: resume from another checkpoint")
 
 
 def manifest_bytes(state: TrainState, record: RunRecord | None, files: dict[str, bytes]) -> bytes:

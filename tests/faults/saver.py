@@ -68,7 +68,7 @@ def batches(epoch: int, skip: int):
     generator = torch.Generator().manual_seed(epoch)
     data = torch.randn(EXAMPLES // 2, 2, WIDTH, generator=generator)
     for batch in data[skip:]:
-        yield [{"x": batch, "labels": batch.sum(-1)}]
+        yield [{"x": batch, "labels": batch.sum(-1), "example": torch.arange(len(batch))}]
 
 
 def build() -> Training:

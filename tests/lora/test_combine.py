@@ -134,7 +134,7 @@ def test_heads_are_averaged_and_updates_are_added(tmp_path):
 @pytest.mark.parametrize("weights", [[1.0], [1.0, -1.0], [float("nan"), 1.0], []])
 def test_weights_that_do_not_fit_are_refused(weights, tmp_path):
     paths = saved(tmp_path, PLAIN, PLAIN)
-    with pytest.raises(MiniloraError, match="give a finite number for each|cannot sum to 0"):
+    with pytest.raises(MiniloraError, match="give a number for each|cannot sum to 0"):
         combine_adapters(tiny_classifier(), paths, weights)
 
 
@@ -249,7 +249,7 @@ def test_rslora_and_heads_are_combined_as_combine_adapters_does(tmp_path):
         ((["a", "c"], [1, 1], "new"), r"no adapter named \['c'\]"),
         (([], [], "new"), "no adapter named nothing"),
         ((["a", "b"], [1], "new"), r"weights are \[1\] for 2 adapters"),
-        ((["a", "b"], [1, math.inf], "new"), "give a finite number for each"),
+        ((["a", "b"], [1, math.inf], "new"), "give a number for each"),
         ((["a", "b"], [1, -1], "new", "cat"), "heads are averaged, so they cannot sum to 0"),
         ((["a", "b"], [1, 1], "new", "ties"), "must be one of svd, cat, linear"),
         ((["a", "b"], [1, 1], "new", "svd", 0), "svd_rank is 0; it must be 1 or more"),

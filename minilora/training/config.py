@@ -206,12 +206,8 @@ def _relations(c: TrainConfig) -> list[tuple[Any, str]]:
          f"({c.eval_steps}) must be a multiple of save_steps ({c.save_steps})"),
     ]  # fmt: skip
     plain = {"batching": "padded", "dropout": "torch"}
-    exact = {
-        **plain,
-        **dict.fromkeys(TRAINER_LACKS),
-        "dtype": "float32",
-        "gradient_checkpointing": False,
-    }
+    exact = {**plain, "dtype": "float32", "gradient_checkpointing": False}
+    exact |= dict.fromkeys(TRAINER_LACKS)
     for mode, settings in (("hf_parity", exact), ("torch_compile", plain)):
         for name, needed in settings.items():
             value = getattr(c, name)

@@ -182,6 +182,12 @@ def arrays_of(encoded: Any, max_length: int) -> Arrays:
     return arrays
 
 
+def set_labels(config: Any, labels: list[str]) -> None:
+    """Give transformers' config the names of the head's outputs, and with them their number."""
+    config.id2label = dict(enumerate(labels))
+    config.label2id = {label: index for index, label in enumerate(labels)}
+
+
 def by_example(values: np.ndarray, batch: Batch) -> list[np.ndarray]:
     """What is of tokens, apart: each example's (T, ...), without padding, in the batch's order.
 

@@ -15,7 +15,7 @@ from transformers import AutoModelForSequenceClassification
 
 from minilora.bert.metrics import best_threshold, precision_recall_f1, scores_by_class
 from minilora.bert.rows import Columns, Row, bad, read_rows, text_of
-from minilora.bert.tasks import Arguments, Arrays, Batch, Examples, Tokenizer
+from minilora.bert.tasks import Arguments, Arrays, Batch, Examples, Tokenizer, set_labels
 from minilora.bert.texts import WholeTexts, encode_texts, of_whole_texts
 from minilora.errors import MiniloraError
 
@@ -65,8 +65,7 @@ class MultiLabelClassification:
         return sorted(names)
 
     def configure(self, config: Any) -> None:
-        config.id2label = dict(enumerate(self.labels))  # and with it num_labels
-        config.label2id = {label: index for index, label in enumerate(self.labels)}
+        set_labels(config, self.labels)
         config.problem_type = "multi_label_classification"  # the pipeline's sigmoid, for one
 
     def encode(self, rows: list[Row], tokenizer: Tokenizer, max_length: int, place: str) -> Arrays:

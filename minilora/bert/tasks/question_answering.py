@@ -24,7 +24,15 @@ from transformers import AutoModelForQuestionAnswering
 
 from minilora.bert.metrics import answer_scores, softmax
 from minilora.bert.rows import Records, Row, bad, parse_json, read_objects, read_text, row_of
-from minilora.bert.tasks import Arguments, Arrays, Batch, Examples, Tokenizer, by_example
+from minilora.bert.tasks import (
+    Arguments,
+    Arrays,
+    Batch,
+    Examples,
+    Tokenizer,
+    by_example,
+    set_labels,
+)
 from minilora.errors import MiniloraError
 
 Span = tuple[float, int, int]
@@ -71,8 +79,7 @@ class QuestionAnswering:
         return ANSWER if all(row.label for row in rows) else ANSWER_OR_NONE
 
     def configure(self, config: Any) -> None:
-        config.id2label = dict(enumerate(self.labels))  # and with it num_labels
-        config.label2id = {label: index for index, label in enumerate(self.labels)}
+        set_labels(config, self.labels)
 
     def encode(self, rows: list[Row], tokenizer: Tokenizer, max_length: int, place: str) -> Arrays:
         """labels (N, 2), tokens of a window; `spans` (total tokens, 2), where in the passage a

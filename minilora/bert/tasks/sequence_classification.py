@@ -17,6 +17,7 @@ from minilora.bert.tasks import (
     Batch,
     Examples,
     Tokenizer,
+    set_labels,
     smoothed_cross_entropy,
 )
 from minilora.bert.texts import WholeTexts, encode_texts, of_whole_texts
@@ -62,8 +63,7 @@ class SequenceClassification:
         return sorted(names, key=(lambda name: (int(name), name)) if are_integers else None)
 
     def configure(self, config: Any) -> None:
-        config.id2label = dict(enumerate(self.labels))  # and with it num_labels
-        config.label2id = {label: index for index, label in enumerate(self.labels)}
+        set_labels(config, self.labels)
         config.problem_type = "single_label_classification"
 
     def encode(self, rows: list[Row], tokenizer: Tokenizer, max_length: int, place: str) -> Arrays:

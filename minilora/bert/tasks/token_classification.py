@@ -19,15 +19,7 @@ from torch import Tensor
 from transformers import AutoModelForTokenClassification
 
 from minilora.bert.metrics import entity_spans, precision_recall_f1, softmax
-from minilora.bert.rows import (
-    Row,
-    bad,
-    lines_of,
-    read_objects,
-    read_text,
-    read_texts,
-    text_of,
-)
+from minilora.bert.rows import Row, bad, lines_of, read_objects, read_text, read_texts, text_of
 from minilora.bert.tasks import (
     NO_LABEL,
     Arguments,
@@ -38,6 +30,7 @@ from minilora.bert.tasks import (
     arrays_of,
     by_example,
     call_tokenizer,
+    set_labels,
     smoothed_cross_entropy,
 )
 from minilora.errors import MiniloraError
@@ -88,8 +81,7 @@ class TokenClassification:
         return labels
 
     def configure(self, config: Any) -> None:
-        config.id2label = dict(enumerate(self.labels))  # and with it num_labels
-        config.label2id = {label: index for index, label in enumerate(self.labels)}
+        set_labels(config, self.labels)
 
     def encode(self, rows: list[Row], tokenizer: Tokenizer, max_length: int, place: str) -> Arrays:
         """`word` (total tokens,): of which word a sub-token is the first, else -1."""

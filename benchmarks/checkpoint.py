@@ -40,8 +40,9 @@ from minilora import (
     save_checkpoint,
 )
 from minilora.bert.dataset import epoch_batches
+from minilora.bert.examples import Examples
 from minilora.bert.forward import Padded
-from minilora.bert.tasks import Examples, build_task
+from minilora.bert.tasks import build_task
 from minilora.starting_model import resolve_modes
 from minilora.training.loop import plan_timetable, training_step
 from minilora.training.optim import build_optimizer, build_scheduler

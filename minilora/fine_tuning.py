@@ -18,9 +18,10 @@ import torch
 from minilora import starting_model
 from minilora.bert import load
 from minilora.bert.dataset import batches_in_order, epoch_batches, shortening, tokenize
+from minilora.bert.examples import Examples
 from minilora.bert.forward import Packed, Padded
 from minilora.bert.splits import Splits, read_splits
-from minilora.bert.tasks import Examples, Task, build_task, varied
+from minilora.bert.tasks import Task, build_task, varied
 from minilora.errors import MiniloraError
 from minilora.files import scratch_directory, write_file
 from minilora.lora.config import LoraConfig

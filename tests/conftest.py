@@ -22,7 +22,8 @@ import pytest
 from transformers import BertConfig, BertForSequenceClassification, BertTokenizerFast, set_seed
 
 from minilora import TrainConfig
-from minilora.bert.tasks import Examples, build_task
+from minilora.bert.examples import Examples
+from minilora.bert.tasks import build_task
 from minilora.command import run_command
 
 WORDS = [

@@ -18,8 +18,9 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from minilora.bert import token_cache
+from minilora.bert.examples import NO_LABEL, Batch, Examples
 from minilora.bert.rows import Row
-from minilora.bert.tasks import NO_LABEL, Batch, Examples, Task
+from minilora.bert.tasks import Task
 
 # Rows per call of the tokenizer: enough to use all its threads, few enough to keep the bar moving.
 TOKENIZE_CHUNK = 1000

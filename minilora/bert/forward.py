@@ -26,9 +26,9 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from minilora.bert import interface
 from minilora.bert.dataset import collate_padded
+from minilora.bert.examples import Batch, Examples
 from minilora.bert.packing import Layout, attention, collate_packed, layout_of
 from minilora.bert.relative import Relative, relative_positions, scale_and_bias
-from minilora.bert.tasks import Batch, Examples
 
 # The encoders built like BERT, by config.model_type: what attention and its projections are called
 # in a layer's `attention`. Those of fairseq number positions from behind the padding id on.

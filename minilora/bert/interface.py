@@ -15,8 +15,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from minilora.bert.examples import Batch
 from minilora.bert.packing import Layout, attention
-from minilora.bert.tasks import Batch
 
 IMPLEMENTATION = "minilora_packed"
 # config.model_type -> the dropout in an attention module that probabilities see; ModernBERT's

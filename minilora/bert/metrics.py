@@ -13,6 +13,7 @@ from collections import Counter
 
 import numpy as np
 
+Counts = np.ndarray | list[int]
 NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
@@ -107,15 +108,12 @@ def precision_recall_f1(correct: int, predicted: int, actual: int) -> dict[str, 
 
 
 def scores_by_class(
-    names: list[str], correct: np.ndarray, predicted: np.ndarray, actual: np.ndarray
+    names: list[str], correct: Counts, predicted: Counts, actual: Counts
 ) -> dict[str, dict[str, float]]:
     """precision, recall, f1 and support of each class, from counts (C,)."""
-    found = {}
-    for name, *counts in zip(
-        names, *map(np.ndarray.tolist, (correct, predicted, actual)), strict=True
-    ):
-        found[name] = precision_recall_f1(*counts) | {"support": counts[-1]}
-    return found
+    counts = np.stack([correct, predicted, actual], axis=-1).tolist()
+    scores = [precision_recall_f1(*each) | {"support": each[-1]} for each in counts]
+    return dict(zip(names, scores, strict=True))
 
 
 def best_threshold(probabilities: np.ndarray, labels: np.ndarray) -> float:

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minilora.bert.dataset import labelled, token_positions
-from minilora.bert.tasks import Batch, Examples
+from minilora.bert.examples import Batch, Examples
 
 # More buckets waste less padding and cost more calls; 4 was fastest of 1, 2, 4 and 8 on sentences
 # in random order. Where one bucket would be padding by less than a tenth, as after sorting, it is

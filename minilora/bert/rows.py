@@ -26,11 +26,10 @@ from minilora.errors import MiniloraError
 from minilora.options import unique_keys
 from minilora.reading import read_bytes
 
-SUFFIXES = (".csv", ".tsv", ".json", ".jsonl")
+OBJECTS = (".json", ".jsonl")
 
-# Names under which data sets commonly keep their columns (GLUE, the Hub's text-classification
-# sets), tried in order when no column is given. The kind is optional; it splits the accuracy in the
-# summary: "negation", "irony", ...
+# Where data sets keep their columns (GLUE, the Hub's), tried in order when none is given. The kind
+# is optional; it splits the accuracy in the summary: "negation", "irony", ...
 USUAL_NAMES = {
     "text": ["text", "sentence", "sentence1", "premise", "question1", "question", "review",
              "content", "tweet"],
@@ -82,16 +81,12 @@ def read_rows(
     labelled: bool = True,
     label_of: Callable[[Path, int, Any], Any] = one_label,
 ) -> list[Row]:
-    """All rows of a file, in its order, each label as `label_of` makes it of file, line and value.
-    With `columns.labels` the value is that of each column, by name.
-
-    If not `labelled`, no label is looked for, and a headerless file has its text first and its
-    second text, if any, next.
+    """All rows of a file, in its order, each label as `label_of` makes it of file, line and value,
+    with `columns.labels` of each one's. If not `labelled`, no label is looked for, and a headerless
+    file has its text first and its second text, if any, next.
     """
-    suffix = path.suffix.lower()
-    if suffix not in SUFFIXES:
-        raise MiniloraError(f"{path} has the suffix {suffix!r}; allowed are {', '.join(SUFFIXES)}")
-    if suffix in (".json", ".jsonl"):
+    suffix = check_suffix(path, (".csv", ".tsv", *OBJECTS))
+    if suffix in OBJECTS:
         records = read_objects(path)
     else:
         text = read_text(path)
@@ -104,9 +99,9 @@ def read_rows(
     found = _find_columns(path, records, columns, labelled)
     rows = []
     for line, record in records:
-        row, value = row_of(path, line, record, found), record.get(found.get("label", ""))
-        if columns.labels:
-            value = {name: record.get(name) for name in columns.labels}
+        value: Any = {name: record.get(name) for name in columns.labels}
+        value = value or record.get(found.get("label", ""))
+        row = row_of(path, line, record, found)
         rows.append(replace(row, label=label_of(path, line, value)) if labelled else row)
     return rows
 
@@ -118,7 +113,15 @@ def read_texts(path: Path, arguments: Any, labelled: bool) -> list[Row]:
     return read_rows(path, columns, labelled)
 
 
-def bad(path: Path, line: int, what: str) -> MiniloraError:
+def check_suffix(path: Path, allowed: tuple[str, ...]) -> str:
+    """The suffix of a file, which must be one of those."""
+    suffix = path.suffix.lower()
+    if suffix not in allowed:
+        raise MiniloraError(f"{path} has the suffix {suffix!r}; allowed are {', '.join(allowed)}")
+    return suffix
+
+
+def bad(path: Path | str, line: int, what: str) -> MiniloraError:
     """The error that something is wrong there."""
     return MiniloraError(f"{path}, line {line}: {what}")
 
@@ -135,8 +138,7 @@ def read_text(path: Path) -> str:
 
 def lines_of(text: str) -> list[tuple[int, str]]:
     """The lines, numbered from 1."""
-    # Not str.splitlines, which also splits at characters that occur inside sentences (U+2028,
-    # U+0085).
+    # Not str.splitlines, which also splits inside sentences, at U+2028 and U+0085.
     return list(enumerate(text.removesuffix("\n").split("\n"), 1))
 
 
@@ -209,24 +211,23 @@ def _by_number(path: Path, width: int, asked: Columns, labelled: bool) -> Column
     is_last = asked.label is None and labelled and not asked.labels
     label = str(width - 1) if is_last else asked.label
     pair = "1" if asked == USUAL and texts == 2 else asked.pair
-    left = [
-        str(number) for number in range(width) if str(number) not in (label, pair, *asked.labels)
-    ]
+    taken = (label, pair, *asked.labels)
+    left = [str(number) for number in range(width) if str(number) not in taken]
     text = (left or ["0"])[0] if asked.text is None else asked.text
     return Columns(text, pair, label, asked.labels)
 
 
 def read_objects(path: Path) -> Records:
     """The objects of a .json array, numbered, or else of each line that is not blank."""
-    is_array, records, text = path.suffix.lower() == ".json", [], read_text(path)
-    filled = [(number, line) for number, line in lines_of(text) if line.strip()]
-    for line, part in [(1, text)] if is_array else filled:
-        records.append((line, parse_json(path, line, part)))
-    if is_array:
-        array = records[0][1]
+    text = read_text(path)
+    if path.suffix.lower() == ".json":
+        array = parse_json(path, 1, text)
         if not isinstance(array, list):
             raise MiniloraError(f"{path} holds a JSON {type(array).__name__}, not an array")
         records = list(enumerate(array, start=1))
+    else:
+        filled = [(number, line) for number, line in lines_of(text) if line.strip()]
+        records = [(number, parse_json(path, number, line)) for number, line in filled]
     for line, record in records:
         if not isinstance(record, dict):
             raise bad(path, line, f"a JSON {type(record).__name__} where an object is expected")
@@ -245,10 +246,8 @@ def _find_columns(path: Path, records: Records, asked: Columns, labelled: bool) 
     names = list(dict.fromkeys(name for _, record in records for name in record))
     listed, lower = ", ".join(names), {name.lower(): name for name in reversed(names)}
     found, taken = {}, {asked.text, asked.pair, asked.label, *asked.labels}
-    if lacking := [name for name in asked.labels if name not in names]:
-        raise MiniloraError(
-            f"{path} has no column {lacking[0]!r} (--label_columns); it has {listed}"
-        )
+    if lacking := [repr(name) for name in asked.labels if name not in names]:
+        raise MiniloraError(f"{path} has no column {lacking[0]} (--label_columns); it has {listed}")
     # GLUE's QNLI: each alone is a usual name of a text.
     is_question_pair = "text" not in lower and {"question", "sentence"} <= lower.keys()
     if is_question_pair and asked.text is None and asked.pair is None:

@@ -15,8 +15,8 @@ import torch
 from tqdm import tqdm
 
 from minilora.bert.dataset import to_device, tokenize
+from minilora.bert.examples import Examples, by_example
 from minilora.bert.rows import Row
-from minilora.bert.tasks import Examples, by_example
 from minilora.errors import MiniloraError
 from minilora.trained.opened import TrainedRun
 from minilora.training.evaluation import evaluation_mode

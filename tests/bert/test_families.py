@@ -25,9 +25,9 @@ from minilora.bert import forward as forward_room
 from minilora.bert import interface
 from minilora.bert.dataset import token_positions
 from minilora.bert.dropout import FastDropout, MaskStream, use_fast_dropout
+from minilora.bert.examples import Examples
 from minilora.bert.forward import Packed, Padded, can_pack
 from minilora.bert.packing import attention, layout_of
-from minilora.bert.tasks import Examples
 
 PAD, VOCABULARY = 0, 60
 SIZES = {

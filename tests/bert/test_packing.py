@@ -6,8 +6,8 @@ import torch
 from torch import nn
 from transformers import set_seed
 
+from minilora.bert.examples import Examples
 from minilora.bert.packing import attention, collate_packed, layout_of
-from minilora.bert.tasks import Examples
 
 PAD = 0
 

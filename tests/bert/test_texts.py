@@ -48,7 +48,7 @@ def test_windows_hold_every_token_of_a_text_and_share_the_stride(tokenizer):
 
 def test_windows_leave_the_tokenizer_as_any_call_does(tokenizer):
     rows, labels = rows_of("good " * 40), np.zeros(1)
-    encode_texts(rows, labels, tokenizer, LENGTH)
+    encode_texts(rows, labels, tokenizer, LENGTH, None)
     before = tokenizer.backend_tokenizer.to_str()
     encode_texts(rows, labels, tokenizer, LENGTH, STRIDE)
     assert tokenizer.backend_tokenizer.to_str() == before
@@ -58,7 +58,9 @@ def test_what_has_no_windows_is_refused_by_name(tokenizer):
     with pytest.raises(MiniloraError, match="stride is 10: it must be below 10"):
         encode_texts(rows_of("good"), np.zeros(1), tokenizer, LENGTH, LENGTH - 2)
     pairs = [Row("good", "bad", None, None, 1)]
-    with pytest.raises(MiniloraError, match="stride is 3: these are pairs of texts"):
+    with pytest.raises(
+        MiniloraError, match="stride is 3: windows are of single texts"
+    ):
         encode_texts(pairs, np.zeros(1), tokenizer, LENGTH, STRIDE)
 
     class Slow:
@@ -67,7 +69,7 @@ def test_what_has_no_windows_is_refused_by_name(tokenizer):
         def num_special_tokens_to_add(self):
             return 2
 
-    with pytest.raises(MiniloraError, match="stride is 3: a Slow cannot make windows"):
+    with pytest.raises(MiniloraError, match="Slow does not tell where .* a fast tokenizer"):
         encode_texts(rows_of("good"), np.zeros(1), Slow(), LENGTH, STRIDE)
 
 

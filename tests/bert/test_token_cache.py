@@ -8,8 +8,8 @@ from transformers import AutoTokenizer
 
 from minilora import MiniloraError
 from minilora.bert.dataset import tokenize
+from minilora.bert.examples import Examples
 from minilora.bert.rows import Row
-from minilora.bert.tasks import Examples
 from tests.conftest import task_of
 
 

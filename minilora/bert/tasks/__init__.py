@@ -4,55 +4,22 @@ A task is one file here and in it one class of its name: `sequence_classificatio
 `SequenceClassification`. Nothing outside this folder knows a task's name; another task is another
 file. `Task` lists what it says of itself and does, in the order of a run; `docs/add_a_task.md`
 walks through it.
-
-B examples of a batch; T tokens of the longest; N tokens of a packed row; C outputs of the head.
 """
 
 import importlib
 import pkgutil
-from dataclasses import dataclass, field
-from itertools import chain
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
-import numpy as np
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from minilora.bert.rows import Row
+from minilora.bert.examples import NO_LABEL, Arrays, Batch, Examples, Logits, LogitsOf, Tokenizer
+from minilora.bert.rows import Row, bad
+from minilora.errors import MiniloraError
 
 Arguments = Any  # the run's `TrainConfig`, which stands above this folder
-Arrays = dict[str, np.ndarray]
-Batch = dict[str, Tensor]
-# What one row of logits is of. Of examples: (B, C). Of tokens: (B, T, C), or packed (N, C). Of
-# masked tokens: (M, C), for the places batch["masked"] (M,) among the B * T, or the N.
-LogitsOf = Literal["examples", "tokens", "masked tokens"]
-
-NO_LABEL = -100  # of a token: torch's cross entropy ignores it
-
-
-@dataclass(frozen=True)
-class Examples:
-    """N tokenised examples, end to end."""
-
-    input_ids: np.ndarray  # (total tokens,) int32
-    # (total tokens,) int8: 0 in the first text, 1 in the second; None if the model takes none.
-    token_type_ids: np.ndarray | None
-    offsets: np.ndarray  # (N + 1,) int64: example i is input_ids[offsets[i]:offsets[i + 1]]
-    # (N, ...) of examples, or (total tokens,) of tokens, end to end as input_ids are.
-    labels: np.ndarray
-    row: np.ndarray  # (N,) int64: of which row of the file; a task may make several of one
-    truncated: int  # how many were longer than max_length
-    extra: Arrays = field(default_factory=dict)  # whatever else the task's `encode` made
-    logits_of: LogitsOf = "examples"
-
-    def __len__(self) -> int:
-        return len(self.offsets) - 1
-
-    def labels_tokens(self) -> bool:
-        """Whether a label is a token's. (Places of an answer (N, 2) are labels of an example.)"""
-        return self.logits_of != "examples" and self.labels.ndim == 1
+Predictions = list[dict[str, Any]]
 
 
 class Scorer(Protocol):
@@ -68,6 +35,17 @@ class Scorer(Protocol):
 
 
 class Task(Protocol):
+    """What every task has. Some have, too:
+
+    vary(examples, epoch): see `varied`
+    condense(logits, tokenizer): where C is a vocabulary, what is kept of logits (M, C) until
+        `predictions`, as long
+    trainer_averages = True: where the batches that Trainer makes for the task hold no "labels"
+    weigh(examples): where the loss depends on what is to be learned, as by balanced weights
+    training_weight(batch): where `training_loss` is a weighted mean, its weight
+    recall(result): where an evaluation chooses what is kept, as a threshold, from its metrics
+    """
+
     name: str
     labels: list[str] | None  # names in id order
     auto_class: Any  # transformers' Auto class with the task's head
@@ -91,29 +69,14 @@ class Task(Protocol):
     # Gives transformers' config the head's size and labels.
     def configure(self, config: Any) -> None: ...
 
-    # The arrays that `texts.encode_texts` says, and any others, each of N examples or of all
+    # The arrays that `texts.arrays_of` says, labels, and any others, each of N examples or of all
     # tokens. A row may become several examples. `place` is the rows' file, for errors.
     def encode(
         self, rows: list[Row], tokenizer: Tokenizer, max_length: int, place: str
     ) -> Arrays: ...
 
-    # Only where examples differ from epoch to epoch (see `varied`):
-    #     def vary(self, examples: Examples, epoch: int | None) -> Examples
-    # Only where C is a vocabulary: what is kept of a batch's logits until `predictions`, as long.
-    #     def condense(self, logits: np.ndarray, tokenizer: Tokenizer) -> np.ndarray
-    # Only where the batches that Trainer makes for the task hold no "labels", but, say, places:
-    #     trainer_averages = True
-
-    # Only where the loss depends on what is to be learned, as by balanced weights:
-    #     def weigh(self, examples: Examples) -> None
-
-    # Only where an evaluation chooses what is kept, as a threshold; `result` is its metrics:
-    #     def recall(self, result: dict[str, Any]) -> None
-
     # The mean that is minimised, label smoothing included; the mean that is reported; how many
-    # things they are means over: examples, or labelled tokens. Where the first is a weighted mean,
-    # its weight is another:
-    #     def training_weight(self, batch: Batch) -> float
+    # things they are means over: examples, or labelled tokens.
     def training_loss(self, logits: Tensor, batch: Batch) -> Tensor: ...
     def loss(self, logits: Tensor, batch: Batch) -> Tensor: ...
     def loss_weight(self, batch: Batch) -> int: ...
@@ -121,11 +84,8 @@ class Task(Protocol):
     # batch["example"] (B,) are indices into the examples, and so, by `row`, into the rows.
     def scorer(self, rows: list[Row], examples: Examples) -> Scorer: ...
 
-    # What to say of each row; one array of logits for each example: (C,), (T, C) or (M, C), or of
-    # what `condense` made of them.
-    def predictions(
-        self, rows: list[Row], examples: Examples, logits: list[np.ndarray]
-    ) -> list[dict[str, Any]]: ...
+    # What to say of each row; the logits are of examples, or what `condense` made of them.
+    def predictions(self, rows: list[Row], examples: Examples, logits: Logits) -> Predictions: ...
 
 
 def build_task(arguments: Arguments, labels: list[str] | None = None) -> Task:
@@ -156,53 +116,16 @@ def varied(task: Task, examples: Examples, epoch: int | None) -> Examples:
     return examples if vary is None else vary(examples, epoch)
 
 
-def call_tokenizer(rows: list[Row], tokenizer: Tokenizer, max_length: int) -> Any:
-    """What transformers makes of the rows' texts: `encodings`, of a fast tokenizer, knows more."""
-    texts = [row.text for row in rows]
-    pairs = None if rows[0].pair is None else [row.pair or "" for row in rows]
-    return tokenizer(
-        texts, pairs, truncation=True, max_length=max_length, return_attention_mask=False
-    )
-
-
-def arrays_of(encoded: Any, max_length: int) -> Arrays:
-    """input_ids, lengths, truncated and, if the model takes them, token_type_ids."""
-    lengths = np.array([len(ids) for ids in encoded["input_ids"]])
-    # A text that just fills its example lost nothing. (A slow tokenizer does not tell.)
-    told, cut = encoded.encodings, (lengths == max_length).tolist()
-    cut = [full and (not told or bool(told[i].overflowing)) for i, full in enumerate(cut)]
-    arrays = {
-        "input_ids": np.fromiter(chain.from_iterable(encoded["input_ids"]), dtype=np.int32),
-        "lengths": lengths,
-        "truncated": np.array(cut),
-    }
-    if "token_type_ids" in encoded:
-        types = chain.from_iterable(encoded["token_type_ids"])
-        arrays["token_type_ids"] = np.fromiter(types, dtype=np.int8)
-    return arrays
-
-
 def set_labels(config: Any, labels: list[str]) -> None:
     """Give transformers' config the names of the head's outputs, and with them their number."""
     config.id2label = dict(enumerate(labels))
     config.label2id = {label: index for index, label in enumerate(labels)}
 
 
-def by_example(values: np.ndarray, batch: Batch) -> list[np.ndarray]:
-    """What is of tokens, apart: each example's (T, ...), without padding, in the batch's order.
-
-    Of masked tokens, each example's own, in the order of its tokens. `batch` is on the CPU.
-    """
-    if "place" in batch:  # packed, in the row's order
-        owner = np.repeat(np.argsort(batch["place"].numpy()), batch["lengths"].numpy())
-    else:
-        real = batch["attention_mask"].numpy()
-        owner = np.where(real, np.arange(len(real))[:, None], -1).reshape(-1)
-        if "masked" not in batch:
-            values = values.reshape(len(owner), *values.shape[2:])
-    if "masked" in batch:
-        owner = owner[batch["masked"].numpy()]
-    return [values[: len(owner)][owner == index] for index in range(len(batch["example"]))]
+def unknown_label(place: str, line: int, what: str, labels: list[str]) -> MiniloraError:
+    """The error that a file has `what`, a label that training's had not."""
+    known = f"the training data, which has {', '.join(labels[:20])}"
+    return bad(place, line, f"{what} does not occur in {known}")
 
 
 def smoothed_cross_entropy(logits: Tensor, labels: Tensor, smoothing: float) -> Tensor:

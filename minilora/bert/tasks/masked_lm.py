@@ -17,18 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import AutoModelForMaskedLM
 
-from minilora.bert.metrics import softmax
+from minilora.bert.examples import NO_LABEL, Arrays, Batch, Examples, Logits, Tokenizer
 from minilora.bert.rows import Columns, Row, lines_of, read_rows, read_text
-from minilora.bert.tasks import (
-    NO_LABEL,
-    Arguments,
-    Arrays,
-    Batch,
-    Examples,
-    Tokenizer,
-    arrays_of,
-    call_tokenizer,
-)
+from minilora.bert.tasks import Arguments, Predictions
+from minilora.bert.texts import tokenized
 from minilora.errors import MiniloraError
 
 UNCUT = 2**31  # tokens; no text has as many
@@ -81,8 +73,8 @@ class MaskedLm:
             raise MiniloraError(f"the tokenizer {tokenizer.name_or_path!r} has no mask token")
         draws = rows[0].label is not None
         limit = UNCUT if draws and not self.line_by_line else max_length
-        arrays = arrays_of(call_tokenizer(rows, tokenizer, limit), limit)
-        arrays["row"], ids = np.arange(len(rows)), arrays["input_ids"]
+        _, arrays = tokenized(rows, tokenizer, limit)
+        ids = arrays["input_ids"]
         if draws:
             may = ~np.isin(ids, tokenizer.all_special_ids)
             arrays |= _blocks(arrays["lengths"], max_length) if limit == UNCUT else {}
@@ -133,7 +125,7 @@ class MaskedLm:
 
     def condense(self, logits: np.ndarray, tokenizer: Tokenizer) -> np.ndarray:
         """The likeliest words of each mask, {"token", "score"}: logits (M, V) -> (M,) lists."""
-        likeliest = torch.from_numpy(softmax(logits)).topk(CANDIDATES)
+        likeliest = torch.from_numpy(logits).double().softmax(dim=-1).topk(CANDIDATES)
         found = np.empty(len(logits), dtype=object)
         for mask, (scores, ids) in enumerate(zip(*map(Tensor.tolist, likeliest), strict=True)):
             tokens = [str(tokenizer.decode([index])).strip() for index in ids]
@@ -141,9 +133,7 @@ class MaskedLm:
             found[mask] = [{"token": token, "score": score} for token, score in pairs]
         return found
 
-    def predictions(
-        self, rows: list[Row], examples: Examples, logits: list[np.ndarray]
-    ) -> list[dict[str, Any]]:
+    def predictions(self, rows: list[Row], examples: Examples, logits: Logits) -> Predictions:
         found, mask = [], str(examples.extra["mask"][0])
         for row, masks in zip(rows, logits, strict=True):
             text, *rest = row.text.split(mask)

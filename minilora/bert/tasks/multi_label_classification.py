@@ -9,13 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification
 
+from minilora.bert.examples import Arrays, Batch, Examples, Logits, Tokenizer
 from minilora.bert.metrics import best_threshold, precision_recall_f1, scores_by_class
 from minilora.bert.rows import Columns, Row, bad, read_rows, text_of
-from minilora.bert.tasks import Arguments, Arrays, Batch, Examples, Tokenizer, set_labels
+from minilora.bert.tasks import Arguments, Predictions, set_labels, unknown_label
 from minilora.bert.texts import WholeTexts, encode_texts, of_whole_texts
 from minilora.errors import MiniloraError
 
@@ -74,9 +76,7 @@ class MultiLabelClassification:
         for row, values in zip(rows, labels, strict=True):
             for name, value in (row.label or {}).items():
                 if name not in ids:
-                    known = f"the training data, which has {', '.join(self.labels[:20])}"
-                    unknown = f"{place}, line {row.line}: label {name!r}"
-                    raise MiniloraError(f"{unknown} does not occur in {known}")
+                    raise unknown_label(place, row.line, f"label {name!r}", self.labels)
                 values[ids[name]] = value
         return encode_texts(rows, labels, tokenizer, max_length, self.stride)
 
@@ -89,11 +89,10 @@ class MultiLabelClassification:
                 raise MiniloraError(f"threshold is best, and the run {told}: evaluate it first")
             self.threshold = found
 
-    def training_loss(self, logits: Tensor, batch: Batch) -> Tensor:
-        return self.loss(logits, batch)
-
     def loss(self, logits: Tensor, batch: Batch) -> Tensor:
         return F.binary_cross_entropy_with_logits(logits, batch["labels"])
+
+    training_loss = loss
 
     def loss_weight(self, batch: Batch) -> int:
         return len(batch["labels"])
@@ -101,11 +100,9 @@ class MultiLabelClassification:
     def scorer(self, rows: list[Row], examples: Examples) -> "LabelScorer":
         return LabelScorer(self, examples)
 
-    def predictions(
-        self, rows: list[Row], examples: Examples, logits: list[np.ndarray]
-    ) -> list[dict[str, Any]]:
-        found = []
-        for row in sigmoid(of_whole_texts(logits, examples.row)).tolist():
+    def predictions(self, rows: list[Row], examples: Examples, logits: Logits) -> Predictions:
+        found, of_texts = [], torch.from_numpy(of_whole_texts(logits, examples.row))
+        for row in of_texts.sigmoid().tolist():
             by_label = dict(zip(self.labels, row, strict=True))
             given = [label for label, value in by_label.items() if value >= self.threshold]
             found.append({"labels": given, "probabilities": by_label})
@@ -125,7 +122,7 @@ class LabelScorer:
         self.counts: list[np.ndarray] = []  # as in `scores_by_class`
 
     def add(self, logits: Tensor, batch: Batch) -> None:
-        self.probabilities.append(sigmoid(logits.numpy()))
+        self.probabilities.append(logits.double().sigmoid().numpy())
         self.labels.append(batch["labels"].cpu().numpy() > 0)
 
     def metrics(self) -> dict[str, float]:
@@ -142,11 +139,6 @@ class LabelScorer:
 
     def by_class(self) -> dict[str, dict[str, float]]:
         return scores_by_class(self.names, *self.counts)
-
-
-def sigmoid(logits: np.ndarray) -> np.ndarray:
-    """In float64, and without an overflow: the float32 logits are all that was rounded."""
-    return np.exp(-np.logaddexp(0.0, -logits.astype(np.float64)))
 
 
 def _names_of(path: Path, line: int, value: Any, separator: str) -> dict[str, int]:

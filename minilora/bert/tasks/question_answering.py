@@ -22,17 +22,21 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForQuestionAnswering
 
+from minilora.bert.examples import Arrays, Batch, Examples, Logits, Tokenizer, by_example
 from minilora.bert.metrics import answer_scores, softmax
-from minilora.bert.rows import Records, Row, bad, parse_json, read_objects, read_text, row_of
-from minilora.bert.tasks import (
-    Arguments,
-    Arrays,
-    Batch,
-    Examples,
-    Tokenizer,
-    by_example,
-    set_labels,
+from minilora.bert.rows import (
+    OBJECTS,
+    Records,
+    Row,
+    bad,
+    check_suffix,
+    parse_json,
+    read_objects,
+    read_text,
+    row_of,
 )
+from minilora.bert.tasks import Arguments, Predictions, set_labels
+from minilora.bert.texts import arrays_of, token_spans, whole_encodings, windows
 from minilora.errors import MiniloraError
 
 Span = tuple[float, int, int]
@@ -64,9 +68,7 @@ class QuestionAnswering:
     @staticmethod
     def read_rows(path: Path, arguments: Arguments, labelled: bool) -> list[Row]:
         """Questions, numbered by line, or in a .json file from 1."""
-        if path.suffix.lower() not in (".json", ".jsonl"):
-            raise MiniloraError(f"{path} has the suffix {path.suffix!r}; allowed are .json, .jsonl")
-        is_squad = path.suffix.lower() == ".json" and read_text(path).lstrip().startswith("{")
+        is_squad = check_suffix(path, OBJECTS) == ".json" and read_text(path).lstrip()[:1] == "{"
         records = _of_squad(path) if is_squad else read_objects(path)
         if not records:
             raise MiniloraError(f"{path} is empty: it holds no question")
@@ -85,46 +87,24 @@ class QuestionAnswering:
         """labels (N, 2), tokens of a window; `spans` (total tokens, 2), where in the passage a
         token starts and ends, in characters, and (-1, -1) of one that is not of it.
         """
-        if not tokenizer.is_fast:
-            slow = f"{type(tokenizer).__name__} does not tell where in a text its tokens are"
-            raise MiniloraError(f"{slow}: {self.name} needs a fast tokenizer")
-        texts = [row.text for row in rows], [row.pair or "" for row in rows]
-        encoded: Any = tokenizer(*texts, truncation=False, verbose=False)
-        windows = []
-        for index, (row, encoding) in enumerate(zip(rows, encoded.encodings, strict=True)):
-            spans, ids = _spans(row, encoding), np.array(encoding.ids, dtype=np.int32)
-            types = np.array(encoding.type_ids, dtype=np.int8)
-            for at in self._windows(spans, max_length, f"{place}, line {row.line}"):
-                windows.append((ids[at], types[at], spans[at], _places(row, spans[at]), index))
-        ids, types, spans, labels, owners = zip(*windows, strict=True)
+        found = []  # a window's ids, token types, spans, labels, row
+        for index, encoding in enumerate(whole_encodings(rows, tokenizer, max_length)):
+            spans = token_spans(encoding, rows[index].pair or "", 1)
+            is_passage = spans[:, 0] >= 0
+            room = max_length - (~is_passage).sum()
+            if room < 1:
+                left = f"{max_length - room} tokens with the special ones, and max_length is"
+                problem = f"the question has {left} {max_length}: none are left for the passage"
+                raise bad(place, rows[index].line, problem)
+            ids, types = np.array(encoding.ids), np.array(encoding.type_ids)
+            for at in windows(is_passage, max_length, min(self.doc_stride, room // 2)):
+                places = _places(rows[index], spans[at])
+                found.append((ids[at], types[at], spans[at], places, index))
+        ids, types, spans, labels, owners = zip(*found, strict=True)
         # PEFT 0.21's PeftModelForQuestionAnswering takes token_type_ids and leaves them out.
-        takes_types = "token_type_ids" in encoded and not self.hf_parity
-        return {
-            "input_ids": np.concatenate(ids),
-            **({"token_type_ids": np.concatenate(types)} if takes_types else {}),
-            "lengths": np.array([len(each) for each in ids]),
-            "labels": np.array(labels),
-            "row": np.array(owners),
-            "spans": np.concatenate(spans),
-            "truncated": np.zeros(len(windows), dtype=bool),
-        }
-
-    def _windows(self, spans: np.ndarray, max_length: int, place: str) -> Iterator[np.ndarray]:
-        """Which tokens of a pair each window has, (T,): all that are not of the passage, and of
-        that as many as there is room for, cut as transformers' `stride` does it.
-        """
-        passage, others = np.flatnonzero(spans[:, 0] >= 0), np.flatnonzero(spans[:, 0] < 0)
-        room, start = max_length - len(others), 0
-        if room < 1:
-            left = f"{len(others)} tokens with the special ones, and max_length is {max_length}"
-            raise MiniloraError(f"{place}: the question has {left}: none are left for the passage")
-        step = room - min(self.doc_stride, room // 2)
-        while start == 0 or start - step + room < len(passage):
-            yield np.sort(np.concatenate([others, passage[start : start + room]]))
-            start += step
-
-    def training_loss(self, logits: Tensor, batch: Batch) -> Tensor:
-        return self.loss(logits, batch)
+        takes_types = "token_type_ids" in tokenizer.model_input_names and not self.hf_parity
+        arrays = arrays_of(ids, types if takes_types else None, owners)
+        return arrays | {"labels": np.array(labels), "spans": np.concatenate(spans)}
 
     def loss(self, logits: Tensor, batch: Batch) -> Tensor:
         """The mean of both, as `BertForQuestionAnswering.forward` computes it. There an answer may
@@ -140,21 +120,21 @@ class QuestionAnswering:
         labels = batch["labels"]
         return (F.cross_entropy(start, labels[:, 0]) + F.cross_entropy(end, labels[:, 1])) / 2
 
+    training_loss = loss
+
     def loss_weight(self, batch: Batch) -> int:
         return len(batch["labels"])
 
     def scorer(self, rows: list[Row], examples: Examples) -> "AnswerScorer":
         return AnswerScorer(self, rows, examples)
 
-    def predictions(
-        self, rows: list[Row], examples: Examples, logits: list[np.ndarray]
-    ) -> list[dict[str, Any]]:
+    def predictions(self, rows: list[Row], examples: Examples, logits: Logits) -> Predictions:
         """The best answer to each question, and all that were kept, with their shares of what their
         scores' exponentials are together.
         """
-        spans, found = np.split(examples.extra["spans"], examples.offsets[1:-1]), []
-        windows = [best_spans(*window) for window in zip(logits, spans, strict=True)]
-        for row, kept in zip(rows, self.answers(rows, examples, windows), strict=True):
+        spans, found = examples.apart("spans"), []
+        best = [best_spans(*window) for window in zip(logits, spans, strict=True)]
+        for row, kept in zip(rows, self.answers(rows, examples, best), strict=True):
             answers, shares = [], softmax(np.array([score for score, *_ in kept])).tolist()
             for (_, start, end), share in zip(kept, shares, strict=True):
                 words = (row.pair or "")[start:end]
@@ -163,7 +143,7 @@ class QuestionAnswering:
         return found
 
     def answers(
-        self, rows: list[Row], examples: Examples, windows: list[list[Span]]
+        self, rows: list[Row], examples: Examples, best: list[list[Span]]
     ) -> Iterator[list[Span]]:
         """The answers to each row's question, best first, from the `best_spans` of each window.
 
@@ -172,11 +152,11 @@ class QuestionAnswering:
         """
         edges = np.searchsorted(examples.row, np.arange(len(rows) + 1))
         for first, end in pairwise(edges.tolist()):
-            spans = sorted(span for window in windows[first:end] for span in window[1:])
+            spans = sorted(span for window in best[first:end] for span in window[1:])
             # Two windows may have the same words.
             kept = sorted({span[1:]: span for span in spans}.values(), reverse=True)[:N_BEST]
             if self.labels == ANSWER_OR_NONE or not kept:
-                kept.append(min(window[0] for window in windows[first:end]))
+                kept.append(min(window[0] for window in best[first:end]))
             yield sorted(kept, key=lambda span: span[0], reverse=True)
 
 
@@ -187,16 +167,16 @@ class AnswerScorer:
 
     def __init__(self, task: QuestionAnswering, rows: list[Row], examples: Examples) -> None:
         self.task, self.rows, self.examples = task, rows, examples
-        self.spans = np.split(examples.extra["spans"], examples.offsets[1:-1])
-        self.windows: list[list[Span]] = [[] for _ in self.spans]
+        self.spans = examples.apart("spans")
+        self.best: list[list[Span]] = [[] for _ in self.spans]
 
     def add(self, logits: Tensor, batch: Batch) -> None:
         apart = by_example(logits.numpy(), batch)
         for example, values in zip(batch["example"].tolist(), apart, strict=True):
-            self.windows[example] = best_spans(values, self.spans[example])
+            self.best[example] = best_spans(values, self.spans[example])
 
     def metrics(self) -> dict[str, float]:
-        answers, scores = self.task.answers(self.rows, self.examples, self.windows), []
+        answers, scores = self.task.answers(self.rows, self.examples, self.best), []
         for row, ((_, start, end), *_) in zip(self.rows, answers, strict=True):
             found = (row.pair or "")[start:end]
             scores.append(answer_scores(found, [text for _, text in row.label]))
@@ -225,15 +205,6 @@ def best_spans(logits: np.ndarray, spans: np.ndarray) -> list[Span]:
     places = spans[inside[first], 0].tolist(), spans[inside[first + later], 1].tolist()
     none = (logits[0].sum().item(), 0, 0)
     return [none, *zip(scores.flat[best].tolist(), *places, strict=True)]
-
-
-def _spans(row: Row, encoding: Any) -> np.ndarray:
-    """Where in the passage each token of a pair is, (tokens, 2); (-1, -1) of no token of it."""
-    passage, spans = row.pair or "", np.array(encoding.offsets, dtype=np.int32)
-    # Some tokenizers count the space before a word to its first token.
-    spans[:, 0] += [passage[start:end][:1].isspace() for start, end in spans]
-    of_passage = [sequence == 1 for sequence in encoding.sequence_ids]
-    return np.where(np.array(of_passage)[:, None], spans, -1)
 
 
 def _places(row: Row, spans: np.ndarray) -> tuple[int, int]:

@@ -7,11 +7,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification
 
+from minilora.bert.examples import Arrays, Batch, Examples, Logits, Tokenizer
 from minilora.bert.metrics import regression_metrics
-from minilora.bert.rows import Row, is_number, read_texts
-from minilora.bert.tasks import Arguments, Arrays, Batch, Examples, Tokenizer
+from minilora.bert.rows import Row, bad, is_number, read_texts
+from minilora.bert.tasks import Arguments, Predictions
 from minilora.bert.texts import WholeTexts, encode_texts, of_whole_texts
-from minilora.errors import MiniloraError
 
 
 class Regression:
@@ -39,16 +39,14 @@ class Regression:
     def encode(self, rows: list[Row], tokenizer: Tokenizer, max_length: int, place: str) -> Arrays:
         for row in rows:
             if row.label is not None and not is_number(row.label):
-                found = f"{place}, line {row.line}: label {row.label!r}"
-                raise MiniloraError(f"{found} is not a finite number")
+                raise bad(place, row.line, f"label {row.label!r} is not a finite number")
         labels = np.array([float(row.label or 0) for row in rows], dtype=np.float32)
         return encode_texts(rows, labels, tokenizer, max_length, self.stride)
 
-    def training_loss(self, logits: Tensor, batch: Batch) -> Tensor:
-        return self.loss(logits, batch)
-
     def loss(self, logits: Tensor, batch: Batch) -> Tensor:
         return F.mse_loss(logits.squeeze(-1), batch["labels"])
+
+    training_loss = loss
 
     def loss_weight(self, batch: Batch) -> int:
         return len(batch["labels"])
@@ -56,9 +54,7 @@ class Regression:
     def scorer(self, rows: list[Row], examples: Examples) -> "ValueScorer":
         return ValueScorer(examples)
 
-    def predictions(
-        self, rows: list[Row], examples: Examples, logits: list[np.ndarray]
-    ) -> list[dict[str, Any]]:
+    def predictions(self, rows: list[Row], examples: Examples, logits: Logits) -> Predictions:
         values = of_whole_texts(logits, examples.row)[:, 0]
         return [{"score": value} for value in values.tolist()]
 

@@ -9,16 +9,15 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification
 
+from minilora.bert.examples import Arrays, Batch, Examples, Logits, Tokenizer
 from minilora.bert.metrics import classification_metrics, scores_by_class, softmax
 from minilora.bert.rows import Row, is_number, read_texts
 from minilora.bert.tasks import (
     Arguments,
-    Arrays,
-    Batch,
-    Examples,
-    Tokenizer,
+    Predictions,
     set_labels,
     smoothed_cross_entropy,
+    unknown_label,
 )
 from minilora.bert.texts import WholeTexts, encode_texts, of_whole_texts
 from minilora.errors import MiniloraError
@@ -68,14 +67,13 @@ class SequenceClassification:
 
     def encode(self, rows: list[Row], tokenizer: Tokenizer, max_length: int, place: str) -> Arrays:
         ids = {name: index for index, name in enumerate(self.labels)}
-        for row in rows:
-            if row.label is not None and _class_name(row.label) not in ids:
-                unknown = f"{place}, line {row.line}: label {row.label!r}"
-                known = f"the training data, which has {', '.join(self.labels[:20])}"
-                raise MiniloraError(f"{unknown} does not occur in {known}")
-        labels = [0 if row.label is None else ids[_class_name(row.label)] for row in rows]
-        ids_of_rows = np.array(labels, dtype=np.int64)
-        return encode_texts(rows, ids_of_rows, tokenizer, max_length, self.stride)
+        labels = np.zeros(len(rows), dtype=np.int64)
+        for index, row in enumerate(rows):
+            if row.label is not None:
+                if _class_name(row.label) not in ids:
+                    raise unknown_label(place, row.line, f"label {row.label!r}", self.labels)
+                labels[index] = ids[_class_name(row.label)]
+        return encode_texts(rows, labels, tokenizer, max_length, self.stride)
 
     def weigh(self, examples: Examples) -> None:
         """Balanced weights as scikit-learn's: N / (C * examples of the class)."""
@@ -106,9 +104,7 @@ class SequenceClassification:
     def scorer(self, rows: list[Row], examples: Examples) -> "ClassScorer":
         return ClassScorer(self.labels, rows, examples)
 
-    def predictions(
-        self, rows: list[Row], examples: Examples, logits: list[np.ndarray]
-    ) -> list[dict[str, Any]]:
+    def predictions(self, rows: list[Row], examples: Examples, logits: Logits) -> Predictions:
         stacked, found = of_whole_texts(logits, examples.row), []  # (texts, C)
         for best, row in zip(stacked.argmax(axis=-1), softmax(stacked).tolist(), strict=True):
             label, by_label = self.labels[best], dict(zip(self.labels, row, strict=True))

@@ -5,9 +5,7 @@ tag. A word that has none, because its text was cut, or because the tokenizer le
 is tagged O, in the metrics, too.
 """
 
-import itertools
 import re
-import unicodedata
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,27 +16,34 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import AutoModelForTokenClassification
 
-from minilora.bert.metrics import entity_spans, precision_recall_f1, softmax
-from minilora.bert.rows import Row, bad, lines_of, read_objects, read_text, read_texts, text_of
+from minilora.bert.examples import NO_LABEL, Arrays, Batch, Examples, Logits, Tokenizer, by_example
+from minilora.bert.metrics import entity_spans, precision_recall_f1, scores_by_class, softmax
+from minilora.bert.rows import (
+    OBJECTS,
+    Row,
+    bad,
+    check_suffix,
+    lines_of,
+    read_objects,
+    read_text,
+    read_texts,
+    text_of,
+)
 from minilora.bert.tasks import (
-    NO_LABEL,
     Arguments,
-    Arrays,
-    Batch,
-    Examples,
-    Tokenizer,
-    arrays_of,
-    by_example,
-    call_tokenizer,
+    Predictions,
     set_labels,
     smoothed_cross_entropy,
+    unknown_label,
 )
+from minilora.bert.texts import check_fast, token_spans, tokenized
 from minilora.errors import MiniloraError
 
 COLUMNS = (".conll", ".txt", ".iob", ".bio")  # a token a line, a blank line between sentences
-OBJECTS = (".json", ".jsonl")
 UNFINISHED = re.compile(r"|[BIES]-")
-Sentence = tuple[int, list[str], list[str] | None]  # line, tokens, tags
+# What BERT's basic tokenizer takes for Chinese, each character a word.
+CHINESE = "\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0002fa1f"
+WORDS = re.compile(f"[{CHINESE}]|[^{CHINESE}]+")
 
 
 class TokenClassification:
@@ -62,13 +67,9 @@ class TokenClassification:
         """Columns, of which the first is the token and the last the tag, or objects with tokens and
         tags; to be predicted, also texts.
         """
-        suffix = path.suffix.lower()
-        if labelled and suffix not in COLUMNS + OBJECTS:
-            allowed = ", ".join(COLUMNS + OBJECTS)
-            raise MiniloraError(f"{path} has the suffix {suffix!r}; allowed are {allowed}")
+        suffix = check_suffix(path, COLUMNS + OBJECTS) if labelled else path.suffix.lower()
         found = _sentences(path, labelled) if suffix in COLUMNS else []
-        found = _objects(path, arguments, labelled) if suffix in OBJECTS else found
-        rows = [_row(path, line, tokens, tags) for line, tokens, tags in found]
+        rows = list(_objects(path, arguments, labelled) if suffix in OBJECTS else found)
         if not rows and (labelled or suffix in COLUMNS):
             raise MiniloraError(f"{path} is empty: it holds no sentence")
         return rows or read_texts(path, arguments, labelled)
@@ -85,39 +86,30 @@ class TokenClassification:
 
     def encode(self, rows: list[Row], tokenizer: Tokenizer, max_length: int, place: str) -> Arrays:
         """`word` (total tokens,): of which word a sub-token is the first, else -1."""
-        if not tokenizer.is_fast:
-            slow = f"{type(tokenizer).__name__} does not tell where in a text its tokens are"
-            raise MiniloraError(f"{slow}: {self.name} needs a fast tokenizer")
-        encoded, ids = call_tokenizer(rows, tokenizer, max_length), self._ids()
+        check_fast(tokenizer)
+        encoded, arrays = tokenized(rows, tokenizer, max_length)
         words, labels = [], []
         for row, encoding in zip(rows, encoded.encodings, strict=True):
-            owner = _owners(row, np.array(encoding.offsets).reshape(-1, 2))
+            owner = _owners(row, token_spans(encoding, row.text, 0))
             # Between two sub-tokens of a word there is no other.
             is_first = (owner >= 0) & (owner != np.concatenate([[-1], owner[:-1]]))
             words.append(np.where(is_first, owner, -1))
             labels.append(np.full(len(owner), NO_LABEL))
             if row.label is not None:
-                if unknown := [word for word, tag in enumerate(row.label) if tag not in ids]:
-                    raise self._unknown_tag(row, unknown[0], place)
-                first, rest = np.array([ids[tag] for tag in row.label]).T  # (words,) each
-                labels[-1][is_first] = first[owner[is_first]]
-                if self.label_all_tokens:
-                    is_rest = (owner >= 0) & ~is_first
-                    labels[-1][is_rest] = rest[owner[is_rest]]
-        arrays = {"labels": np.concatenate(labels), "word": np.concatenate(words)}
-        return {**arrays_of(encoded, max_length), **arrays, "row": np.arange(len(rows))}
+                first, rest = self._ids(row, place)
+                labels[-1][owner >= 0] = np.where(is_first, first[owner], rest[owner])[owner >= 0]
+        return arrays | {"labels": np.concatenate(labels), "word": np.concatenate(words)}
 
-    def _ids(self) -> dict[str, tuple[int, int]]:
-        # Of a word's first sub-token, and of its others, which begin no entity.
-        ids = {label: index for index, label in enumerate(self.labels)}
-        inside = {label: re.sub("^B-", "I-", label) for label in self.labels}
-        return {label: (index, ids.get(inside[label], index)) for label, index in ids.items()}
-
-    def _unknown_tag(self, row: Row, word: int, place: str) -> MiniloraError:
-        token, tag = row.fields["tokens"][word], row.label[word]
-        found = f"token {word + 1}, {token!r}, has the tag {tag!r}"
-        known = f"the training data, which has {', '.join(self.labels[:20])}"
-        return MiniloraError(f"{place}, line {row.line}: {found}; it does not occur in {known}")
+    def _ids(self, row: Row, place: str) -> np.ndarray:
+        """Of each word's first sub-token, and of its others, which begin no entity: (2, words)."""
+        ids, found = {label: index for index, label in enumerate(self.labels)}, []
+        for token, tag in zip(row.fields["tokens"], row.label, strict=True):
+            if tag not in ids:
+                what = f"token {len(found) + 1}, {token!r}, has the tag {tag!r}, which"
+                raise unknown_label(place, row.line, what, self.labels)
+            inside = ids.get(re.sub("^B-", "I-", tag), ids[tag])
+            found.append((ids[tag], inside if self.label_all_tokens else NO_LABEL))
+        return np.array(found).T
 
     def training_loss(self, logits: Tensor, batch: Batch) -> Tensor:
         if self.label_smoothing == 0 or self.loss_weight(batch) == 0:
@@ -137,19 +129,18 @@ class TokenClassification:
 
     def tags(self, row: Row, word: np.ndarray, logits: np.ndarray) -> tuple[list[str], list[float]]:
         """The tag of each word of a row and its probability, from logits (T, C) and word (T,)."""
-        tags, scores = ["O"] * len(_spans(row)), [1.0] * len(_spans(row))
+        words = len(_spans(row))
+        tags, scores = ["O"] * words, [1.0] * words
         probabilities = softmax(logits[word >= 0])
         best = probabilities.argmax(axis=-1)
         for place, label, values in zip(word[word >= 0], best, probabilities, strict=True):
             tags[place], scores[place] = self.labels[label], float(values[label])
         return tags, scores
 
-    def predictions(
-        self, rows: list[Row], examples: Examples, logits: list[np.ndarray]
-    ) -> list[dict[str, Any]]:
+    def predictions(self, rows: list[Row], examples: Examples, logits: Logits) -> Predictions:
         """Entities with their places in the text, which of tokens is these joined by spaces."""
         found = []
-        for row, values, word in zip(rows, logits, words_of(examples), strict=True):
+        for row, values, word in zip(rows, logits, examples.apart("word"), strict=True):
             tags, scores = self.tags(row, word, values)
             spans, entities = _spans(row), []
             for kind, first, last in sorted(entity_spans(tags), key=lambda entity: entity[1]):
@@ -168,7 +159,7 @@ class EntityScorer:
 
     def __init__(self, task: TokenClassification, rows: list[Row], examples: Examples) -> None:
         self.task, self.rows, self.examples = task, rows, examples
-        self.words = words_of(examples)
+        self.words = examples.apart("word")
         self.correct_tags, self.count = 0, 0
         # Entities by name: those found that are right, those found, those that are there.
         self.correct, self.predicted, self.actual = Counter(), Counter(), Counter()
@@ -190,26 +181,19 @@ class EntityScorer:
         return precision_recall_f1(*counts) | {"accuracy": self.correct_tags / self.count}
 
     def by_class(self) -> dict[str, dict[str, float]]:
-        found = {}
-        for kind in sorted(self.predicted | self.actual):
-            counts = (self.correct[kind], self.predicted[kind], self.actual[kind])
-            found[kind] = precision_recall_f1(*counts) | {"support": self.actual[kind]}
-        return found
+        names = sorted(self.predicted | self.actual)
+        counts = (self.correct, self.predicted, self.actual)
+        return scores_by_class(names, *([count[name] for name in names] for count in counts))
 
 
-def words_of(examples: Examples) -> list[np.ndarray]:
-    """`word` of each example apart, (T,)."""
-    return np.split(examples.extra["word"], examples.offsets[1:-1])
-
-
-def _sentences(path: Path, labelled: bool) -> Iterator[Sentence]:
+def _sentences(path: Path, labelled: bool) -> Iterator[Row]:
     tokens, tags, start = [], [], 1
     for line, text in [*lines_of(read_text(path)), (0, "")]:
         text = text.removeprefix("\ufeff")  # of a file that was appended to another
         fields = [field.strip() for field in text.split("\t")] if "\t" in text else text.split()
         if not text.strip() or fields[0] == "-DOCSTART-":
             if tokens:
-                yield start, tokens, tags if labelled else None
+                yield _row(path, start, tokens, tags if labelled else None)
             tokens, tags = [], []
         elif labelled and len(fields) < 2:
             raise bad(path, line, f"{text!r} is one field; a token and its tag are expected")
@@ -219,7 +203,7 @@ def _sentences(path: Path, labelled: bool) -> Iterator[Sentence]:
             tags.append(fields[-1])
 
 
-def _objects(path: Path, arguments: Arguments, labelled: bool) -> Iterator[Sentence]:
+def _objects(path: Path, arguments: Arguments, labelled: bool) -> Iterator[Row]:
     names = [arguments.text_column or "tokens", arguments.label_column or "tags"]
     records = read_objects(path)
     if not labelled and not any(isinstance(record.get(names[0]), list) for _, record in records):
@@ -229,7 +213,7 @@ def _objects(path: Path, arguments: Arguments, labelled: bool) -> Iterator[Sente
         for name, value in list(zip(names, lists, strict=True))[: 1 + labelled]:
             if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
                 raise bad(path, line, f"{name!r} is {value!r}; it must be a list of strings")
-        yield line, lists[0], lists[1] if labelled else None
+        yield _row(path, line, lists[0], lists[1] if labelled else None)
 
 
 def _row(path: Path, line: int, tokens: list[str], tags: list[str] | None) -> Row:
@@ -256,27 +240,17 @@ def _spans(row: Row) -> np.ndarray:
         lengths = np.array([len(token) for token in row.fields["tokens"]])
         ends = np.cumsum(lengths + 1) - 1
         return np.stack([ends - lengths, ends], axis=-1)
+    from tokenizers.pre_tokenizers import BertPreTokenizer  # comes with transformers
+
     spans = []
-    for run in re.finditer(r"\S+", row.text):
-        edges = {run.start(), run.end()}
-        for place in range(*run.span()):
-            if _stands_alone(row.text[place]):
-                edges |= {place, place + 1}
-        spans += itertools.pairwise(sorted(edges))
+    for run, (start, _) in BertPreTokenizer().pre_tokenize_str(row.text):
+        spans += [(start + word.start(), start + word.end()) for word in WORDS.finditer(run)]
     return np.array(spans, dtype=np.int64).reshape(-1, 2)
 
 
-def _stands_alone(character: str) -> bool:
-    is_mark = character.isascii() and not character.isalnum()
-    is_chinese = unicodedata.name(character, "").startswith("CJK ")
-    return is_mark or is_chinese or unicodedata.category(character).startswith("P")
-
-
-def _owners(row: Row, offsets: np.ndarray) -> np.ndarray:
-    """Of which word each sub-token is, by where it starts (`offsets` (T, 2)); -1 of none."""
-    starts, ends = offsets.T
-    # Some tokenizers count the space before a word to its first sub-token.
-    starts = starts + [row.text[start:end][:1].isspace() for start, end in offsets]
-    spans = np.concatenate([[[-1, -1]], _spans(row)])
-    owner = np.searchsorted(spans[:, 0], starts, side="right") - 1
-    return np.where((starts < ends) & (starts < spans[owner, 1]), owner - 1, -1)
+def _owners(row: Row, spans: np.ndarray) -> np.ndarray:
+    """Of which word each sub-token is, by where it starts (`spans` (T, 2)); -1 of none."""
+    starts, ends = spans.T
+    words = np.concatenate([[[-1, -1]], _spans(row)])
+    owner = np.searchsorted(words[:, 0], starts, side="right") - 1
+    return np.where((starts < ends) & (starts < words[owner, 1]), owner - 1, -1)

@@ -11,9 +11,10 @@ from transformers import AutoTokenizer, BertForMaskedLM, set_seed
 
 from minilora import MiniloraError, TrainConfig
 from minilora.bert.dataset import tokenize
+from minilora.bert.examples import NO_LABEL
 from minilora.bert.forward import Packed, Padded
 from minilora.bert.rows import Row
-from minilora.bert.tasks import NO_LABEL, varied
+from minilora.bert.tasks import varied
 from minilora.training.evaluation import evaluate_model
 from minilora.training.loop import Training, training_step
 from minilora.training.optim import build_optimizer, build_scheduler

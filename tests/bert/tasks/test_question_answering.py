@@ -206,12 +206,11 @@ def test_a_slow_tokenizer_is_refused_by_name(rows):
 
 
 def test_a_space_that_a_tokenizer_counts_to_a_word_is_no_part_of_an_answer():
-    from minilora.bert.rows import Row
-    from minilora.bert.tasks.question_answering import _spans
+    from minilora.bert.texts import token_spans
 
     offsets, sequences = [(0, 3), (0, 3), (3, 8), (0, 0)], [0, 1, 1, None]
     encoding = SimpleNamespace(offsets=offsets, sequence_ids=sequences)
-    spans = _spans(Row("who", "the plot", None, None, 1), encoding)
+    spans = token_spans(encoding, "the plot", 1)
     assert spans.tolist() == [[-1, -1], [0, 3], [4, 8], [-1, -1]]
 
 
@@ -357,7 +356,7 @@ def test_right_logits_score_one_and_each_kind_for_itself(packed, rows, tokenizer
     assert set(found.values()) == {1.0}
     scorer.rows = [row for row in rows if row.label]
     scorer.examples = tokenize(scorer.rows, task, tokenizer, 40, "f", keep=False)
-    scorer.windows = [[(9.0, 0, 0)]] * len(scorer.examples)
+    scorer.best = [[(9.0, 0, 0)]] * len(scorer.examples)
     assert scorer.metrics() == {"exact_match": 0.0, "f1": 0.0}
 
 

@@ -10,9 +10,10 @@ from transformers import AutoTokenizer
 from minilora import TrainConfig
 from minilora.bert import tasks
 from minilora.bert.dataset import collate_padded, tokenize
+from minilora.bert.examples import Examples, by_example
 from minilora.bert.packing import collate_packed
 from minilora.bert.rows import Row
-from minilora.bert.tasks import Examples, Task, by_example, task_class, varied
+from minilora.bert.tasks import Task, task_class, varied
 from tests.conftest import task_of
 
 NAMES = sorted(

@@ -31,7 +31,7 @@ from minilora.starting_model import StartingModel
 from minilora.training import resume
 from minilora.training.checkpoint import read_checkpoint
 from minilora.training.config import TrainConfig
-from minilora.training.evaluation import Batch, evaluate_model, reported_loss
+from minilora.training.evaluation import Batch, evaluate_model
 from minilora.training.loop import Training, is_finished, plan_timetable
 from minilora.training.optim import build_optimizer, build_scheduler
 from minilora.training.progress import say
@@ -64,18 +64,13 @@ class Pieces:
     start: StartingModel
     forward: Packed | Padded
 
-    def batches(self) -> Callable[[int, int], Iterator[list[Batch]]]:
-        """The batches of each optimizer step, as the loop asks for them."""
-        config = self.config
+    def batches(self, epoch: int, skip: int) -> Iterator[list[Batch]]:
+        """The batches of each optimizer step of an epoch, without the first `skip` steps'."""
+        config, examples = self.config, varied(self.task, self.examples["train"], epoch)
         seed = config.seed if config.data_seed is None else config.data_seed
         sizes = (config.per_device_train_batch_size, config.gradient_accumulation_steps)
         collate, device = self.forward.collate, self.start.model.device
-
-        def steps(epoch: int, skip: int) -> Iterator[list[Batch]]:
-            examples = varied(self.task, self.examples["train"], epoch)
-            return epoch_batches(examples, seed, *sizes, collate, device)(epoch, skip)
-
-        return steps
+        return epoch_batches(examples, seed, *sizes, collate, device)(epoch, skip)
 
     def evaluate(self, split: str, prefix: str) -> dict[str, float]:
         """The model's metrics on a split, under `<prefix>_...` keys."""
@@ -86,8 +81,8 @@ class Pieces:
         examples = varied(self.task, self.examples[split], None)
         batches = batches_in_order(examples, size, collate, device, shown)
         scorer = self.task.scorer(self.splits.rows[split], examples)
-        measure = reported_loss(self.task, self.config.hf_parity)
-        return evaluate_model(self.forward, measure, batches, scorer, prefix)
+        how = (self.task, self.config.hf_parity)
+        return evaluate_model(self.forward, *how, batches, scorer, prefix)
 
 
 def fine_tune(train_config: TrainConfig, lora_config: LoraConfig | None = None) -> TrainResult:
@@ -165,7 +160,7 @@ def train(plan: resume.ResumePlan, should_stop: Callable[[], bool]) -> TrainResu
     pieces = Pieces(config, splits, examples, task, start, forward)
     evaluate = partial(pieces.evaluate, "validation", "eval") if "validation" in examples else None
     training = build_training(pieces)
-    metrics = fit_in_directory(training, record, pieces.batches(), evaluate, plan, should_stop)
+    metrics = fit_in_directory(training, record, pieces.batches, evaluate, plan, should_stop)
 
     state = training.state
     if is_finished(state, training.timetable):

@@ -37,8 +37,7 @@ from minilora.training.optim import build_optimizer, build_scheduler
 from minilora.training.progress import say
 from minilora.training.record import RunRecord, environment
 from minilora.training.rng import draw_loader_seed, seed_all
-from minilora.training.run import fit_in_directory
-from minilora.training.run_directory import holding, write_run
+from minilora.training.run_directory import fit_in_directory, holding
 
 
 @dataclass(frozen=True)
@@ -245,4 +244,4 @@ def write_final_files(start: StartingModel, output_dir: Path, record: RunRecord)
         for file in start.tokenizer.save_pretrained(directory):
             if Path(file).is_file():
                 write_file(output_dir / Path(file).name, Path(file).read_bytes())
-    write_run(output_dir, record)
+    record.write(output_dir)

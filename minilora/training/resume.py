@@ -76,7 +76,7 @@ def plan_resume(
     stored = first_valid(newest_first) if path == own else read_checkpoint(path)
     why = "invalid" if path == own else "superseded"
     newer = itertools.takewhile(lambda p: stored is None or p != stored.path, newest_first)
-    aside = [(newer_path, why) for newer_path in newer] if own == output_dir else []
+    aside = [(passed_over, why) for passed_over in newer] if own == output_dir else []
     manifest = stored and stored.manifest
     record = manifest and manifest.record
     if manifest is None and own is not None and (own / RUN_NAME).is_file():

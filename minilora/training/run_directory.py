@@ -49,8 +49,8 @@ def fit_in_directory(
     config, output_dir = record.arguments, plan.output_dir
     # Again, as Trainer does: how much was drawn so far depends on the model.
     seed_all(config.seed if config.hf_parity else config.seed + distributed.rank())
-    if not (output_dir / RUN_NAME).is_file():
-        distributed.by_first(lambda: record.write(output_dir))
+    is_begun = (output_dir / RUN_NAME).is_file
+    distributed.by_first(lambda: None if is_begun() else record.write(output_dir))
     for warning in plan.warnings:
         say(f"warning: {warning}")
     if plan.stored is not None:

@@ -58,9 +58,7 @@ def test_what_has_no_windows_is_refused_by_name(tokenizer):
     with pytest.raises(MiniloraError, match="stride is 10: it must be below 10"):
         encode_texts(rows_of("good"), np.zeros(1), tokenizer, LENGTH, LENGTH - 2)
     pairs = [Row("good", "bad", None, None, 1)]
-    with pytest.raises(
-        MiniloraError, match="stride is 3: windows are of single texts"
-    ):
+    with pytest.raises(MiniloraError, match="stride is 3: windows are of single texts"):
         encode_texts(pairs, np.zeros(1), tokenizer, LENGTH, STRIDE)
 
     class Slow:

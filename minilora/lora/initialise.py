@@ -43,7 +43,7 @@ def new_lora(base: nn.Linear | nn.Embedding, name: str, config: LoraConfig) -> L
     lora.to(base.weight.device, base.weight.dtype)
     if config.use_dora:
         whole = base.weight + lora.delta_weight()
-        lora.lora_magnitude_vector = Magnitude(whole if isinstance(lora, Lora) else whole.T)
+        lora.lora_magnitude_vector = Magnitude(whole, dim=1 if isinstance(lora, Lora) else 0)
     return lora
 
 
@@ -89,10 +89,9 @@ def _pissa(weight: Tensor, r: int, scaling: float, init: str) -> tuple[Tensor, T
     # arXiv:2404.02948: the r principal components of W go into B A, the residual stays in the base.
     if init == "pissa":
         U, S, Vh = torch.linalg.svd(weight, full_matrices=False)
-        U, S, Vh = U[:, :r], S[:r], Vh[:r]
     else:
         niter = int(init.removeprefix("pissa_niter_"))
         U, S, V = torch.svd_lowrank(weight, r, niter=niter)  # draws from the global generator
         Vh = V.t()
-    root = torch.diag(torch.sqrt(S / scaling))
-    return root @ Vh, U @ root
+    root = torch.diag(torch.sqrt(S[:r] / scaling))
+    return root @ Vh[:r], U[:, :r] @ root

@@ -47,12 +47,6 @@ class Lora(nn.Module):
         """scaling * B A, the change to W: (out_features, in_features)."""
         return (self.lora_B.weight @ self.lora_A.weight) * self.scaling
 
-    def merged(self, weight: Tensor, base: Tensor) -> Tensor:
-        """`weight`, W beside others' updates, with this one folded in, too; `base` is W alone."""
-        if self.lora_magnitude_vector is not None:
-            return self.lora_magnitude_vector.merged(weight, base, self.delta_weight())
-        return weight + self.delta_weight().to(weight.dtype)
-
 
 class Wrapper(nn.Module):
     """What takes the place of an adapted module: the module as it was, `base_layer`, and its
@@ -69,6 +63,23 @@ class Wrapper(nn.Module):
         """The active adapters, or those called `names`, of which this module has one."""
         chosen = self.active_adapters if names is None else names
         return [self.adapters[name] for name in chosen if name in self.adapters]
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.output(self.in_force(), None, *args, **kwargs)
+
+    def output(self, adapters: list[Any], base: Any, x: Tensor) -> Tensor:
+        """The output for x with `adapters`; `base` is base_layer(x), if it is known already."""
+        base = result = self.base_layer(x) if base is None else base
+        for adapter in adapters:
+            result = self.update(adapter, x, base, result)
+        return result.to(base.dtype)
+
+    def merged(self, adapter: Any, weight: Tensor, base: Tensor) -> Tensor:
+        """`weight`, W beside others' updates, with `adapter` folded in, too; `base` is W alone."""
+        delta, magnitude = adapter.delta_weight(), adapter.lora_magnitude_vector
+        if magnitude is not None:
+            return magnitude.merged(weight, base, delta)
+        return weight + delta.to(weight.dtype)
 
     def shown(self) -> nn.Module:
         """The module whose attributes this one has: models read them (weight, padding_idx)."""
@@ -88,14 +99,8 @@ class LoRALinear(Wrapper):
 
     fused = False
 
-    def forward(self, x: Tensor) -> Tensor:
-        base = result = self.base_layer(x)  # (..., in_features) -> (..., out_features)
-        for lora in self.in_force():
-            result = self.update(lora, x, base, result)
-        return result.to(base.dtype)
-
     def update(self, lora: Lora, x: Tensor, base: Tensor, result: Tensor) -> Tensor:
-        """`result` plus scaling * B A dropout(x) of one adapter; `base` is base_layer(x)."""
+        """`result`, (..., out_features), plus scaling * B A dropout(x) of one adapter."""
         magnitude = lora.lora_magnitude_vector
         if self.fused and magnitude is None and lora.lora_B.bias is None:
             # minilora's order, of training by default: each row's r numbers are scaled, not its
@@ -108,10 +113,10 @@ class LoRALinear(Wrapper):
             rows, after_A = result.reshape(-1, out_features), after_A.reshape(-1, r)
             return torch.addmm(rows, after_A, B.t()).view(shape)
         # PEFT's order (0.21, `lora.Linear.forward`), so that every bit is PEFT's. Over a bfloat16
-        # base all of x is raised to float32 and so is the sum, which `forward` rounds at the end.
+        # base all of x is raised to float32 and so is the sum, which `output` rounds at the end.
         x = x.to(lora.lora_A.weight.dtype)
         dropped = lora.lora_dropout(x)
         if magnitude is None:
             return result + lora(dropped) * lora.scaling
         same = base if dropped is x else None  # the direction must see the x that A sees
-        return result + magnitude(dropped, same, self.base_layer, lora, lora.scaling)
+        return result + magnitude(dropped, same, self.base_layer, lora)

@@ -116,7 +116,7 @@ def _merged_parameters(model: nn.Module, names: Iterable[str]) -> dict[str, Tens
         before = dict(layer.base_layer.named_parameters(recurse=False))
         after: dict[str, Tensor] = {**before}
         for adapter in layer.in_force(names):
-            after["weight"] = adapter.merged(after["weight"], before["weight"])
+            after["weight"] = layer.merged(adapter, after["weight"], before["weight"])
             if isinstance(adapter, Lora) and adapter.lora_B.bias is not None:
                 if "bias" not in before:
                     problem = "lora_bias=True has no bias in the base layer to merge into"

@@ -19,7 +19,7 @@ from minilora import reading
 from minilora.errors import MiniloraError
 from minilora.lora.adapters import adapter_layers, adapters_of
 from minilora.lora.config import LoraConfig
-from minilora.lora.embedding import TiedOutput, TrainableTokens
+from minilora.lora.embedding import TrainableTokens
 from minilora.lora.heads import ModulesToSave
 from minilora.lora.initialise import reduces_base
 from minilora.lora.layer import LoRALinear, Wrapper
@@ -40,7 +40,7 @@ def base_embeddings(model: Any) -> dict[str, nn.Parameter]:
         if any(module is layer for layer in layers) and not isinstance(module, ModulesToSave):
             base = module.base_layer if isinstance(module, Wrapper) else module
             place = PREFIX + name
-            place += ".token_adapter" if isinstance(module, TrainableTokens | TiedOutput) else ""
+            place += ".token_adapter" if isinstance(module, TrainableTokens) else ""
             place += ".base_layer" if isinstance(module, Wrapper) else ""
             found |= {f"{place}.{key}": p for key, p in base.named_parameters()}
     return found

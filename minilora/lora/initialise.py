@@ -76,16 +76,15 @@ def _initialise_linear(lora: Lora, base: nn.Linear, init: bool | str) -> None:
         raise MiniloraError(f"init_lora_weights={init!r} splits a matrix of rank {rank}: r is {r}")
     else:
         weight = base.weight.to(torch.float32)
-        if init == "olora":  # arXiv:2406.01775: B, A from the QR decomposition of W
-            Q, R = torch.linalg.qr(weight)
-            A.data, B.data = R[:r].contiguous(), Q[:, :r].contiguous()
-        else:
-            A.data, B.data = _pissa(weight, r, lora.scaling, init)
+        A.data, B.data = _principal_part(weight, r, lora.scaling, init)
         # W is reduced by their product: (s B) A, as in PEFT, since (B A) s would round differently.
         base.weight.data = (weight - lora.scaling * B @ A).to(base.weight.dtype)
 
 
-def _pissa(weight: Tensor, r: int, scaling: float, init: str) -> tuple[Tensor, Tensor]:
+def _principal_part(weight: Tensor, r: int, scaling: float, init: str) -> tuple[Tensor, Tensor]:
+    if init == "olora":  # arXiv:2406.01775: A, B from the QR decomposition of W
+        Q, R = torch.linalg.qr(weight)
+        return R[:r].contiguous(), Q[:, :r].contiguous()
     # arXiv:2404.02948: the r principal components of W go into B A, the residual stays in the base.
     if init == "pissa":
         U, S, Vh = torch.linalg.svd(weight, full_matrices=False)

@@ -159,9 +159,8 @@ def set_adapter(model: nn.Module, adapter_name: str | list[str]) -> None:
 
 
 def delete_adapter(model: nn.Module, adapter_name: str) -> None:
-    """Take an adapter out; if it alone was active, the first one left becomes so.
-
-    With the last one the plain model is back, bit for bit.
+    """Take an adapter out; if it alone was active, the first one left becomes so. Without any, the
+    plain model is back, bit for bit.
     """
     model, adapters = targets.unwrapped(model), adapters_of(model, "delete an adapter")
     targets.check_known(adapters.configs, [adapter_name])

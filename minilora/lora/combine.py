@@ -108,8 +108,7 @@ def add_weighted_adapter(
         for name, tensors in found.items():
             own = model.get_submodule(f"{name}.adapters.{adapter_name}")
             for parameter, value in zip(own.parameters(), tensors, strict=True):
-                # svd has more ranks than asked for; a layer of fewer adapters, or of a lower r,
-                # has fewer.
+                # svd has more ranks than asked for; a layer of fewer adapters or lower r has fewer.
                 common = tuple(map(slice, map(min, parameter.shape, value.shape)))
                 parameter.zero_()[common] = value[common].to(parameter)
     return names

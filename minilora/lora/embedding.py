@@ -7,8 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from minilora.lora.dora import Magnitude
-from minilora.lora.layer import Wrapper
+from minilora.lora.layer import Magnitude, Wrapper
 
 
 class EmbeddingLora(nn.Module):
@@ -80,8 +79,7 @@ class TrainableTokens(Wrapper):
 class TiedOutput(TrainableTokens):
     """A masked language model's output layer, which shares its weight with `TrainableTokens`.
 
-    It reads the same rows and has no tensors of its own, on disk neither: (..., embedding_dim) ->
-    (..., num_embeddings).
+    (..., embedding_dim) -> (..., num_embeddings), with the same rows; on disk it has no tensors.
     """
 
     def __init__(self, base_layer: nn.Linear, tokens: TrainableTokens) -> None:

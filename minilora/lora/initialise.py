@@ -10,9 +10,8 @@ from torch import Tensor, nn
 
 from minilora.errors import MiniloraError
 from minilora.lora.config import LoraConfig
-from minilora.lora.dora import Magnitude
 from minilora.lora.embedding import EmbeddingLora
-from minilora.lora.layer import Lora
+from minilora.lora.layer import Lora, Magnitude
 from minilora.lora.targets import pattern_value
 
 

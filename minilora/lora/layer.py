@@ -4,13 +4,15 @@
 
 W (out_features, in_features) and b stay as they are. Only A (r, in_features) and B (out_features,
 r) are trained: r * (in + out) numbers in place of in * out. B starts at zero, so that the layer
-starts as its base layer. `bert`'s query, key and value are separate linear layers: the fused-QKV
-LoRA of other libraries is not needed.
+starts as its base layer. With DoRA the direction of W + s B A is trained, and its length apart:
 
-Not here: the first values (`initialise.py`), DoRA's form of the update (`dora.py`), embeddings
-(`embedding.py`), how layers get into a model (`adapters.py`), names on disk (`peft_files.py`).
+    y = W' x + b,  W' = m * (W + s B A) / ||W + s B A||        norms of rows, m (out_features,)
 
-Source: LoRA, arXiv:2106.09685, section 4.1.
+Not here: the first values (`initialise.py`), embeddings (`embedding.py`), how layers get into a
+model (`adapters.py`), names on disk (`peft_files.py`).
+
+Sources: LoRA, arXiv:2106.09685, section 4.1; DoRA, arXiv:2402.09353, section 4. The operations and
+their order are PEFT's (0.21, `lora.Linear.forward`, `tuners/lora/dora.py`), so that every bit is.
 """
 
 from collections.abc import Iterable
@@ -20,7 +22,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minilora.lora.dora import Magnitude
+
+class Magnitude(nn.Module):
+    """DoRA's m; a module, because parameters of modules stand after those of A and B."""
+
+    def __init__(self, weight: Tensor, dim: int) -> None:
+        super().__init__()
+        self.dim = dim  # what the norm runs over: a row of W, a column of an embedding's E
+        self.weight = nn.Parameter(torch.linalg.norm(weight, dim=dim))
+
+    def scale(self, weight: Tensor, delta: Tensor) -> Tensor:
+        """m / ||W + delta||, (out_features,); the norm without a gradient, as in section 4.3."""
+        return self.weight / torch.linalg.norm(weight + delta, dim=self.dim).detach()
 
 
 class Lora(nn.Module):
@@ -77,9 +90,10 @@ class Wrapper(nn.Module):
     def merged(self, adapter: Any, weight: Tensor, base: Tensor) -> Tensor:
         """`weight`, W beside others' updates, with `adapter` folded in, too; `base` is W alone."""
         delta, magnitude = adapter.delta_weight(), adapter.lora_magnitude_vector
-        if magnitude is not None:
-            return magnitude.merged(weight, base, delta)
-        return weight + delta.to(weight.dtype)
+        if magnitude is None:
+            return weight + delta.to(weight.dtype)
+        scale = magnitude.scale(base, delta).unsqueeze(magnitude.dim)
+        return (weight - base + scale * (base + delta)).to(weight.dtype)
 
     def shown(self) -> nn.Module:
         """The module whose attributes this one has: models read them (weight, padding_idx)."""
@@ -112,11 +126,18 @@ class LoRALinear(Wrapper):
             after_A = F.linear(lora.lora_dropout(x.to(dtype)), A) * lora.scaling  # (..., r)
             rows, after_A = result.reshape(-1, out_features), after_A.reshape(-1, r)
             return torch.addmm(rows, after_A, B.t()).view(shape)
-        # PEFT's order (0.21, `lora.Linear.forward`), so that every bit is PEFT's. Over a bfloat16
-        # base all of x is raised to float32 and so is the sum, which `output` rounds at the end.
+        # PEFT's order. Over a bfloat16 base all of x is raised to float32 and so is the sum, which
+        # `output` rounds at the end.
         x = x.to(lora.lora_A.weight.dtype)
         dropped = lora.lora_dropout(x)
         if magnitude is None:
             return result + lora(dropped) * lora.scaling
-        same = base if dropped is x else None  # the direction must see the x that A sees
-        return result + magnitude(dropped, same, self.base_layer, lora)
+        # PEFT's way to (B A)^T; it costs more than a matrix product.
+        identity = torch.eye(x.shape[-1], device=x.device, dtype=x.dtype)
+        weight, bias = self.base_layer.weight.to(x.dtype), self.base_layer.bias
+        scale = magnitude.scale(weight, lora.scaling * lora(identity).T.to(x.dtype)).view(1, -1)
+        if dropped is not x:
+            base = F.linear(dropped, weight)  # W must see the x that A sees
+        elif bias is not None:
+            base = base - bias
+        return result + ((scale - 1) * base + scale * lora(dropped) * lora.scaling)

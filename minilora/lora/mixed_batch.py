@@ -37,8 +37,7 @@ def adapter_names(model: nn.Module, names: list[str]) -> Iterator[None]:
     rows = {name: places[[other == name for other in names]] for name in names}
     # Inside another such block a layer has a forward of its own already.
     outer = {layer: vars(layer).get("forward") for _, layer in adapter_layers(model)}
-    check = partial(_check_batch, len(names))
-    handle = model.register_forward_pre_hook(check, with_kwargs=True)
+    handle = model.register_forward_pre_hook(partial(_check_batch, len(names)), with_kwargs=True)
     for layer in outer:
         layer.forward = partial(_mixed, layer, rows)
     try:

@@ -209,15 +209,12 @@ def check_adapter(
     if changes:
         problem = f"is of another adapter than the model's: {', '.join(changes)}"
         raise MiniloraError(f"{place / CONFIG_NAME} {problem}")
-    for key, parameter in peft_bases.base_embeddings(model).items():
-        if key in stored.tensors and key not in own:
-            rows = next(iter(stored.tensors[key].shape), 0)
-            if rows != len(parameter):
-                found = f"{key} has {rows} rows, not {len(parameter)}"
-                raise MiniloraError(
-                    f"{place}: {found}: call resize_token_embeddings({rows}) before"
-                )
-            own[key] = parameter.detach()
+    base = peft_bases.base_embeddings(model)
+    for key in sorted(stored.tensors.keys() & base.keys() - own.keys()):
+        own[key], rows = base[key].detach(), next(iter(stored.tensors[key].shape), 0)
+        if rows != len(own[key]):
+            found = f"{key} has {rows} rows, not {len(own[key])}"
+            raise MiniloraError(f"{place}: {found}: call resize_token_embeddings({rows}) before")
     lacking, extra = own.keys() - stored.tensors.keys(), stored.tensors.keys() - own.keys()
     for what, keys in (("lacks", lacking), ("has unexpected", extra)):
         if keys:

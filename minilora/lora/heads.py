@@ -21,7 +21,7 @@ class ModulesToSave(Wrapper):
 
     def shown(self) -> nn.Module:
         """The active adapter's copy; without one, the original."""
-        return [self.base_layer, *self.in_force()][-1]
+        return [self.base_layer, *self.called(self.active_adapters)][-1]
 
     def output(self, adapters: list[Any], base: Any, *args: Any, **kwargs: Any) -> Any:
         return [self.base_layer, *adapters][-1](*args, **kwargs)

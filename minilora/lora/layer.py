@@ -72,13 +72,12 @@ class Wrapper(nn.Module):
         self.adapters: Any = nn.ModuleDict()
         self.active_adapters: tuple[str, ...] = ()
 
-    def in_force(self, names: Iterable[str] | None = None) -> list[Any]:
-        """The active adapters, or those called `names`, of which this module has one."""
-        chosen = self.active_adapters if names is None else names
-        return [self.adapters[name] for name in chosen if name in self.adapters]
+    def called(self, names: Iterable[str]) -> list[Any]:
+        """Of the adapters `names` those that this module has."""
+        return [self.adapters[name] for name in names if name in self.adapters]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.output(self.in_force(), None, *args, **kwargs)
+        return self.output(self.called(self.active_adapters), None, *args, **kwargs)
 
     def output(self, adapters: list[Any], base: Any, x: Tensor) -> Tensor:
         """The output for x with `adapters`; `base` is base_layer(x), if it is known already."""

@@ -115,7 +115,7 @@ def _merged_parameters(model: nn.Module, names: Iterable[str]) -> dict[str, Tens
             continue
         base = layer.base_layer
         weight, bias = f"{name}.base_layer.weight", f"{name}.base_layer.bias"
-        for adapter in layer.in_force(names):
+        for adapter in layer.called(names):
             found[weight] = layer.merged(adapter, found.get(weight, base.weight), base.weight)
             if isinstance(adapter, Lora) and adapter.lora_B.bias is not None:
                 if base.bias is None:

@@ -77,7 +77,7 @@ def _mixed(layer: Wrapper, rows: dict[str, Tensor], *args: Any, **kwargs: Any) -
 
     result = base.expand(count, *base.shape[1:])
     for name, indices in rows.items():
-        if adapters := layer.in_force([name]):
+        if adapters := layer.called([name]):
             inputs = [own(indices, value) for value in (base, *args)]
             named = {key: own(indices, value) for key, value in kwargs.items()}
             updated = layer.output(adapters, *inputs, **named)

@@ -161,7 +161,7 @@ def check_together(model: nn.Module, configs: dict[str, LoraConfig], names: Sequ
         raise MiniloraError(f"adapters {heads} each have modules_to_save: only one can be active")
     for place, layer in plain_modules(model):
         if isinstance(layer, TrainableTokens):
-            rows = [row for own in layer.in_force(names) for row in own.token_indices.tolist()]
+            rows = [row for own in layer.called(names) for row in own.token_indices.tolist()]
             if len(set(rows)) < len(rows):
                 problem = f"train the same rows of {place!r}: only one can be active"
                 raise MiniloraError(f"adapters {list(names)} {problem}")

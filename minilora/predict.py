@@ -30,14 +30,13 @@ def main() -> int:
         run = open_run(asked.path, asked.model_name_or_path, asked.device)
         if asked.file is not None:
             columns = (asked.text_column, asked.text_pair_column)
-            rows = predict.rows_of_file(run, Path(asked.file), *columns)
+            rows = predict.rows_of_file(run, asked.file, columns, labelled=False)
         elif asked.text is not None:
-            text = asked.text if asked.text_pair is None else (asked.text, asked.text_pair)
-            rows = predict.rows_of_texts([text])
+            rows = predict.rows_of_texts([(asked.text, asked.text_pair)])
         elif sys.stdin is None:
             raise MiniloraError("standard input is closed: give --text TEXT or --file F")
         else:
-            rows = predict.rows_of_lines(sys.stdin.buffer)
+            rows = predict.rows_of_texts(predict.texts_of_lines(sys.stdin.buffer))
         if asked.merge or (asked.merge is None and run.record.arguments.dtype == "float32"):
             merge_adapter(run.model)
         count, truncated, start = 0, 0, time.perf_counter()

@@ -38,10 +38,9 @@ def main() -> int:
 
 def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     parser = command.Parser("evaluate", usage=__doc__)
-    command.add_run_arguments(parser)
+    command.add_run_arguments(parser, "text_column", "text_pair_column", "label_column")
     add = parser.add_argument
     add("--file", required=True, help="labelled, in a format of training's")
-    command.add_column_arguments(parser, "text_column", "text_pair_column", "label_column")
     add("--confusion_matrix", action="store_true", help="print which class was taken for which")
     return parser.parse_args(arguments)
 

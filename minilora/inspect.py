@@ -24,9 +24,9 @@ def main() -> int:
 
         found = compare_directories(*asked.diff)
         lists = {name: found[name] for name in ("tensors", "arguments", "log")}
-        report = found | {name: entries[:SHOWN] for name, entries in lists.items()}
         summary = {name: len(entries) for name, entries in lists.items()}
-        report["different"] = summary
+        shown = {name: entries[:SHOWN] for name, entries in lists.items()}
+        report = {**found, **shown, "different": summary}
     else:
         from minilora.trained.directory import inspect_directory
 

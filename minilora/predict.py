@@ -15,7 +15,7 @@ from pathlib import Path
 from minilora import command
 from minilora.errors import MiniloraError
 from minilora.files import json_text, new_lines
-from minilora.options import boolean, positive
+from minilora.options import boolean
 
 
 def main() -> int:
@@ -55,24 +55,26 @@ def main() -> int:
 
 def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     parser = command.Parser("predict", usage=__doc__)
-    command.add_run_arguments(parser)
+    command.add_run_arguments(parser, "text_column", "text_pair_column")
     add = parser.add_argument
     add("stdin", metavar="-", nargs="?", choices=["-"], help="read stdin, one text per line")
     add("--text", help="the text itself")
     add("--text_pair", metavar="TEXT", help="the second text of a pair")
     add("--file", help="as in training, or texts; labels are not looked at")
-    command.add_column_arguments(parser, "text_column", "text_pair_column")
     add("--output", metavar="P.jsonl", help="a new file for the predictions; by default stdout")
     # Half precision would round the sum.
     merge = "fold the adapter into the weights first, which is faster; by default in float32"
     add("--merge", type=boolean, metavar="BOOL", help=merge)
-    size = "by default as in training"
-    add("--per_device_eval_batch_size", type=positive, metavar="N", help=size)
+    help_text = "by default as in training"
+    add("--per_device_eval_batch_size", type=int, metavar="N", help=help_text)
     asked = parser.parse_intermixed_args(arguments)
     if sum(source is not None for source in (asked.stdin, asked.text, asked.file)) != 1:
         parser.error("give one source of texts: --text TEXT, --file F, or - for standard input")
     if asked.text_pair is not None and asked.text is None:
         parser.error("--text_pair is the second text of --text")
+    size = asked.per_device_eval_batch_size
+    if size is not None and size < 1:
+        parser.error(f"--per_device_eval_batch_size is {size}; it must be 1 or more")
     return asked
 
 

@@ -37,7 +37,7 @@ def parse_arguments(arguments: list[str]) -> tuple[dict[str, Any], dict[str, Any
     """The given flags of the run and of the adapter, by field name; flags not given are absent."""
     parser = Parser("train", usage=__doc__)
     add_flags(parser, TrainConfig)
-    add_flags(parser, LoraConfig, group="LoRA", defaults=LORA_DEFAULTS)
+    add_flags(parser, LoraConfig, defaults=LORA_DEFAULTS)
     namespace = parser.parse_args(arguments)
     return given_flags(TrainConfig, namespace), given_flags(LoraConfig, namespace)
 

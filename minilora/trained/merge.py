@@ -16,7 +16,6 @@ from minilora.lora.merge import merge_and_unload
 from minilora.lora.peft_files import load_adapter
 from minilora.trained.opened import load_base, read_record
 from minilora.training.config import DTYPES
-from minilora.training.record import RunRecord
 
 
 def write_merged_model(
@@ -39,9 +38,13 @@ def write_merged_model(
         raise MiniloraError(f"{len(paths)} adapters need --weights, a number for each")
     with new_directory(Path(output_dir)) as directory:
         found = [read_record(Path(path), model_name_or_path) for path in paths]
-        _check_together(found)
-        model, tokenizer = load_base(*found[0])
-        adapters = [adapter for adapter, _ in found]
+        (first, expected), adapters = found[0], [adapter for adapter, _ in found]
+        for adapter, record in found:
+            if (record.arguments.task, record.labels) != (expected.arguments.task, expected.labels):
+                raise MiniloraError(f"{adapter} predicts other labels than {first}")
+            if len({record.model_sha256, expected.model_sha256} - {""}) > 1:
+                raise MiniloraError(f"{adapter} is an adapter for another base model than {first}")
+        model, tokenizer = load_base(first, expected)
         if weights is None:
             load_adapter(model, adapters[0])
             merge_and_unload(model)
@@ -55,12 +58,3 @@ def write_merged_model(
                 raise MiniloraError(f"max_shard_size {max_shard_size!r}: {error}") from None
             tokenizer.save_pretrained(directory)
     return Path(output_dir)
-
-
-def _check_together(found: list[tuple[Path, RunRecord]]) -> None:
-    (first, expected), *others = found
-    for adapter, record in others:
-        if (record.arguments.task, record.labels) != (expected.arguments.task, expected.labels):
-            raise MiniloraError(f"{adapter} predicts other labels than {first}")
-        if len({record.model_sha256, expected.model_sha256} - {""}) > 1:
-            raise MiniloraError(f"{adapter} is an adapter for another base model than {first}")

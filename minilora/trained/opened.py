@@ -49,8 +49,7 @@ def open_run(
     path: str | Path, model_name_or_path: str | None = None, device: str | None = None
 ) -> TrainedRun:
     """Load what `train` wrote to `path`, one of its checkpoints, or any PEFT adapter, on its base
-    model: `model_name_or_path`, if it is no longer where the files say. The device is by default
-    the recorded one, or cuda where there is one.
+    model (`model_name_or_path`, if that has moved) and device (by default the recorded, or cuda).
     """
     adapter, record = read_record(Path(path), model_name_or_path)
     config = record.arguments

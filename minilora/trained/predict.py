@@ -1,8 +1,7 @@
 """Texts to labels with probabilities.
 
 Texts are taken in windows: a window is tokenised, sorted by length (so that batches hold little
-padding), predicted, and put back in the order it came in. Of a stream, however long, only one
-window is in memory at a time.
+padding), predicted, and put back in its order. Of a stream, only one window is in memory.
 """
 
 import dataclasses
@@ -74,9 +73,7 @@ def rows_of_file(
 def predict_windows(
     run: TrainedRun, rows: Iterable[Row], batch_size: int | None = None
 ) -> Iterator[tuple[list[dict[str, Any]], int]]:
-    """The same for rows, window by window: its predictions, and how many of its texts were longer
-    than the model takes, and were cut.
-    """
+    """The same for rows, by window: predictions, and how many texts were too long, and cut."""
     size = batch_size or run.record.arguments.per_device_eval_batch_size
     total, done = len(rows) if isinstance(rows, list) else None, 0
     with tqdm(total=total, desc="predicting", unit=" texts", leave=False, delay=1) as bar:

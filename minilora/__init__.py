@@ -1,5 +1,4 @@
-"""minilora: LoRA for BERT encoders, a resume you can prove, files that PEFT and HF Trainer read and
-write.
+"""LoRA for BERT encoders, a resume you can prove, files that PEFT and HF Trainer read and write.
 
 Names resolve on first use, so that a command can parse its arguments without importing torch.
 """

@@ -61,9 +61,8 @@ def add_base_argument(parser: argparse.ArgumentParser) -> None:
 
 @contextlib.contextmanager
 def without_collection() -> Iterator[None]:
-    """Pause Python's garbage collector around the imports of torch and transformers.
-
-    Passes over ever more objects are a sixth of their time; what they leave is exempted for good.
+    """Pause Python's garbage collector, whose passes over ever more objects are a sixth of the time
+    of importing torch and transformers; what they leave is exempted for good.
     """
     gc.disable()
     try:
@@ -73,8 +72,8 @@ def without_collection() -> Iterator[None]:
         gc.enable()
 
 
-def run_command(main: Callable[[], int]) -> NoReturn:
-    """Call `main` and end the process with its exit code.
+def run_command(main: Callable[[], int | None]) -> NoReturn:
+    """Call `main` and end the process with its exit code, 0 if it returns none.
 
     SIGTERM ends `main` as SIGINT does, by an exception: what cleans up after itself still does. (A
     script's background job starts with SIGINT ignored, and python would leave it at that.)
@@ -89,7 +88,7 @@ def run_command(main: Callable[[], int]) -> NoReturn:
     err: Any = SafeStream(sys.stderr, is_needed=False)
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
-            code = main()
+            code = main() or 0
             sys.stdout.flush()
         except MiniloraError as error:
             code = _complain(str(error))

@@ -13,7 +13,7 @@ from minilora import command
 from minilora.files import json_text
 
 
-def main() -> int:
+def main() -> None:
     asked = parse_arguments(sys.argv[1:])
     with command.without_collection():  # the slow imports: torch and transformers
         from minilora.trained.opened import open_run
@@ -33,7 +33,6 @@ def main() -> int:
         print_table([["class", *next(iter(scores.by_class.values()))], *rows])
         summary |= {"per_class": scores.by_class}
     print(json_text(summary))
-    return 0
 
 
 def parse_arguments(arguments: list[str]) -> argparse.Namespace:

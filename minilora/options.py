@@ -170,10 +170,7 @@ _FLAGS: dict[Any, dict[str, Any]] = {
 
 
 def add_flags(parser: ArgumentParser, config_type: type, defaults: Mapping[str, Any] = {}) -> None:
-    """One flag, under the field's own name, for each field of a config that has a help text, which
-    shows `defaults` instead of the fields' own. A list is separated by spaces; a boolean flag alone
-    means true.
-    """
+    """A flag for each field of a config that has a help text, which shows `defaults`, if given."""
     hints, section = typing.get_type_hints(config_type), parser
     for field in dataclasses.fields(config_type):
         traits = field.metadata

@@ -10,7 +10,6 @@ Rows go to --output, or to stdout; the last line of stdout is the summary, one J
 import argparse
 import sys
 import time
-from pathlib import Path
 
 from minilora import command
 from minilora.errors import MiniloraError
@@ -18,7 +17,7 @@ from minilora.files import json_text, new_lines
 from minilora.options import boolean
 
 
-def main() -> int:
+def main() -> None:
     asked = parse_arguments(sys.argv[1:])
     with command.without_collection():  # the slow imports: torch and transformers
         from minilora.lora.merge import merge_adapter
@@ -26,7 +25,7 @@ def main() -> int:
         from minilora.trained.opened import open_run
         from minilora.training.progress import say
 
-    with new_lines(Path(asked.output) if asked.output else None) as write:
+    with new_lines(asked.output) as write:
         run = open_run(asked.path, asked.model_name_or_path, asked.device)
         if asked.file is not None:
             columns = (asked.text_column, asked.text_pair_column)
@@ -50,7 +49,6 @@ def main() -> int:
         say(f"{truncated} of {count} texts were cut at {run.max_length} tokens")
     summary = {"predictions": count, "truncated": truncated, "predict_runtime": seconds}
     print(json_text({**summary, "output": asked.output, "adapter": str(run.adapter)}))
-    return 0
 
 
 def parse_arguments(arguments: list[str]) -> argparse.Namespace:
@@ -65,8 +63,7 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     # Half precision would round the sum.
     merge = "fold the adapter into the weights first, which is faster; by default in float32"
     add("--merge", type=boolean, metavar="BOOL", help=merge)
-    help_text = "by default as in training"
-    add("--per_device_eval_batch_size", type=int, metavar="N", help=help_text)
+    add("--per_device_eval_batch_size", type=int, metavar="N", help="by default as in training")
     asked = parser.parse_intermixed_args(arguments)
     if sum(source is not None for source in (asked.stdin, asked.text, asked.file)) != 1:
         parser.error("give one source of texts: --text TEXT, --file F, or - for standard input")

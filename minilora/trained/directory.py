@@ -1,6 +1,5 @@
-"""A directory: what it is, what is in it, what a resume would do with it. Read, never changed.
-
-Nothing in it is run, and no model is built.
+"""What a directory is, what is in it, and what a resume would do with it. Nothing in it is changed
+or run, and no model is built.
 """
 
 import math
@@ -146,7 +145,7 @@ def _verify(directory: Directory, problems: list[str]) -> bool | None:
         except MiniloraError as error:
             problems.append(str(error))
     problems += [f"{s.path} lacks {', '.join(s.missing())}" for s in whole if s.missing()]
-    is_hashed = directory.kind in ("run", "checkpoint") and len(whole) > 0
+    is_hashed = directory.kind in ("run", "checkpoint") and whole
     return True if is_hashed and len(problems) == before else None
 
 

@@ -1,7 +1,5 @@
-"""A trained adapter folded into its base model and written as an ordinary model directory.
-
-As transformers saves it, tokenizer and label names included: `from_pretrained` loads it, and
-nothing in it needs minilora.
+"""A trained adapter folded into its base model and written as an ordinary model directory, with
+tokenizer and label names: `from_pretrained` loads it, and nothing in it needs minilora.
 """
 
 from pathlib import Path
@@ -26,11 +24,9 @@ def write_merged_model(
     dtype: str = "float32",
     model_name_or_path: str | None = None,
 ) -> Path:
-    """Merge one run, or several on the same base model and with the same labels, and write the
-    model to `output_dir`: all of it, or nothing. Returns the directory.
-
-    Several need `weights`, one each, as for `combine_adapters`. Sums are taken in the base's dtype,
-    and written in `dtype`.
+    """Merge one run, or several on the same base model and with the same labels (and `weights`, one
+    each, as for `combine_adapters`), and write the model to `output_dir`: all of it, or nothing.
+    Sums are taken in the base's dtype, and written in `dtype`. Returns the directory.
     """
     if dtype not in DTYPES:
         raise MiniloraError(f"dtype is {dtype!r}; it must be one of {', '.join(DTYPES)}")

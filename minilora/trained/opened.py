@@ -61,8 +61,7 @@ def open_run(
         config = dataclasses.replace(config, dtype="float32")
     config = starting_model.resolve_modes(config, placed)
     model, tokenizer = load_base(adapter, record)
-    dtype = getattr(torch, config.dtype)
-    starting_model.load_trained(model, adapter, dtype, is_trainable=False)
+    starting_model.load_trained(model, adapter, getattr(torch, config.dtype), is_trainable=False)
     forward = starting_model.choose_forward(config, model.eval(), pad_token_id(tokenizer), placed)
     length = input_length(model, tokenizer, config.max_length)
     record = dataclasses.replace(record, arguments=config)
@@ -73,9 +72,7 @@ def open_run(
 
 
 def read_record(path: Path, model_name_or_path: str | None = None) -> tuple[Path, RunRecord]:
-    """The adapter's directory, and what its files say of it, the base model's name replaced by the
-    given one. No model is loaded.
-    """
+    """The adapter's directory and its record, the base named as given. No model is loaded."""
     kind, record = kind_of(path), None
     if kind == "incomplete checkpoint":
         raise MiniloraError(f"{path} is an incomplete checkpoint: give another one")
@@ -122,8 +119,7 @@ def load_base(adapter: Path, record: RunRecord) -> tuple[PreTrainedModel, PreTra
 
 
 def _record_of_foreign(adapter: StoredAdapter, name: str | None) -> RunRecord:
-    sizes = [tensor.shape[0] for key, tensor in adapter.tensors.items() if HEAD.search(key)]
-    outputs = sizes[0] if sizes else 0
+    outputs = next((t.shape[0] for name, t in adapter.tensors.items() if HEAD.search(name)), 0)
     task = foreign_task(adapter.config.task_type, outputs) or foreign_task("SEQ_CLS", outputs)
     if task is None:
         raise MiniloraError(f"{adapter.directory} has no head (classifier, score, qa_outputs)")

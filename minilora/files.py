@@ -118,7 +118,7 @@ def new_directory(path: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def new_lines(path: str | Path | None) -> Iterator[Callable[[str], None]]:
+def new_lines(path: Path | None) -> Iterator[Callable[[str], None]]:
     """A function that adds a line to the new file `path`, or without one to standard output.
 
     Each line is handed to the kernel whole, at once: a process that is killed leaves whole lines.
@@ -141,7 +141,7 @@ def new_lines(path: str | Path | None) -> Iterator[Callable[[str], None]]:
             yield write
         except BaseException:
             if path and file.tell() == 0:
-                Path(path).unlink(missing_ok=True)
+                path.unlink(missing_ok=True)
             raise
 
 

@@ -10,6 +10,7 @@ Rows go to --output, or to stdout; the last line of stdout is the summary, one J
 import argparse
 import sys
 import time
+from pathlib import Path
 
 from minilora import command
 from minilora.errors import MiniloraError
@@ -25,7 +26,7 @@ def main() -> None:
         from minilora.trained.opened import open_run
         from minilora.training.progress import say
 
-    with new_lines(asked.output) as write:
+    with new_lines(Path(asked.output) if asked.output else None) as write:
         run = open_run(asked.path, asked.model_name_or_path, asked.device)
         if asked.file is not None:
             columns = (asked.text_column, asked.text_pair_column)
@@ -71,7 +72,7 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
         parser.error("--text_pair is the second text of --text")
     size = asked.per_device_eval_batch_size
     if size is not None and size < 1:
-        parser.error(f"--per_device_eval_batch_size is {size}; it must be 1 or more")
+        parser.error(f"--per_device_eval_batch_size: {size} is no whole number of 1 or more")
     return asked
 
 

@@ -61,12 +61,11 @@ def save_checkpoint(
     resumes it by the run's `record`, which a loop of your own does not need.
     """
     output_dir, state = Path(output_dir), training.state
-    arguments = TrainConfig() if record is None else record.arguments
     files = peft_files.adapter_files(training.model)
     for name, part in _stateful(training).items():
         files[name] = _torch_bytes(part.state_dict())
     files[RNG_NAME] = _torch_bytes(rng_state(training.model))
-    batch_size = arguments.per_device_train_batch_size
+    batch_size = (record.arguments if record else TrainConfig()).per_device_train_batch_size
     files[STATE_NAME] = trainer_files.progress_bytes(training, batch_size, output_dir)
     files[MANIFEST_NAME] = manifest_bytes(state, record, files)
     path = output_dir / f"checkpoint-{state.global_step}"

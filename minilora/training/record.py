@@ -25,13 +25,12 @@ from minilora.lora.peft_files import CONFIG_NAME, WEIGHTS_NAME
 from minilora.reading import check_like, read_bytes, read_json
 from minilora.training.config import TrainConfig, train_config_from_dict
 from minilora.training.loop import TrainState
-from minilora.training.trainer_files import REQUIRED, STATE_NAME
+from minilora.training.trainer_files import REQUIRED, SCALER_NAME, STATE_NAME
 
 RUN_NAME, MANIFEST_NAME = "run.json", "minilora.json"
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 SCHEMA_VERSION = 1
 
-FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")  # no path, no link out of the directory
 PARTS = (WEIGHTS_NAME, CONFIG_NAME, *REQUIRED, STATE_NAME)
 
 # Of a `TrainState`, all but the log, which trainer_state.json holds.
@@ -141,7 +140,7 @@ class Manifest:
         wrong = sorted(state.keys() - STATE.keys())
         wrong += [name for name, value in state.items() if type(value) is int and value < 0]
         wrong += [f"no entry for {name}" for name in PARTS if name not in files]
-        wrong += [f"an entry for {name!r}" for name in files if not FILE_NAME.fullmatch(name)]
+        wrong += [f"an entry for {name!r}" for name in files if name not in (*PARTS, SCALER_NAME)]
         if wrong:
             raise MiniloraError(f"{path} was not written by minilora: it has {wrong[0]}")
         step_name = f"checkpoint-{state['global_step']}"

@@ -77,8 +77,7 @@ def plan_resume(
     why = "invalid" if path == own else "superseded"
     newer = itertools.takewhile(lambda p: stored is None or p != stored.path, newest_first)
     aside = [(passed_over, why) for passed_over in newer] if own == output_dir else []
-    manifest = stored and stored.manifest
-    record = manifest and manifest.record
+    manifest, record = (stored.manifest, stored.record) if stored is not None else (None, None)
     if manifest is None and own is not None and (own / RUN_NAME).is_file():
         record = RunRecord.read(own)
     if stored is None and record is None:

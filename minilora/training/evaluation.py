@@ -24,8 +24,8 @@ def evaluate_model(
     no training number. `task` and `scorer` are those of bert/tasks.
     """
     start, losses, examples = time.perf_counter(), [], 0
-    # In Trainer it is the training loss, smoothed, and whatever that is a mean over, each example
-    # counts once.
+    # Trainer reports the training loss, smoothed; there each example counts once, whatever the loss
+    # is a mean over.
     loss = task.training_loss if hf_parity else task.loss
     whole_texts = getattr(scorer, "whole_texts", lambda *output: output)
     with torch.no_grad(), evaluation_mode(model):

@@ -30,7 +30,6 @@ from minilora.training.trainer_files import REQUIRED, SCALER_NAME, STATE_NAME
 RUN_NAME, MANIFEST_NAME = "run.json", "minilora.json"
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 SCHEMA_VERSION = 1
-
 PARTS = (WEIGHTS_NAME, CONFIG_NAME, *REQUIRED, STATE_NAME)
 
 # Of a `TrainState`, all but the log, which trainer_state.json holds.

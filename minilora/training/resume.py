@@ -115,9 +115,8 @@ def check_same_inputs(plan: ResumePlan, record: RunRecord) -> None:
     began = dataclasses.replace(plan.record, arguments=record.arguments)
     changed = changed_inputs(began, record.data_sha256)
     if record.model_sha256 != began.model_sha256:
-        changed.append(
-            f"base model or adapter ({record.arguments.model_name_or_path or 'packaged'})"
-        )
+        name = record.arguments.model_name_or_path or "packaged"
+        changed.append(f"base model or adapter ({name})")
     if record.labels != began.labels:
         changed.append("labels")
     if changed:

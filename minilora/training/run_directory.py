@@ -57,18 +57,18 @@ def fit_in_directory(
         aside = files.set_aside(path, reason)
         say(f"warning: {path.name} is {reason} and now named {aside.name}")
     state = training.state
-    metrics_file = MetricsFile(output_dir / METRICS_NAME, state.log_history)
+    metrics = MetricsFile(output_dir / METRICS_NAME, state.log_history)
     saver = Saver(output_dir, training, record)
     with contextlib.closing(TrainingBar(training.timetable.max_steps, state.global_step)) as bar:
         callbacks = Callbacks(
-            batches, evaluate, metrics_file.append, saver.save, should_stop, bar.advance
+            batches, evaluate, metrics.append, saver.save, should_stop, bar.advance
         )
         # The packaged sentences show what training adds.
         at_start = config.eval_on_start or config.train_file is None
         if evaluate is not None and at_start and state.global_step == 0:
             log(training, callbacks, evaluate())
         fit(training, config, callbacks)
-    metrics_file.write_all()
+    metrics.write_all()
     if saver.failure is not None:  # the run ends without its last checkpoint
         raise saver.failure
     losses = state.loss_total + state.loss_sum  # of the whole run, resumes included

@@ -56,13 +56,12 @@ def resolve_modes(config: TrainConfig, device: torch.device) -> TrainConfig:
     if config.dtype == "float16" and device.type == "cpu":
         raise MiniloraError("dtype float16 needs a GPU: on a CPU use bfloat16 or float32")
     plain = config.hf_parity or config.torch_compile
-    # With 500, the default of TrainingArguments, a short run would have no loss curve.
-    logging_steps = 500 if config.hf_parity else 10
     return dataclasses.replace(
         config,
         batching=config.batching or ("padded" if plain else "packed"),
         dropout=config.dropout or ("torch" if plain or device.type != "cpu" else "fast"),
-        logging_steps=config.logging_steps or logging_steps,
+        # With 500, the default of TrainingArguments, a short run would have no loss curve.
+        logging_steps=config.logging_steps or (500 if config.hf_parity else 10),
     )
 
 

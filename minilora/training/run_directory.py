@@ -148,9 +148,9 @@ class Saver:
 def rotate_checkpoints(output_dir: Path, limit: int | None, best_step: int | None) -> None:
     """Delete the oldest checkpoints beyond `limit`, never the newest and never the best."""
     checkpoints = [path for path in sorted_checkpoints(output_dir) if not path.is_symlink()]
-    excess = 0 if limit is None else len(checkpoints) - limit
+    excess = 0 if limit is None else max(0, len(checkpoints) - limit)
     oldest_first = [p for p in checkpoints[:0:-1] if p.name != f"checkpoint-{best_step}"]
-    for path in oldest_first[: max(excess, 0)]:
+    for path in oldest_first[:excess]:
         files.remove_directory(path)
 
 

@@ -32,14 +32,13 @@ from minilora.starting_model import StartingModel
 from minilora.training import resume
 from minilora.training.checkpoint import read_checkpoint
 from minilora.training.config import TrainConfig
-from minilora.training.evaluation import Batch, evaluate_model, reported_loss
+from minilora.training.evaluation import Batch, evaluate_model
 from minilora.training.loop import Training, is_finished, plan_timetable
 from minilora.training.optim import build_optimizer, build_scheduler
 from minilora.training.progress import say
 from minilora.training.record import RunRecord, environment
 from minilora.training.rng import draw_loader_seed, seed_all
-from minilora.training.run import fit_in_directory
-from minilora.training.run_directory import holding, write_run
+from minilora.training.run_directory import fit_in_directory, holding
 
 
 @dataclass(frozen=True)
@@ -65,18 +64,13 @@ class Pieces:
     start: StartingModel
     forward: Packed | Padded
 
-    def batches(self) -> Callable[[int, int], Iterator[list[Batch]]]:
-        """The batches of each optimizer step, as the loop asks for them."""
-        config = self.config
+    def batches(self, epoch: int, skip: int) -> Iterator[list[Batch]]:
+        """The batches of each optimizer step of an epoch, without the first `skip` steps'."""
+        config, examples = self.config, varied(self.task, self.examples["train"], epoch)
         seed = config.seed if config.data_seed is None else config.data_seed
         sizes = (config.per_device_train_batch_size, config.gradient_accumulation_steps)
         collate, device = self.forward.collate, self.start.model.device
-
-        def steps(epoch: int, skip: int) -> Iterator[list[Batch]]:
-            examples = varied(self.task, self.examples["train"], epoch)
-            return epoch_batches(examples, seed, *sizes, collate, device)(epoch, skip)
-
-        return steps
+        return epoch_batches(examples, seed, *sizes, collate, device)(epoch, skip)
 
     def evaluate(self, split: str, prefix: str) -> dict[str, float]:
         """The model's metrics on a split, under `<prefix>_...` keys."""
@@ -87,8 +81,8 @@ class Pieces:
         examples = varied(self.task, self.examples[split], None)
         batches = batches_in_order(examples, size, collate, device, shown)
         scorer = self.task.scorer(self.splits.rows[split], examples)
-        measure = reported_loss(self.task, self.config.hf_parity)
-        return evaluate_model(self.forward, measure, batches, scorer, prefix)
+        parity = self.config.hf_parity
+        return evaluate_model(self.forward, self.task, parity, batches, scorer, prefix)
 
 
 def fine_tune(train_config: TrainConfig, lora_config: LoraConfig | None = None) -> TrainResult:
@@ -116,7 +110,11 @@ def run_fine_tuning(
     """
     path = train_arguments.get("resume_from_checkpoint")
     if path is None:
-        plan = new_run(train_arguments, lora_arguments)
+        config = TrainConfig(**train_arguments)
+        lora = starting_model.new_lora_config(config, lora_arguments)
+        # With milliseconds, so that the bare command can be repeated, even by a script.
+        dated = datetime.datetime.now().strftime("runs/%Y%m%d-%H%M%S-%f")[:-3]
+        plan = resume.ResumePlan(Path(config.output_dir or dated), config, lora)
         with holding(plan.output_dir, is_new=True):
             return train(plan, should_stop)
     own, output_dir = resume.directories(Path(path), train_arguments.get("output_dir"))
@@ -125,15 +123,6 @@ def run_fine_tuning(
         if plan.refusals:
             raise MiniloraError("; ".join(plan.refusals))
         return train(plan, should_stop)
-
-
-def new_run(train_arguments: dict[str, Any], lora_arguments: dict[str, Any]) -> resume.ResumePlan:
-    """A run that begins; without an `output_dir` it is named by the time."""
-    config = TrainConfig(**train_arguments)
-    lora = starting_model.new_lora_config(config, lora_arguments)
-    # With milliseconds, so that the bare command can be repeated, even by a script.
-    dated = datetime.datetime.now().strftime("%Y%m%d-%H%M%S-%f")[:-3]
-    return resume.ResumePlan(Path(config.output_dir or Path("runs") / dated), config, lora)
 
 
 def train(plan: resume.ResumePlan, should_stop: Callable[[], bool]) -> TrainResult:
@@ -163,10 +152,16 @@ def train(plan: resume.ResumePlan, should_stop: Callable[[], bool]) -> TrainResu
     starting_model.prepare_training(config, forward)
     starting_model.describe_start(start, config, output_dir)
 
+    optimizer = build_optimizer(start.model, config)
+    timetable = plan_timetable(config, len(examples["train"]), "validation" in examples)
+    scheduler = build_scheduler(optimizer, config, timetable.max_steps)
+    # Only float16 needs scaling: its smallest gradients would be zero.
+    scaler = torch.amp.GradScaler(device.type, enabled=config.dtype == "float16")
+    training = Training(start.model, optimizer, scheduler, forward, task, scaler, timetable)
+
     pieces = Pieces(config, splits, examples, task, start, forward)
     evaluate = partial(pieces.evaluate, "validation", "eval") if "validation" in examples else None
-    training = build_training(pieces)
-    metrics = fit_in_directory(training, record, pieces.batches(), evaluate, plan, should_stop)
+    metrics = fit_in_directory(training, record, pieces.batches, evaluate, plan, should_stop)
 
     state = training.state
     if is_finished(state, training.timetable):
@@ -183,9 +178,8 @@ def read_data(config: TrainConfig) -> Splits:
         packaged = f"the packaged sentences are for {TrainConfig.task}"
         raise MiniloraError(f"{packaged}, not {config.task}: give --train_file")
     splits = read_splits(config)
-    asked = config.best_metric() or config.eval_strategy not in (None, "no")
-    asked = asked or config.threshold == "best"
-    if asked and "validation" not in splits.rows:
+    evaluates = config.eval_strategy not in (None, "no") or config.threshold == "best"
+    if (evaluates or config.best_metric()) and "validation" not in splits.rows:
         advice = "give --validation_file or --validation_split"
         raise MiniloraError(f"evaluation is asked for without data: {advice}")
     return splits
@@ -205,18 +199,6 @@ def tokenize_all(
     return examples
 
 
-def build_training(pieces: Pieces) -> Training:
-    """The optimizer, its schedule and the timetable over what is trainable."""
-    config, model, examples = pieces.config, pieces.start.model, pieces.examples
-    timetable = plan_timetable(config, len(examples["train"]), "validation" in examples)
-    optimizer = build_optimizer(model, config)
-    scheduler = build_scheduler(optimizer, config, timetable.max_steps)
-    # Only float16 needs scaling: its smallest gradients would be zero.
-    scaler = torch.amp.GradScaler(model.device.type, enabled=config.dtype == "float16")
-    forward, task = pieces.forward, pieces.task
-    return Training(model, optimizer, scheduler, forward, task, scaler, timetable)
-
-
 def final_evaluation(training: Training, output_dir: Path, config: TrainConfig) -> dict[str, Any]:
     """The row of the log that the final adapter was evaluated with: the last one.
 
@@ -225,9 +207,9 @@ def final_evaluation(training: Training, output_dir: Path, config: TrainConfig) 
     disk.
     """
     rows = [row for row in training.state.log_history if "eval_loss" in row]
-    metric, sign = config.best_metric() or "", -1 if config.best_is_greatest() else 1
+    metric = config.best_metric() or ""
     ranked = [row for row in rows if math.isfinite(row.get(metric, math.nan))]
-    ranked.sort(key=lambda row: sign * row[metric])
+    ranked.sort(key=lambda row: row[metric], reverse=config.best_is_greatest())
     for row in ranked if config.load_best_model_at_end else []:
         try:
             best = read_checkpoint(output_dir / f"checkpoint-{row['step']}")
@@ -251,4 +233,4 @@ def write_final_files(start: StartingModel, output_dir: Path, record: RunRecord)
         for file in start.tokenizer.save_pretrained(directory):
             if Path(file).is_file():
                 write_file(output_dir / Path(file).name, Path(file).read_bytes())
-    write_run(output_dir, record)
+    record.write(output_dir)

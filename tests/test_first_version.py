@@ -41,7 +41,7 @@ def copied(tmp_path):
 @pytest.fixture
 def restored(monkeypatch):
     """Every `Training` that a resume restores, seen at the moment when its first step is due."""
-    from minilora.training import run as run_room
+    from minilora.training import run_directory as run_room
 
     seen = []
     fit = run_room.fit

@@ -32,8 +32,8 @@ from minilora.reading import (
 )
 from minilora.training.checkpoint import read_checkpoint
 from minilora.training.config import TrainConfig, train_config_from_dict
+from minilora.training.record import RUN_NAME, RunRecord
 from minilora.training.rng import check_rng_state, rng_state
-from minilora.training.run_directory import RUN_NAME, read_run
 from minilora.training.trainer_files import MAX_STATE_BYTES, NUMPY_GLOBALS, check_progress
 from tests.faults.saver import Toy
 
@@ -106,7 +106,7 @@ READERS = {
     "json": read_json,
     "config": lambda path: read_config(path.parent),
     "state": lambda path: check_progress(read_json(path, MAX_STATE_BYTES), path),
-    "run": lambda path: read_run(path.parent),
+    "run": lambda path: RunRecord.read(path.parent),
     "manifest": lambda path: read_checkpoint(path.parent),
     "bin": lambda path: read_adapter(path.parent),
     "rows": read_rows,

@@ -18,9 +18,9 @@ from minilora.lora.peft_files import CONFIG_NAME, read_adapter
 from minilora.reading import check_like, parse_json, read_bytes, read_json
 from minilora.training import checkpoint, trainer_files
 from minilora.training.checkpoint import Stored, read_checkpoint, sorted_checkpoints
-from minilora.training.record import CHECKPOINT, MANIFEST_NAME, RunRecord
+from minilora.training.record import CHECKPOINT, MANIFEST_NAME, RUN_NAME, RunRecord
 from minilora.training.resume import changed_inputs, plan_resume
-from minilora.training.run_directory import METRICS_NAME, RUN_NAME, read_run
+from minilora.training.run_directory import METRICS_NAME
 from minilora.training.trainer_files import STATE_NAME
 
 
@@ -40,7 +40,7 @@ class Directory:
         """Read it all. What was read before a damaged file stays."""
         path, metrics, state_file = self.path, self.path / METRICS_NAME, self.path / STATE_NAME
         if self.kind == "run":
-            self.settings = read_run(path).to_json()
+            self.settings = RunRecord.read(path).to_json()
             names = [checkpoint.name for checkpoint in sorted_checkpoints(path)]
             self.position = {"finished": "result" in self.settings, "checkpoints": names}
             lines = read_bytes(metrics).splitlines() if metrics.is_file() else []

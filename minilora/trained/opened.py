@@ -26,7 +26,6 @@ from minilora.training.checkpoint import latest_checkpoint, read_checkpoint
 from minilora.training.config import TrainConfig
 from minilora.training.progress import say
 from minilora.training.record import RunRecord
-from minilora.training.run_directory import read_run
 
 # The last layer of a head, itself trained or adapted.
 HEAD = re.compile(r"\.(classifier|score|qa_outputs)\.(out_proj\.)?(lora_B\.)?weight$")
@@ -79,7 +78,7 @@ def read_record(path: Path, model_name_or_path: str | None = None) -> tuple[Path
     if kind == "model":
         raise MiniloraError(f"{path} holds a model and no adapter: load it with transformers")
     if kind == "run" and (path / CONFIG_NAME).is_file():  # the last file of an adapter
-        record = read_run(path)
+        record = RunRecord.read(path)
     elif kind == "run":
         found = latest_checkpoint(path)
         if found is None:

@@ -9,7 +9,7 @@ from minilora.bert.dataset import batches_in_order, shortening, tokenize
 from minilora.bert.tasks import varied
 from minilora.trained.opened import TrainedRun
 from minilora.trained.predict import check_pairs, rows_of_file
-from minilora.training.evaluation import evaluate_model, reported_loss
+from minilora.training.evaluation import evaluate_model
 from minilora.training.progress import say
 
 
@@ -44,7 +44,7 @@ def evaluate_file(
     examples = varied(run.task, examples, None)
     batches = batches_in_order(examples, size, run.forward.collate, run.model.device, shown)
     scorer = run.task.scorer(rows, examples)
-    measure = reported_loss(run.task, config.hf_parity)
-    metrics = evaluate_model(run.forward, measure, batches, scorer, "eval")
+    how = (run.task, config.hf_parity)
+    metrics = evaluate_model(run.forward, *how, batches, scorer, "eval")
     by_class = getattr(scorer, "by_class", dict)()
     return Scores(metrics, getattr(scorer, "confusion", None), by_class)

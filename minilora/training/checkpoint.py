@@ -61,12 +61,11 @@ def save_checkpoint(
     resumes it by the run's `record`, which a loop of your own does not need.
     """
     output_dir, state = Path(output_dir), training.state
-    arguments = TrainConfig() if record is None else record.arguments
     files = peft_files.adapter_files(training.model)
     for name, part in _stateful(training).items():
         files[name] = _torch_bytes(part.state_dict())
     files[RNG_NAME] = _torch_bytes(rng_state(training.model))
-    batch_size = arguments.per_device_train_batch_size
+    batch_size = (record.arguments if record else TrainConfig()).per_device_train_batch_size
     files[STATE_NAME] = trainer_files.progress_bytes(training, batch_size, output_dir)
     files[MANIFEST_NAME] = manifest_bytes(state, record, files)
     path = output_dir / f"checkpoint-{state.global_step}"
@@ -83,15 +82,19 @@ def load_checkpoint(path: str | Path, training: Training) -> TrainState:
     be built over it. If anything is missing, damaged or of another run, nothing is changed.
     """
     stored = read_checkpoint(path)
-    if stored.missing():
-        raise MiniloraError(f"{path} lacks {', '.join(stored.missing())}")
+    if lacks := stored.missing():
+        raise MiniloraError(f"{path} lacks {', '.join(lacks)}")
     return restore(stored, training)
 
 
 def read_checkpoint(path: str | Path) -> Stored:
     """Read a checkpoint once: each file's bytes are hashed, and parsed from memory."""
     path = Path(path)
-    refuse_links(path)
+    if not path.is_dir():
+        raise MiniloraError(f"{path} is not a directory: give a checkpoint")
+    for entry in [path, *path.iterdir()]:
+        if entry.is_symlink():  # what it points to may change
+            raise MiniloraError(f"{entry} is a symbolic link: a checkpoint holds its own files")
     if is_trainer_checkpoint(path):
         names = [n for n in (STATE_NAME, *REQUIRED, SCALER_NAME) if is_written(path / n)]
         if STATE_NAME not in names:
@@ -99,9 +102,7 @@ def read_checkpoint(path: str | Path) -> Stored:
         manifest, adapter = None, peft_files.read_adapter(path)
         contents = {name: read_bytes(path / name) for name in names}
     else:
-        manifest = Manifest.read(path)
-        contents = {name: read_bytes(path / name) for name in manifest.files}
-        manifest.check(contents, path)
+        manifest, contents = Manifest.read(path)
         config, weights = contents[peft_files.CONFIG_NAME], contents[peft_files.WEIGHTS_NAME]
         adapter = peft_files.parse_adapter(path, config, weights)
     parts = {
@@ -137,10 +138,16 @@ def restore(stored: Stored, training: Training) -> TrainState:
 
 def latest_checkpoint(output_dir: str | Path) -> Path | None:
     """The checkpoint of ours with the highest step that verifies, or None. Changes nothing."""
-    for path in sorted_checkpoints(output_dir):
+    checkpoints = sorted_checkpoints(output_dir)
+    stored = first_valid([path for path in checkpoints if not is_trainer_checkpoint(path)])
+    return stored and stored.path
+
+
+def first_valid(checkpoints: list[Path]) -> Stored | None:
+    """The first that verifies."""
+    for path in checkpoints:
         with contextlib.suppress(MiniloraError):
-            if read_checkpoint(path).manifest is not None:
-                return path
+            return read_checkpoint(path)
     return None
 
 
@@ -163,29 +170,16 @@ def is_written(path: Path) -> bool:
     return path.is_file() and path.stat().st_size > 0
 
 
-def refuse_links(checkpoint: Path) -> None:
-    """Refuse a checkpoint that holds a symbolic link: what that points to may change."""
-    if not checkpoint.is_dir():
-        raise MiniloraError(f"{checkpoint} is not a directory: give a checkpoint")
-    for entry in [checkpoint, *checkpoint.iterdir()]:
-        if entry.is_symlink():
-            raise MiniloraError(f"{entry} is a symbolic link: a checkpoint holds its own files")
-
-
 def _checked_state(stored: Stored, training: Training) -> TrainState:
     """The state that is stored, everything else checked against what it is to be restored into."""
     path, parts, is_trainers = stored.path, stored.parts, stored.manifest is None
     peft_files.check_adapter(training.model, stored.adapter)
     if OPTIMIZER_NAME in parts:
-        moments = (training.optimizer, parts[OPTIMIZER_NAME], path / OPTIMIZER_NAME)
-        optim.check_optimizer(*moments)
-        if is_trainers:
-            optim.check_every_moment(*moments)
+        loaded, place = parts[OPTIMIZER_NAME], path / OPTIMIZER_NAME
+        optim.check_optimizer(training.optimizer, loaded, place, is_trainers)
     if SCHEDULER_NAME in parts:
-        schedule = (training.scheduler, parts[SCHEDULER_NAME], path / SCHEDULER_NAME)
-        optim.check_scheduler(*schedule)
-        if is_trainers:
-            optim.check_schedule_agrees(*schedule)
+        loaded, place = parts[SCHEDULER_NAME], path / SCHEDULER_NAME
+        optim.check_scheduler(training.scheduler, loaded, place, is_trainers)
     if training.scaler.is_enabled():
         if SCALER_NAME not in parts:
             raise MiniloraError(f"{path} has no {SCALER_NAME}: it is of a run that was not float16")

@@ -2,7 +2,7 @@
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -14,40 +14,27 @@ Batch = dict[str, Tensor]
 
 TIMING_KEYS = ("runtime", "samples_per_second", "steps_per_second")
 
-# Logits and batch to a mean loss; a batch to how many things that is a mean over.
-Measure = tuple[Callable[[Tensor, Batch], Tensor], Callable[[Batch], int]]
-
-
-def reported_loss(task: Any, hf_parity: bool) -> Measure:
-    """The task's loss; in Trainer it is the training loss, smoothed, and each example counts once,
-    whatever the loss is a mean over.
-    """
-    if hf_parity:
-        return task.training_loss, lambda batch: len(batch["example"])
-    return task.loss, task.loss_weight
-
 
 def evaluate_model(
-    forward: nn.Module,
-    measure: Measure,
-    batches: Iterator[Batch],
-    scorer: Any,
-    prefix: str,
+    model: nn.Module, task: Any, hf_parity: bool, batches: Iterator[Batch], scorer: Any, prefix: str
 ) -> dict[str, float]:
-    """Metrics of `forward`, from a batch to logits, under `<prefix>_...` keys, timing keys last.
+    """Metrics of `model`, from a batch to logits, under `<prefix>_...` keys, timing keys last.
 
     Draws nothing from any generator and leaves the model in the mode it was in, so that it changes
-    no training number. `scorer` is one of bert/tasks.
+    no training number. `task` and `scorer` are those of bert/tasks.
     """
-    start, losses, examples, (loss, weight) = time.perf_counter(), [], 0, measure
+    start, losses, examples = time.perf_counter(), [], 0
+    # Trainer reports the training loss, smoothed; there each example counts once, whatever the loss
+    # is a mean over.
+    loss = task.training_loss if hf_parity else task.loss
     whole_texts = getattr(scorer, "whole_texts", lambda *output: output)
-    with torch.no_grad(), evaluation_mode(forward):
+    with torch.no_grad(), evaluation_mode(model):
         for batch in batches:
-            logits, batch = whole_texts(forward(batch), batch)
+            logits, batch = whole_texts(model(batch), batch)
             # What the loss is averaged over counts once each, whatever the size of the last batch;
             # float32, as Trainer averages.
-            mean = loss(logits, batch).item()
-            losses.append(np.full(weight(batch), mean, dtype=np.float32))
+            weight = len(batch["example"]) if hf_parity else task.loss_weight(batch)
+            losses.append(np.full(weight, loss(logits, batch).item(), dtype=np.float32))
             examples += len(batch["example"])
             on_host = {name: tensor.cpu() for name, tensor in batch.items()}
             scorer.add(logits.float().cpu(), on_host)

@@ -35,13 +35,20 @@ def build_optimizer(model: nn.Module, config: TrainConfig) -> AdamW:
     is Trainer's default and not a matter of speed alone, for its rounding differs from the unfused
     loop's.
     """
+    rate, of_heads, decayed = config.learning_rate, config.head_learning_rate, config.weight_decay
+    pairs = [(rate, decayed), (rate, 0.0)]
+    if config.loraplus_lr_ratio is not None:  # A and all that is not named here, embeddings, B
+        fast = rate * config.loraplus_lr_ratio
+        pairs = [(rate, decayed), (EMBEDDING_RATE, decayed), (fast, decayed), (fast, 0.0)]
+    if of_heads is not None:
+        pairs += [(of_heads, decayed), (of_heads, 0.0)]
+    groups = [{"params": [], "weight_decay": decay, "lr": lr} for lr, decay in pairs]
     in_norms, in_heads = _parameters_in(model, nn.LayerNorm), _parameters_in(model, ModulesToSave)
-    groups, has_own_rate = _empty_groups(config), config.head_learning_rate is not None
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
         exempt = bool(parameter in in_norms or NO_DECAY.search(name.lower()))
-        if has_own_rate and parameter in in_heads:
+        if of_heads is not None and parameter in in_heads:
             index = len(groups) - 2 + exempt
         elif config.loraplus_lr_ratio is None:
             index = int(exempt)
@@ -50,39 +57,14 @@ def build_optimizer(model: nn.Module, config: TrainConfig) -> AdamW:
         else:  # a head's bias is among the fast ones, too, as in PEFT
             index = 2 + exempt if "lora_B" in name or parameter.ndim == 1 else 0
         groups[index]["params"].append(parameter)
-    if has_own_rate and not groups[-2]["params"] + groups[-1]["params"]:
+    if of_heads is not None and not groups[-2]["params"] + groups[-1]["params"]:
         raise MiniloraError("head_learning_rate: no module is trained in full; leave it out")
     betas = (config.adam_beta1, config.adam_beta2)
     return AdamW(groups, config.learning_rate, betas, config.adam_epsilon, fused=True)
 
 
-def _empty_groups(config: TrainConfig) -> list[dict[str, Any]]:
-    rate, ratio, of_heads = (
-        config.learning_rate,
-        config.loraplus_lr_ratio,
-        config.head_learning_rate,
-    )
-    decayed = config.weight_decay
-    pairs = [(rate, decayed), (rate, 0.0)]
-    if ratio is not None:  # A and all that is not named here, embeddings, B
-        fast = rate * ratio
-        pairs = [(rate, decayed), (EMBEDDING_RATE, decayed), (fast, decayed), (fast, 0.0)]
-    if of_heads is not None:
-        pairs += [(of_heads, decayed), (of_heads, 0.0)]
-    return [{"params": [], "weight_decay": decay, "lr": lr} for lr, decay in pairs]
-
-
 def _parameters_in(model: nn.Module, kind: type[nn.Module]) -> set[nn.Parameter]:
-    return {
-        p for module in model.modules() if isinstance(module, kind) for p in module.parameters()
-    }
-
-
-def beyond_trainer(optimizer: Optimizer) -> str | None:
-    """What to say where HF Trainer, which builds two groups, cannot resume this optimizer."""
-    count = len(optimizer.param_groups)
-    cannot = f"optimizer.pt has {count} groups, HF Trainer's has 2: it cannot resume from it"
-    return f"{cannot}, minilora can" if count > 2 else None
+    return {p for m in model.modules() if isinstance(m, kind) for p in m.parameters()}
 
 
 def build_scheduler(optimizer: Optimizer, config: TrainConfig, max_steps: int) -> LambdaLR:
@@ -112,8 +94,9 @@ def _share_of_peak(step: int, *, schedule: str, warmup: int, total: int) -> floa
     return 1.0
 
 
-def check_optimizer(optimizer: Optimizer, loaded: Any, place: Path) -> None:
-    """Refuse a state that is not AdamW's over these groups and parameter shapes.
+def check_optimizer(optimizer: Optimizer, loaded: Any, place: Path, is_trainers: bool) -> None:
+    """Refuse a state that is not AdamW's over these groups and parameter shapes; if it is HF
+    Trainer's, one that lacks a parameter, too: its moments would begin anew.
 
     torch checks the number of groups and parameters only: a moment of the wrong shape, or a text
     where a number should be, would surface, if at all, at the first step.
@@ -136,29 +119,24 @@ def check_optimizer(optimizer: Optimizer, loaded: Any, place: Path) -> None:
         shape = parameters[index]
         expected = {"step": torch.zeros(()), "exp_avg": shape, "exp_avg_sq": shape}
         check_like(expected, moments, place, f"state of parameter {index}")
-
-
-def check_every_moment(optimizer: Optimizer, loaded: Any, place: Path) -> None:
-    """Refuse a state, already checked, that lacks a parameter: its moments would begin anew."""
-    count = sum(len(group["params"]) for group in optimizer.param_groups)
-    if missing := count - len(loaded["state"]):
+    count = len(parameters)
+    if is_trainers and (missing := count - len(loaded["state"])):
         raise MiniloraError(f"{place} holds no moments of {missing} of the {count} parameters")
 
 
-def check_scheduler(scheduler: LRScheduler, loaded: Any, place: Path) -> None:
-    """Refuse what is not a schedule's state, of as many groups as this one's."""
+def check_scheduler(scheduler: LRScheduler, loaded: Any, place: Path, is_trainers: bool) -> None:
+    """Refuse what is not a schedule's state, of as many groups as this one's; if it is HF
+    Trainer's, one that is not at its step where this run's would be, too.
+    """
     check_like(dict, loaded, place)
     ours = {**scheduler.state_dict(), "last_epoch": int}
     known = loaded.keys() | {"last_epoch", "_last_lr", "base_lrs"}
     check_like({name: ours[name] for name in ours.keys() & known}, loaded, place)
-
-
-def check_schedule_agrees(scheduler: LRScheduler, loaded: dict[str, Any], place: Path) -> None:
-    """Refuse a schedule, already checked, that is not at its step where this run's would be."""
-    assert isinstance(scheduler, LambdaLR)
-    step, theirs = loaded["last_epoch"], loaded["_last_lr"][0]
-    ours = scheduler.base_lrs[0] * scheduler.lr_lambdas[0](step)
-    if ours != theirs:
-        rates = f"the learning rate after step {step} is {theirs} there and {ours} here"
-        advice = "give Trainer's learning_rate, lr_scheduler_type, warmup_steps and max_steps"
-        raise MiniloraError(f"{place}: {rates}: {advice}")
+    if is_trainers:
+        assert isinstance(scheduler, LambdaLR)
+        step, theirs = loaded["last_epoch"], loaded["_last_lr"][0]
+        here = scheduler.base_lrs[0] * scheduler.lr_lambdas[0](step)
+        if here != theirs:
+            rates = f"the learning rate after step {step} is {theirs} there and {here} here"
+            advice = "give Trainer's learning_rate, lr_scheduler_type, warmup_steps and max_steps"
+            raise MiniloraError(f"{place}: {rates}: {advice}")

@@ -19,18 +19,17 @@ import torch
 
 from minilora import __version__
 from minilora.errors import MiniloraError
+from minilora.files import json_text, write_file
 from minilora.lora.config import LoraConfig, config_from_dict
 from minilora.lora.peft_files import CONFIG_NAME, WEIGHTS_NAME
-from minilora.reading import check_like, read_json
+from minilora.reading import check_like, read_bytes, read_json
 from minilora.training.config import TrainConfig, train_config_from_dict
 from minilora.training.loop import TrainState
-from minilora.training.trainer_files import REQUIRED, STATE_NAME
+from minilora.training.trainer_files import REQUIRED, SCALER_NAME, STATE_NAME
 
-MANIFEST_NAME = "minilora.json"
+RUN_NAME, MANIFEST_NAME = "run.json", "minilora.json"
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 SCHEMA_VERSION = 1
-
-FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")  # no path, no link out of the directory
 PARTS = (WEIGHTS_NAME, CONFIG_NAME, *REQUIRED, STATE_NAME)
 
 # Of a `TrainState`, all but the log, which trainer_state.json holds.
@@ -65,6 +64,16 @@ class RunRecord:
         arguments["output_dir"] = arguments["resume_from_checkpoint"] = None
         values = vars(self) | {"arguments": arguments, "lora": dataclasses.asdict(self.lora)}
         return {name: value for name, value in values.items() if name != "result" or value}
+
+    def write(self, output_dir: Path) -> None:
+        """As run.json, before the first step, and with the result at the end."""
+        text = json_text(self.to_json(), indent=2)
+        write_file(output_dir / RUN_NAME, f"{text}\n".encode())
+
+    @staticmethod
+    def read(output_dir: Path) -> "RunRecord":
+        path = output_dir / RUN_NAME
+        return RunRecord.from_json(read_json(path), str(path))
 
     @staticmethod
     def from_json(values: dict[str, Any], place: str) -> "RunRecord":
@@ -101,11 +110,12 @@ class Manifest:
     state: dict[str, Any]  # with the keys of `STATE`
     record: RunRecord | None  # None where a user's own loop wrote the checkpoint without one
     environment: dict[str, Any]  # what bit-exactness is promised for
-    files: dict[str, Any]  # name to size and sha256 of every other file
 
     @staticmethod
-    def read(checkpoint: Path) -> "Manifest":
-        """The manifest of a checkpoint of ours."""
+    def read(checkpoint: Path) -> tuple["Manifest", dict[str, bytes]]:
+        """The manifest of a checkpoint of ours, and the contents of every other file, which are
+        what was written.
+        """
         path = checkpoint / MANIFEST_NAME
         if not path.is_file():
             raise MiniloraError(f"{path} is missing, nor is this HF Trainer's: it is incomplete")
@@ -129,7 +139,7 @@ class Manifest:
         wrong = sorted(state.keys() - STATE.keys())
         wrong += [name for name, value in state.items() if type(value) is int and value < 0]
         wrong += [f"no entry for {name}" for name in PARTS if name not in files]
-        wrong += [f"an entry for {name!r}" for name in files if not FILE_NAME.fullmatch(name)]
+        wrong += [f"an entry for {name!r}" for name in files if name not in (*PARTS, SCALER_NAME)]
         if wrong:
             raise MiniloraError(f"{path} was not written by minilora: it has {wrong[0]}")
         step_name = f"checkpoint-{state['global_step']}"
@@ -137,14 +147,21 @@ class Manifest:
             held = f"holds step {state['global_step']}: it was renamed"
             raise MiniloraError(f"{checkpoint} {held}; call it {step_name} again")
         record = RunRecord.from_json(document["run"], str(path)) if document["run"] else None
-        return Manifest(state, record, document["environment"], files)
-
-    def check(self, contents: dict[str, bytes], checkpoint: Path) -> None:
-        """Refuse files that do not hold what was written."""
+        contents = {name: read_bytes(checkpoint / name) for name in files}
         for name, data in contents.items():
-            if _described(data) != self.files[name]:
+            if _described(data) != files[name]:
                 reason = f"is not what was written (its SHA-256 differs from {MANIFEST_NAME}'s)"
                 raise MiniloraError(f"{checkpoint / name} {reason}: resume from another checkpoint")
+        return Manifest(state, record, document["environment"]), contents
+
+    def inexactness(self, device: str | None) -> list[str]:
+        """Why a resume here, on TrainConfig's `device`, may not be bit-exact."""
+        there, here = self.environment, environment(device)
+        return [
+            f"{name} was {there.get(name)} and is {here[name]}: the resume may not be bit-exact"
+            for name in EXACTNESS
+            if there.get(name) != here[name]
+        ]
 
 
 def manifest_bytes(state: TrainState, record: RunRecord | None, files: dict[str, bytes]) -> bytes:

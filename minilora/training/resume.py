@@ -10,15 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from minilora.errors import MiniloraError
-from minilora.files import set_aside
 from minilora.lora.config import BOOKKEEPING, LoraConfig
 from minilora.options import differences
-from minilora.training.checkpoint import Stored, read_checkpoint, restore, sorted_checkpoints
+from minilora.training.checkpoint import Stored, first_valid, read_checkpoint, sorted_checkpoints
 from minilora.training.config import TrainConfig, reconcile, refuse_bending
-from minilora.training.loop import Training
-from minilora.training.progress import say
-from minilora.training.record import CHECKPOINT, EXACTNESS, MANIFEST_NAME, RunRecord, environment
-from minilora.training.run_directory import RUN_NAME, read_run
+from minilora.training.record import CHECKPOINT, MANIFEST_NAME, RUN_NAME, RunRecord
 from minilora.training.trainer_files import recorded_arguments
 
 NOTHING = f"holds neither a complete checkpoint-<step> nor a {RUN_NAME}"
@@ -77,18 +73,16 @@ def plan_resume(
     """
     own, output_dir = directories(path, (train_arguments or {}).get("output_dir"))
     path, newest_first = path.resolve(), sorted_checkpoints(own) if own is not None else []
-    if path == own:
-        stored, aside = _highest(newest_first)
-    else:
-        stored = read_checkpoint(path)
-        aside = [(newer, "superseded") for newer in itertools.takewhile(path.__ne__, newest_first)]
-    manifest = stored.manifest if stored is not None else None
-    record = manifest.record if manifest is not None else None
+    stored = first_valid(newest_first) if path == own else read_checkpoint(path)
+    why = "invalid" if path == own else "superseded"
+    newer = itertools.takewhile(lambda p: stored is None or p != stored.path, newest_first)
+    aside = [(passed_over, why) for passed_over in newer] if own == output_dir else []
+    manifest, record = (stored.manifest, stored.record) if stored is not None else (None, None)
     if manifest is None and own is not None and (own / RUN_NAME).is_file():
-        record = read_run(own)
+        record = RunRecord.read(own)
     if stored is None and record is None:
         raise MiniloraError(f"resume_from_checkpoint {str(path)!r} {NOTHING}")
-    config, lora, refusals, warnings = None, None, [], []
+    config, lora, refusals = None, None, []
     try:
         config, lora = _arguments(stored, record, train_arguments or {}, lora_arguments or {})
     except MiniloraError as error:
@@ -99,16 +93,9 @@ def plan_resume(
     if stored is not None and stored.missing() and not (config and config.allow_inexact_resume):
         advice = "the resumed run would be another (--allow_inexact_resume goes on all the same)"
         refusals.append(f"{stored.path} lacks {', '.join(stored.missing())}: {advice}")
-    if manifest is not None:
-        recorded, here = manifest.environment, environment(config and config.device)
-        warnings = [
-            f"{name} was {recorded.get(name)} and is {here[name]}: the resume may not be bit-exact"
-            for name in EXACTNESS
-            if recorded.get(name) != here[name]
-        ]
+    warnings = manifest.inexactness(config and config.device) if manifest is not None else []
     if config is not None and config.torch_compile:
         warnings.append("torch_compile chooses kernels anew: the resume may not be bit-exact")
-    aside = aside if own == output_dir else []
     return ResumePlan(output_dir, config, lora, stored, record, aside, refusals, warnings)
 
 
@@ -128,40 +115,14 @@ def check_same_inputs(plan: ResumePlan, record: RunRecord) -> None:
     began = dataclasses.replace(plan.record, arguments=record.arguments)
     changed = changed_inputs(began, record.data_sha256)
     if record.model_sha256 != began.model_sha256:
-        changed.append(
-            f"base model or adapter ({record.arguments.model_name_or_path or 'packaged'})"
-        )
+        name = record.arguments.model_name_or_path or "packaged"
+        changed.append(f"base model or adapter ({name})")
     if record.labels != began.labels:
         changed.append("labels")
     if changed:
         reason = f"not what the run began with: {', '.join(changed)}"
         advice = "restore it, or start a new run"
         raise MiniloraError(f"cannot resume {plan.output_dir}: {reason}; {advice}")
-
-
-def carry_out(plan: ResumePlan, training: Training) -> None:
-    """Put `training` where the plan says, and newer checkpoints aside. Call it only while holding
-    the directory's lock.
-    """
-    for warning in plan.warnings:
-        say(f"warning: {warning}")
-    if plan.stored is not None:
-        restore(plan.stored, training)
-        say(f"resuming {plan.stored.path} at step {training.state.global_step}")
-    for path, reason in plan.set_aside:
-        aside = set_aside(path, reason)
-        say(f"warning: {path.name} is {reason} and now named {aside.name}")
-
-
-def _highest(newest_first: list[Path]) -> tuple[Stored | None, list[tuple[Path, str]]]:
-    """The first checkpoint that verifies, and those before it, which do not."""
-    invalid: list[tuple[Path, str]] = []
-    for path in newest_first:
-        try:
-            return read_checkpoint(path), invalid
-        except MiniloraError:
-            invalid.append((path, "invalid"))
-    return None, invalid
 
 
 def _arguments(

@@ -1,7 +1,4 @@
-"""Every random generator a run draws from: seeded together, saved together, restored together.
-
-The stream of fast dropout's masks (bert/dropout) is reached through the model's modules.
-"""
+"""Every random generator a run draws from: seeded together, saved together, restored together."""
 
 import random
 from pathlib import Path
@@ -27,10 +24,10 @@ def rng_state(model: nn.Module) -> dict[str, Any]:
     of masks. numpy's key is a list instead of an array: Trainer restores it all the same, and the
     file then loads with plain `weights_only=True`, no numpy reconstruction function allowed.
     """
-    name, keys, position, has_gauss, cached_gaussian = np.random.get_state(legacy=True)
+    name, keys, *rest = np.random.get_state(legacy=True)
     state: dict[str, Any] = {
         "python": random.getstate(),
-        "numpy": (name, [int(key) for key in keys], position, has_gauss, cached_gaussian),
+        "numpy": (name, [int(key) for key in keys], *rest),
         "cpu": torch.get_rng_state(),
     }
     if torch.cuda.is_available():
@@ -42,16 +39,12 @@ def rng_state(model: nn.Module) -> dict[str, Any]:
 
 
 def set_rng_state(state: dict[str, Any], model: nn.Module) -> None:
-    """Restore what `rng_state` returned. Call it last: whatever is built after it may draw.
-
-    A `mask_stream` that the state lacks (HF Trainer wrote it) is left for the caller to restart.
-    """
+    """Restore what `rng_state` returned. Call it last: whatever is built after it may draw."""
     stream = mask_stream(model)
-    if stream is not None and "mask_stream" in state:
+    if stream is not None and "mask_stream" in state:  # HF Trainer's has none
         stream.set_state(state["mask_stream"])
-    version, keys, gauss_next = state["python"]
-    random.setstate((version, tuple(keys), gauss_next))
-    np.random.set_state(tuple(state["numpy"]))
+    random.setstate(state["python"])
+    np.random.set_state(state["numpy"])
     torch.set_rng_state(state["cpu"])
     if state.get("cuda") is not None and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"], _gpu_of(model))
@@ -60,10 +53,10 @@ def set_rng_state(state: dict[str, Any], model: nn.Module) -> None:
 def check_rng_state(state: Any, place: Path) -> None:
     """Refuse what `set_rng_state` could not restore. The run's own generators are untouched."""
     check_like({"python": None, "numpy": None, "cpu": Tensor}, state, place)
+    check_like(Tensor | None, cuda := state.get("cuda"), place, "cuda")
     try:
-        version, keys, gauss_next = state["python"]
-        random.Random().setstate((version, tuple(keys), gauss_next))
-        np.random.RandomState().set_state(tuple(state["numpy"]))
+        random.Random().setstate(state["python"])
+        np.random.RandomState().set_state(state["numpy"])
         # Among MT19937's 624 words; numpy does not check it, and would read beyond its array.
         if not 0 <= state["numpy"][2] <= 624:
             raise ValueError(f"numpy's position is {state['numpy'][2]}")
@@ -71,9 +64,6 @@ def check_rng_state(state: Any, place: Path) -> None:
         masks = state.get("mask_stream", torch.zeros(4, dtype=torch.int64))
         if masks.shape != (4,) or masks.dtype != torch.int64:
             raise ValueError("the state of a mask stream is four int64")
-        cuda = state.get("cuda")
-        if cuda is not None and not isinstance(cuda, Tensor):
-            raise ValueError("CUDA's state is no tensor")
         if cuda is not None and torch.cuda.is_available():
             torch.Generator("cuda").set_state(cuda)
     except Exception as error:  # each generator complains in its own way
@@ -81,7 +71,7 @@ def check_rng_state(state: Any, place: Path) -> None:
 
 
 def mask_stream(model: nn.Module) -> Any:
-    """The stream that the model's dropout modules share, or None where dropout is torch's."""
+    """The stream of fast dropout (bert/dropout), which its modules share; None if it is torch's."""
     streams = (getattr(module, "mask_stream", None) for module in model.modules())
     return next((stream for stream in streams if stream is not None), None)
 

@@ -1,27 +1,27 @@
-"""A run's directory: `run.json`, `metrics.jsonl`, and checkpoints written in their turn.
+"""A run in its directory: begun or resumed, trained to its end or to a stop, saved on the way.
 
 What is done about a disk that refuses stands here, too: a row or a checkpoint that cannot be
-written is no reason to lose a run that can go on.
+written is no reason to lose a run that can go on. Not here: what the run is made of (fine_tuning),
+the loop (loop), a checkpoint (checkpoint), where a resume begins (resume).
 """
 
 import contextlib
 import errno
 import os
 from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from minilora import files
 from minilora.errors import MiniloraError
-from minilora.reading import read_json
-from minilora.training.checkpoint import save_checkpoint, sorted_checkpoints
-from minilora.training.loop import Training, is_finished
-from minilora.training.optim import beyond_trainer
-from minilora.training.progress import say
-from minilora.training.record import RunRecord
+from minilora.training.checkpoint import restore, save_checkpoint, sorted_checkpoints
+from minilora.training.evaluation import Batch
+from minilora.training.loop import Callbacks, Training, fit, is_finished, log
+from minilora.training.progress import TrainingBar, say
+from minilora.training.record import RUN_NAME, RunRecord
+from minilora.training.resume import ResumePlan
+from minilora.training.rng import seed_all
 
-RUN_NAME = "run.json"
 METRICS_NAME = "metrics.jsonl"
 
 # What a user can do about a disk that refuses.
@@ -30,6 +30,128 @@ REMEDIES = {
     **dict.fromkeys((errno.EROFS, errno.EACCES, errno.EPERM), "make it writable"),
     errno.EIO: "see to the disk",
 }
+
+
+def fit_in_directory(
+    training: Training,
+    record: RunRecord,
+    batches: Callable[[int, int], Iterator[list[Batch]]],
+    evaluate: Callable[[], dict[str, float]] | None,
+    plan: ResumePlan,
+    should_stop: Callable[[], bool],
+) -> dict[str, float]:
+    """Train from where the plan says, holding the lock of its directory; the functions are those of
+    `Callbacks`. Returns train_runtime (seconds of the loop in this process), train_loss,
+    train_samples_per_second and train_steps_per_second.
+    """
+    config, output_dir = record.arguments, plan.output_dir
+    seed_all(config.seed)  # again, as Trainer does: how much was drawn so far depends on the model
+    if not (output_dir / RUN_NAME).is_file():
+        record.write(output_dir)
+    for warning in plan.warnings:
+        say(f"warning: {warning}")
+    if plan.stored is not None:
+        step = restore(plan.stored, training).global_step
+        say(f"resuming {plan.stored.path} at step {step}")
+    for path, reason in plan.set_aside:
+        aside = files.set_aside(path, reason)
+        say(f"warning: {path.name} is {reason} and now named {aside.name}")
+    state = training.state
+    metrics = MetricsFile(output_dir / METRICS_NAME, state.log_history)
+    saver = Saver(output_dir, training, record)
+    with contextlib.closing(TrainingBar(training.timetable.max_steps, state.global_step)) as bar:
+        callbacks = Callbacks(
+            batches, evaluate, metrics.append, saver.save, should_stop, bar.advance
+        )
+        # The packaged sentences show what training adds.
+        at_start = config.eval_on_start or config.train_file is None
+        if evaluate is not None and at_start and state.global_step == 0:
+            log(training, callbacks, evaluate())
+        fit(training, config, callbacks)
+    metrics.write_all()
+    if saver.failure is not None:  # the run ends without its last checkpoint
+        raise saver.failure
+    losses = state.loss_total + state.loss_sum  # of the whole run, resumes included
+    return {**bar.speed(), "train_loss": losses / max(1, state.global_step)}
+
+
+class MetricsFile:
+    """`metrics.jsonl`, holding exactly the rows of `log_history`, whole lines only.
+
+    A row that cannot be written (disk full) is not lost: the next one writes the whole file anew.
+    """
+
+    def __init__(self, path: Path, log_history: list[dict[str, Any]]) -> None:
+        """Begin with a checkpoint's rows: those that a killed run wrote after it are dropped."""
+        self.path, self.rows, self.has_failed = path, log_history, False
+        self.append()
+
+    def append(self, row: dict[str, Any] | None = None) -> None:
+        """Add `row`, which the loop has just appended to `log_history`; without one, write all."""
+        try:
+            if row is None or self.has_failed:
+                self.write_all()
+            else:
+                with self.path.open("ab") as file:
+                    file.write(f"{files.json_text(row)}\n".encode())
+            self.has_failed = False
+        except OSError as error:
+            if not self.has_failed:
+                reason = f"cannot be written ({error.strerror}); the rows are kept for later"
+                say(f"warning: {self.path} {reason}")
+            self.has_failed = True
+
+    def write_all(self) -> None:
+        """Write every row, durably. An `OSError` means that rows in no checkpoint would be lost."""
+        lines = [files.json_text(row) + "\n" for row in self.rows]
+        files.write_file(self.path, "".join(lines).encode())
+
+
+class Saver:
+    """Writes the checkpoints of a run, and deletes what is over `save_total_limit`.
+
+    When one cannot be written (the disk is full, for one) and an older one is there, it warns, lets
+    the run go on and tries again at the next save; the last save of a run has no next one, and
+    fails.
+    """
+
+    def __init__(self, output_dir: Path, training: Training, record: RunRecord) -> None:
+        self.output_dir, self.training, self.record = output_dir, training, record
+        self.failure: OSError | None = None  # of the last save
+        self.has_remarked = False
+
+    def save(self) -> None:
+        step, limit = self.training.state.global_step, self.record.arguments.save_total_limit
+        self.failure = None
+        try:
+            save_checkpoint(self.output_dir, self.training, self.record)
+        except OSError as error:
+            ends = is_finished(self.training.state, self.training.timetable)
+            if ends or not sorted_checkpoints(self.output_dir):
+                raise
+            self.failure = error
+            is_there = isinstance(error, files.NotConfirmed)
+            what = f"checkpoint-{step} is" if is_there else f"no checkpoint at step {step}:"
+            say(f"warning: {what} {error.strerror}; training goes on")
+            return
+        groups = len(self.training.optimizer.param_groups)
+        if groups > 2 and not self.has_remarked:
+            cannot = "HF Trainer's has 2: it cannot resume from it, minilora can"
+            say(f"optimizer.pt has {groups} groups, {cannot}")
+            self.has_remarked = True
+        try:
+            rotate_checkpoints(self.output_dir, limit, self.training.state.best_step)
+        except OSError as error:
+            say(f"warning: an old checkpoint cannot be deleted: {error.strerror}")
+
+
+def rotate_checkpoints(output_dir: Path, limit: int | None, best_step: int | None) -> None:
+    """Delete the oldest checkpoints beyond `limit`, never the newest and never the best."""
+    checkpoints = [path for path in sorted_checkpoints(output_dir) if not path.is_symlink()]
+    excess = 0 if limit is None else max(0, len(checkpoints) - limit)
+    oldest_first = [p for p in checkpoints[:0:-1] if p.name != f"checkpoint-{best_step}"]
+    for path in oldest_first[:excess]:
+        files.remove_directory(path)
 
 
 def new_output_dir(path: Path) -> None:
@@ -54,97 +176,6 @@ def holding(output_dir: Path, is_new: bool) -> Iterator[None]:
         with files.exclusive(output_dir):
             files.sweep_leftovers(output_dir)
             yield
-
-
-def write_run(output_dir: Path, record: RunRecord) -> None:
-    """Before the first step, and with the result at the end."""
-    text = files.json_text(record.to_json(), indent=2)
-    files.write_file(output_dir / RUN_NAME, f"{text}\n".encode())
-
-
-def read_run(output_dir: Path) -> RunRecord:
-    path = output_dir / RUN_NAME
-    return RunRecord.from_json(read_json(path), str(path))
-
-
-class MetricsFile:
-    """`metrics.jsonl`, holding exactly the rows of `log_history`, whole lines only.
-
-    A row that cannot be written (disk full) is not lost: the next one writes the whole file anew.
-    """
-
-    def __init__(self, path: Path, log_history: list[dict[str, Any]]) -> None:
-        """Begin with a checkpoint's rows: those that a killed run wrote after it are dropped."""
-        self.path, self.rows, self.has_failed = path, log_history, False
-        self._try(self.write_all)
-
-    def append(self, row: dict[str, Any]) -> None:
-        """Add `row`, which the loop has just appended to `log_history`."""
-        self._try(self.write_all if self.has_failed else partial(self._append, row))
-
-    def write_all(self) -> None:
-        """Write every row, durably. An `OSError` means that rows in no checkpoint would be lost."""
-        lines = [files.json_text(row) + "\n" for row in self.rows]
-        files.write_file(self.path, "".join(lines).encode())
-
-    def _append(self, row: dict[str, Any]) -> None:
-        with self.path.open("ab") as file:
-            file.write((files.json_text(row) + "\n").encode())
-
-    def _try(self, write: Callable[[], None]) -> None:
-        try:
-            write()
-            self.has_failed = False
-        except OSError as error:
-            if not self.has_failed:
-                reason = f"cannot be written ({error.strerror}); the rows are kept for later"
-                say(f"warning: {self.path} {reason}")
-            self.has_failed = True
-
-
-class Saver:
-    """Writes the checkpoints of a run, and deletes what is over `save_total_limit`.
-
-    When one cannot be written (the disk is full, for one) and an older one is there, it warns, lets
-    the run go on and tries again at the next save; the last save of a run has no next one, and
-    fails.
-    """
-
-    def __init__(self, output_dir: Path, training: Training, record: RunRecord) -> None:
-        self.output_dir, self.training, self.record = output_dir, training, record
-        self.failure: OSError | None = None  # of the last save
-        self.remark = beyond_trainer(training.optimizer)  # once
-
-    def save(self) -> None:
-        step, limit = self.training.state.global_step, self.record.arguments.save_total_limit
-        self.failure = None
-        try:
-            save_checkpoint(self.output_dir, self.training, self.record)
-        except OSError as error:
-            ends = is_finished(self.training.state, self.training.timetable)
-            if ends or not sorted_checkpoints(self.output_dir):
-                raise
-            self.failure = error
-            is_there = isinstance(error, files.NotConfirmed)
-            what = f"checkpoint-{step} is" if is_there else f"no checkpoint at step {step}:"
-            say(f"warning: {what} {error.strerror}; training goes on")
-            return
-        if self.remark is not None:
-            say(self.remark)
-            self.remark = None
-        try:
-            rotate_checkpoints(self.output_dir, limit, self.training.state.best_step)
-        except OSError as error:
-            say(f"warning: an old checkpoint cannot be deleted: {error.strerror}")
-
-
-def rotate_checkpoints(output_dir: Path, limit: int | None, best_step: int | None) -> None:
-    """Delete the oldest checkpoints beyond `limit`, never the newest and never the best."""
-    checkpoints = [path for path in sorted_checkpoints(output_dir) if not path.is_symlink()]
-    excess = 0 if limit is None else len(checkpoints) - limit
-    oldest_first = [p for p in checkpoints[:0:-1] if p.name != f"checkpoint-{best_step}"]
-    for path in oldest_first[: max(excess, 0)]:
-        files.remove_directory(path)
 
 
 @contextlib.contextmanager

@@ -12,7 +12,7 @@ from minilora.bert.dataset import batches_in_order, tokenize
 from minilora.bert.forward import Padded
 from minilora.bert.rows import Row
 from minilora.bert.texts import WholeTexts, encode_texts
-from minilora.training.evaluation import evaluate_model, reported_loss
+from minilora.training.evaluation import evaluate_model
 from tests.conftest import WORDS, read_rows, task_of
 
 TASKS = {
@@ -58,9 +58,7 @@ def test_what_has_no_windows_is_refused_by_name(tokenizer):
     with pytest.raises(MiniloraError, match="stride is 10: it must be below 10"):
         encode_texts(rows_of("good"), np.zeros(1), tokenizer, LENGTH, LENGTH - 2)
     pairs = [Row("good", "bad", None, None, 1)]
-    with pytest.raises(
-        MiniloraError, match="stride is 3: windows are of single texts"
-    ):
+    with pytest.raises(MiniloraError, match="stride is 3: windows are of single texts"):
         encode_texts(pairs, np.zeros(1), tokenizer, LENGTH, STRIDE)
 
     class Slow:
@@ -185,7 +183,7 @@ def test_packed_windows_are_padded_ones(run):
     padded = Padded(packed.model, packed.tokenizer.pad_token_id)
     batches = batches_in_order(examples, 5, padded.collate, packed.model.device, "")
     scorer = packed.task.scorer(rows, examples)
-    found = evaluate_model(padded, reported_loss(packed.task, False), batches, scorer, "eval")
+    found = evaluate_model(padded, packed.task, False, batches, scorer, "eval")
     for name in {"eval_loss", "eval_f1", "eval_f1_micro", "eval_mse"} & found.keys():
         assert found[name] == pytest.approx(metrics[name], rel=1e-5)
 

@@ -7,8 +7,9 @@ import torch
 
 from minilora import TrainConfig, fine_tune
 from minilora.fine_tuning import run_fine_tuning
-from minilora.training import resume as resume_room
+from minilora.training import checkpoint as checkpoint_room
 from minilora.training.checkpoint import read_checkpoint
+from minilora.training.record import RunRecord
 from tests.conftest import write_sentences
 from tests.cuda import needs_cuda
 from tests.cuda.test_training import start_scaling_at
@@ -119,7 +120,7 @@ def test_without_any_one_part_the_resume_is_another_run(
         change(stored)
         return stored
 
-    monkeypatch.setattr(resume_room, "read_checkpoint", read_and_change)
+    monkeypatch.setattr(checkpoint_room, "read_checkpoint", read_and_change)
     with pytest.raises(AssertionError):
         test_a_resume_is_exact_in_every_mode(mode, tmp_path, tiny_model, sentences)
 
@@ -150,8 +151,8 @@ def test_a_run_goes_on_on_another_device_and_says_so(
     resumed = {"resume_from_checkpoint": str(tmp_path / "run"), "device": second}
     rows = run_fine_tuning(resumed, {}, lambda: False).log_history
     assert "cuda was" in capsys.readouterr().err
-    expected = resume_room.read_run(tmp_path / "whole").result
-    found = resume_room.read_run(tmp_path / "run").result
+    expected = RunRecord.read(tmp_path / "whole").result
+    found = RunRecord.read(tmp_path / "run").result
     assert expected is not None and found is not None
     assert found["train_loss"] == pytest.approx(expected["train_loss"], rel=1e-3)
     assert found["eval_loss"] == pytest.approx(expected["eval_loss"], rel=1e-2)

@@ -26,8 +26,7 @@ from minilora.training.optim import build_optimizer, build_scheduler
 from minilora.training.record import environment
 from minilora.training.resume import ResumePlan, check_same_inputs, plan_resume
 from minilora.training.rng import seed_all
-from minilora.training.run import fit_in_directory
-from minilora.training.run_directory import advice_on_disk_errors, new_output_dir
+from minilora.training.run_directory import advice_on_disk_errors, fit_in_directory, new_output_dir
 from tests.faults.forks import serve
 
 STEPS, EXAMPLES, WIDTH = 4, 6, 4

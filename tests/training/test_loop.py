@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from minilora import MiniloraError, Timetable, TrainConfig, Training, TrainState
-from minilora.training.evaluation import evaluate_model, reported_loss
+from minilora.training.evaluation import evaluate_model
 from minilora.training.loop import Callbacks, fit, loss_shares, training_step
 from minilora.training.optim import build_scheduler
 
@@ -235,7 +235,7 @@ def test_evaluation_counts_every_example_once_and_restores_the_mode():
     model.dropout = nn.Dropout(0.5).eval()  # a module the user keeps in eval mode
     batches, task, scorer = [batch_of(4, 1), batch_of(1, 2)], Regression(), Count()
     before = torch.get_rng_state()
-    found = evaluate_model(model, reported_loss(task, False), iter(batches), scorer, "eval")
+    found = evaluate_model(model, task, False, iter(batches), scorer, "eval")
     assert torch.equal(torch.get_rng_state(), before)
     assert model.training and not model.dropout.training and model.linear.training
     losses = [task.loss(model(batch), batch) for batch in batches]

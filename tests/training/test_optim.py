@@ -176,16 +176,18 @@ def test_every_learning_rate_of_a_run_is_transformers(schedule, warmup):
 def test_groups_that_do_not_number_the_parameters_are_refused(numbers, tmp_path):
     optimizer = build_optimizer(nn.Linear(2, 2, bias=False), TrainConfig())
     state = optimizer.state_dict()
-    check_optimizer(optimizer, state, tmp_path)
+    check_optimizer(optimizer, state, tmp_path, False)
     state["param_groups"][0]["params"] = numbers
     with pytest.raises(MiniloraError, match="params"):
-        check_optimizer(optimizer, state, tmp_path)
+        check_optimizer(optimizer, state, tmp_path, False)
 
 
 @pytest.mark.parametrize("position", [1.5, 1e308, 2**63, None])
 def test_a_schedules_position_is_a_whole_number(position, tmp_path):
     optimizer = build_optimizer(nn.Linear(2, 2), TrainConfig())
     scheduler = build_scheduler(optimizer, TrainConfig(), 3)
-    check_scheduler(scheduler, scheduler.state_dict(), tmp_path)
+    check_scheduler(scheduler, scheduler.state_dict(), tmp_path, False)
     with pytest.raises(MiniloraError, match="last_epoch is"):
-        check_scheduler(scheduler, {**scheduler.state_dict(), "last_epoch": position}, tmp_path)
+        check_scheduler(
+            scheduler, {**scheduler.state_dict(), "last_epoch": position}, tmp_path, False
+        )

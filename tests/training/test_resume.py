@@ -32,6 +32,7 @@ from minilora import (
     trainable_parameters,
 )
 from minilora.fine_tuning import run_fine_tuning
+from minilora.training import checkpoint as checkpoint_room
 from minilora.training import resume as resume_room
 from minilora.training.checkpoint import read_checkpoint
 from minilora.training.record import RunRecord, environment
@@ -296,7 +297,7 @@ def test_without_any_one_part_the_resume_is_another_run(
         change(stored)
         return stored
 
-    monkeypatch.setattr(resume_room, "read_checkpoint", read_and_change)
+    monkeypatch.setattr(checkpoint_room, "read_checkpoint", read_and_change)
     fine_tune(TrainConfig(resume_from_checkpoint=str(tmp_path / "run")))
     with pytest.raises(AssertionError):
         assert_same_run(tmp_path / "run", tmp_path / "whole")

@@ -226,7 +226,7 @@ def test_perplexity_is_e_to_the_mean_loss_of_all_masked_tokens(model, tokenizer)
     examples, forward = varied(task, examples, None), Packed(model, 0)
     batches = [forward.collate(examples, np.arange(40)[i : i + 7]) for i in range(0, 40, 7)]
     scorer = task.scorer([], examples)
-    found = evaluate_model(forward, (task.loss, task.loss_weight), iter(batches), scorer, "eval")
+    found = evaluate_model(forward, task, False, iter(batches), scorer, "eval")
     with torch.no_grad():
         logits = torch.cat([forward(batch) for batch in batches]).double()
     labels = torch.cat([batch["labels"] for batch in batches])

@@ -84,8 +84,9 @@ def run_command(main: Callable[[], int | None]) -> NoReturn:
     while (filler := os.open(os.devnull, os.O_RDWR)) < 3:
         pass
     os.close(filler)
-    out: Any = SafeStream(sys.stdout, is_needed=True)
-    err: Any = SafeStream(sys.stderr, is_needed=False)
+    speaks = is_first()
+    out: Any = SafeStream(sys.stdout if speaks else None, is_needed=True)
+    err: Any = SafeStream(sys.stderr if speaks else None, is_needed=False)
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
             code = main() or 0
@@ -107,6 +108,11 @@ def run_command(main: Callable[[], int | None]) -> NoReturn:
             sys.stderr.write("interrupted\n")
             code = INTERRUPTED + signal.SIGINT
         raise SystemExit(code)
+
+
+def is_first() -> bool:
+    """Of several processes that torchrun started, the first alone speaks and writes."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 class SafeStream:
@@ -155,7 +161,7 @@ def stop_signals() -> Iterator[list[int]]:
         received.append(number)
         # Not through sys.stderr, which may be closed, or interrupted in the midst of a write.
         with contextlib.suppress(OSError):
-            os.write(2, b"\nstopping after this step; once more to stop at once\n")
+            os.write(2, b"\nstopping after this step; once more to stop at once\n" * is_first())
 
     handled = (signal.SIGINT, signal.SIGTERM) if is_main else ()
     before = {number: signal.signal(number, remember) for number in handled}

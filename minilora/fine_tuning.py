@@ -13,11 +13,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from minilora import starting_model
 from minilora.bert import load
-from minilora.bert.dataset import batches_in_order, epoch_batches, shortening, tokenize
+from minilora.bert.dataset import batches_in_order, epoch_batches, epoch_order, shortening, tokenize
 from minilora.bert.examples import Examples
 from minilora.bert.forward import Packed, Padded
 from minilora.bert.splits import Splits, read_splits
@@ -29,7 +30,7 @@ from minilora.lora.peft_files import CARD_NAME, assign_adapter, save_adapter
 from minilora.model_card import model_card
 from minilora.options import changed
 from minilora.starting_model import StartingModel
-from minilora.training import resume
+from minilora.training import distributed, resume
 from minilora.training.checkpoint import read_checkpoint
 from minilora.training.config import TrainConfig
 from minilora.training.evaluation import Batch, evaluate_model
@@ -63,14 +64,24 @@ class Pieces:
     task: Task
     start: StartingModel
     forward: Packed | Padded
+    world_size: int  # processes whose batches a step has
 
     def batches(self, epoch: int, skip: int) -> Iterator[list[Batch]]:
         """The batches of each optimizer step of an epoch, without the first `skip` steps'."""
         config, examples = self.config, varied(self.task, self.examples["train"], epoch)
         seed = config.seed if config.data_seed is None else config.data_seed
-        sizes = (config.per_device_train_batch_size, config.gradient_accumulation_steps)
-        collate, device = self.forward.collate, self.start.model.device
-        return epoch_batches(examples, seed, *sizes, collate, device)(epoch, skip)
+        size, lengths = config.per_device_train_batch_size, np.diff(examples.offsets)
+        per_step = size * config.gradient_accumulation_steps * self.world_size
+        order = epoch_order(len(examples), seed, epoch)
+
+        def deal(of_step: np.ndarray) -> list[np.ndarray]:
+            return distributed.own_batches(of_step, lengths[of_step], size)
+
+        if config.hf_parity:
+            order = distributed.trainers_order(order, size)
+            deal = partial(distributed.trainers_batches, batch_size=size)
+        how = (per_step, deal, self.forward.collate, self.start.model.device)
+        return epoch_batches(examples, order[skip * per_step :], *how)
 
     def evaluate(self, split: str, prefix: str) -> dict[str, float]:
         """The model's metrics on a split, under `<prefix>_...` keys."""
@@ -108,17 +119,26 @@ def run_fine_tuning(
     """The same from the arguments that were given: an absent one means its default, or on a resume
     its recorded value. `should_stop` is asked before each step; if true, the run saves and ends.
     """
+    with distributed.joined(train_arguments.get("ddp_timeout", TrainConfig.ddp_timeout)):
+        return _run(resume.after_a_loss(train_arguments), lora_arguments, should_stop)
+
+
+def _run(
+    train_arguments: dict[str, Any], lora_arguments: dict[str, Any], should_stop: Callable[[], bool]
+) -> TrainResult:
     path = train_arguments.get("resume_from_checkpoint")
     if path is None:
         config = TrainConfig(**train_arguments)
         lora = starting_model.new_lora_config(config, lora_arguments)
+        if config.output_dir is None and distributed.world_size() > 1:
+            raise MiniloraError("several processes need one directory: give --output_dir")
         # With milliseconds, so that the bare command can be repeated, even by a script.
         dated = datetime.datetime.now().strftime("runs/%Y%m%d-%H%M%S-%f")[:-3]
         plan = resume.ResumePlan(Path(config.output_dir or dated), config, lora)
-        with holding(plan.output_dir, is_new=True):
+        with distributed.held_by_first(holding(plan.output_dir, is_new=True), plan.output_dir):
             return train(plan, should_stop)
     own, output_dir = resume.directories(Path(path), train_arguments.get("output_dir"))
-    with holding(output_dir, is_new=output_dir != own):
+    with distributed.held_by_first(holding(output_dir, is_new=output_dir != own), output_dir):
         plan = resume.plan_resume(Path(path), train_arguments, lora_arguments)
         if plan.refusals:
             raise MiniloraError("; ".join(plan.refusals))
@@ -140,9 +160,13 @@ def train(plan: resume.ResumePlan, should_stop: Callable[[], bool]) -> TrainResu
         lora = starting_model.with_new_modules(lora, start)
     starting_model.check_new_modules(start.new_modules, lora, output_dir)
     inputs = (splits.fingerprints, start.sha256, environment(config.device))
-    record = RunRecord(config, lora, splits.labels, splits.has_pairs(), *inputs)
+    world_size = plan.record.world_size if plan.record else distributed.world_size()
+    record = RunRecord(
+        config, lora, splits.labels, splits.has_pairs(), *inputs, world_size=world_size
+    )
     resume.check_same_inputs(plan, record)
     examples = tokenize_all(config, splits, task, start)
+    check_ranks(plan, record, len(examples["train"]))
     if hasattr(task, "weigh"):
         task.weigh(examples["train"])  # pyright: ignore[reportAttributeAccessIssue]
 
@@ -153,14 +177,16 @@ def train(plan: resume.ResumePlan, should_stop: Callable[[], bool]) -> TrainResu
     starting_model.describe_start(start, config, output_dir)
 
     optimizer = build_optimizer(start.model, config)
-    timetable = plan_timetable(config, len(examples["train"]), "validation" in examples)
+    validates = "validation" in examples
+    timetable = plan_timetable(config, len(examples["train"]), validates, world_size)
     scheduler = build_scheduler(optimizer, config, timetable.max_steps)
     # Only float16 needs scaling: its smallest gradients would be zero.
     scaler = torch.amp.GradScaler(device.type, enabled=config.dtype == "float16")
-    training = Training(start.model, optimizer, scheduler, forward, task, scaler, timetable)
+    whole = distributed.replicated(forward)
+    training = Training(start.model, optimizer, scheduler, whole, task, scaler, timetable)
 
-    pieces = Pieces(config, splits, examples, task, start, forward)
-    evaluate = partial(pieces.evaluate, "validation", "eval") if "validation" in examples else None
+    pieces = Pieces(config, splits, examples, task, start, forward, world_size)
+    evaluate = partial(pieces.evaluate, "validation", "eval") if validates else None
     metrics = fit_in_directory(training, record, pieces.batches, evaluate, plan, should_stop)
 
     state = training.state
@@ -168,8 +194,23 @@ def train(plan: resume.ResumePlan, should_stop: Callable[[], bool]) -> TrainResu
         evaluation = final_evaluation(training, output_dir, config)
         metrics |= {name: evaluation[name] for name in evaluation if name.startswith("eval_")}
         metrics |= pieces.evaluate("test", "test") if "test" in examples else {}
-        write_final_files(start, output_dir, dataclasses.replace(record, result=metrics))
+        finished = dataclasses.replace(record, result=metrics)
+        distributed.by_first(lambda: write_final_files(start, output_dir, finished))
     return TrainResult(state.global_step, metrics, str(output_dir), state.log_history)
+
+
+def check_ranks(plan: resume.ResumePlan, record: RunRecord, examples: int) -> None:
+    """Refuse several processes that do not agree, or have nothing to share."""
+    world_size, step = distributed.world_size(), plan.stored and plan.stored.progress["global_step"]
+    if examples < world_size:
+        raise MiniloraError(f"{world_size} processes for {examples} examples: start fewer")
+    if record.arguments.hf_parity and record.world_size != world_size:
+        began = f"the run began with {record.world_size} processes, and there are {world_size}"
+        raise MiniloraError(f"{began}: with hf_parity they must be as many")
+    machine = {"cpu_capability": None, "num_threads": None}
+    inputs = {"data": record.data_sha256, "labels": record.labels, "base": record.model_sha256}
+    settings = vars(record.arguments) | vars(record.lora) | record.environment | machine
+    distributed.check_agreement(settings | inputs | {"step": step})
 
 
 def read_data(config: TrainConfig) -> Splits:

@@ -27,6 +27,7 @@ class Traits(TypedDict, total=False):
 
     group: str  # the heading in --help, of this field and of those that follow it
     choices: tuple[str, ...]
+    alias: str  # another name of its flag
     least: float  # the lowest value
     below: float  # every value is lower
     is_free: bool  # a resume may change it (training/config.py)
@@ -186,7 +187,8 @@ def add_flags(parser: ArgumentParser, config_type: type, defaults: Mapping[str, 
         settings = {"choices": choices} if choices else {"metavar": word, **row}
         # A flag that is not given leaves no trace, so that a resume can tell what was asked.
         settings |= {"default": SUPPRESS, "help": traits["help"] + shown}
-        section.add_argument(f"--{field.name}", **settings)
+        names = [name for name in (field.name, traits.get("alias")) if name]
+        section.add_argument(*(f"--{name}" for name in names), **settings)
 
 
 def given_flags(config_type: type, namespace: Namespace) -> dict[str, Any]:

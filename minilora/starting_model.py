@@ -22,6 +22,7 @@ from minilora.lora.config import BOOKKEEPING, LoraConfig, differing_fields
 from minilora.lora.heads import train_heads_in_float32
 from minilora.lora.merge import merge_and_unload
 from minilora.lora.targets import is_saved, resolve_config, saved_modules
+from minilora.training import distributed
 from minilora.training.config import LORA_DEFAULTS, TrainConfig
 from minilora.training.progress import say
 
@@ -48,7 +49,7 @@ def chosen_device(name: str | None) -> torch.device:
     device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise MiniloraError(f"device is {name} and there is none here: give --device cpu")
-    return device
+    return distributed.own_device(device)
 
 
 def resolve_modes(config: TrainConfig, device: torch.device) -> TrainConfig:
@@ -185,7 +186,7 @@ def prepare_training(config: TrainConfig, forward: Packed | Padded) -> None:
     model = forward.model
     checkpointing: dict[str, Any] = {"use_reentrant": False}
     if config.dropout == "fast":
-        stream = MaskStream(config.seed)
+        stream = MaskStream(config.seed, distributed.rank())
         use_fast_dropout(model, stream)
         checkpointing["context_fn"] = stream.checkpoint_contexts
     if config.gradient_checkpointing:

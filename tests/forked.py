@@ -45,14 +45,14 @@ def run_forked(
         out, err = Path(directory, "out"), Path(directory, "err")
         child = os.fork()
         if child == 0:
-            _redirect(stdin, out, err)
+            redirect(stdin, out, err)
             sys.argv = [str(command), *map(str, flags)]
-            _end(main or command, prepare)  # pyright: ignore[reportArgumentType]
-        code = _wait(child, seconds, stop_after)
+            end(main or command, prepare)  # pyright: ignore[reportArgumentType]
+        code = wait(child, seconds, stop_after)
         return Finished(code, out.read_text(errors="replace"), err.read_text(errors="replace"))
 
 
-def _wait(child: int, seconds: float, stop_after: float | None) -> int:
+def wait(child: int, seconds: float, stop_after: float | None) -> int:
     process = os.pidfd_open(child)
     try:
         if stop_after is not None and not select.select([process], [], [], stop_after)[0]:
@@ -65,7 +65,7 @@ def _wait(child: int, seconds: float, stop_after: float | None) -> int:
     return code
 
 
-def _redirect(stdin: str, out: Path, err: Path) -> None:
+def redirect(stdin: str, out: Path, err: Path) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     new = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
     for number, place, mode in ((0, stdin, os.O_RDWR), (1, out, new), (2, err, new)):
@@ -75,7 +75,7 @@ def _redirect(stdin: str, out: Path, err: Path) -> None:
     sys.stderr.reconfigure(errors="backslashreplace")
 
 
-def _end(main: Callable[[], int], prepare: Callable[[], object]) -> None:
+def end(main: Callable[[], int], prepare: Callable[[], object]) -> None:
     code = UNEXPECTED
     try:
         pages = int(Path("/proc/self/statm").read_text().split()[0])

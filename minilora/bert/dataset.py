@@ -127,26 +127,19 @@ def epoch_order(count: int, seed: int, epoch: int) -> np.ndarray:
 
 def epoch_batches(
     examples: Examples,
-    seed: int,
-    batch_size: int,
-    accumulation: int,
+    order: np.ndarray,
+    per_step: int,
+    deal: Callable[[np.ndarray], list[np.ndarray]],
     collate: Collate,
     device: torch.device,
-) -> Callable[[int, int], Iterator[list[Batch]]]:
-    """A function of (epoch, steps to skip) to the batches of each optimizer step of that epoch.
-
-    The last step may have fewer batches, and its last batch fewer examples; nothing is dropped.
+) -> Iterator[list[Batch]]:
+    """The batches of each optimizer step of an epoch, or of what is left of it: `order` (n,) are
+    indices into the examples, of which `deal` cuts each `per_step` into batches. The last step may
+    have fewer; nothing is dropped.
     """
-
-    def steps(epoch: int, skip: int) -> Iterator[list[Batch]]:
-        order = epoch_order(len(examples), seed, epoch)
-        per_step = batch_size * accumulation
-        for start in range(skip * per_step, len(order), per_step):
-            of_step = order[start : start + per_step]
-            cuts = range(batch_size, len(of_step), batch_size)
-            yield [to_device(collate(examples, part), device) for part in np.split(of_step, cuts)]
-
-    return steps
+    for start in range(0, len(order), per_step):
+        parts = deal(order[start : start + per_step])
+        yield [to_device(collate(examples, part), device) for part in parts]
 
 
 def batches_in_order(

@@ -18,13 +18,15 @@ from torch import Tensor, nn
 class MaskStream:
     """A stream of dropout masks: numpy's SFC64 (Chris Doty-Humphrey's), seeded."""
 
-    def __init__(self, seed: int) -> None:
-        self.seed = seed
+    def __init__(self, seed: int, rank: int = 0) -> None:
+        self.seed, self.rank = seed, rank  # of several processes each has its own
         self.restart(0)
 
     def restart(self, step: int) -> None:
         """Begin anew, as a function of the seed and a step: for a run that was begun elsewhere."""
-        self.generator = np.random.SFC64(np.random.SeedSequence([self.seed, step]))
+        self.generator = np.random.SFC64(
+            np.random.SeedSequence([self.seed, step, *[self.rank] * (self.rank > 0)])
+        )
 
     def keep(self, shape: torch.Size, p: float) -> Tensor:
         """A mask of `shape`, uint8: 0 with probability p, else 1."""

@@ -18,6 +18,7 @@ from minilora.bert.examples import Examples, by_example
 from minilora.bert.rows import Row
 from minilora.errors import MiniloraError
 from minilora.trained.opened import TrainedRun
+from minilora.training import distributed
 from minilora.training.evaluation import evaluation_mode
 
 # A window ends at so many texts, or characters, whichever comes first.
@@ -91,16 +92,19 @@ def _logits(run: TrainedRun, examples: Examples, batch_size: int, bar: tqdm) -> 
     """Each example's logits, (C,) or of its tokens, computed in batches of similar length."""
     order = np.argsort(np.diff(examples.offsets), kind="stable")
     found: list[np.ndarray] = []
+
+    def compute(indices: np.ndarray) -> list[np.ndarray]:
+        batch = run.forward.collate(examples, indices)
+        logits = run.forward(to_device(batch, run.model.device)).float().cpu().numpy()
+        if hasattr(run.task, "condense"):
+            logits = run.task.condense(logits, run.tokenizer)  # pyright: ignore
+        return list(logits) if examples.logits_of == "examples" else by_example(logits, batch)
+
     with torch.inference_mode(), evaluation_mode(run.forward):
-        for start in range(0, len(order), batch_size):
-            indices = order[start : start + batch_size]
-            batch = run.forward.collate(examples, indices)
-            logits = run.forward(to_device(batch, run.model.device)).float().cpu().numpy()
-            if hasattr(run.task, "condense"):
-                logits = run.task.condense(logits, run.tokenizer)  # pyright: ignore
-            of_examples = examples.logits_of == "examples"
-            found.extend(logits if of_examples else by_example(logits, batch))
-            bar.update(len(indices))
+        batches = np.split(order, range(batch_size, len(order), batch_size))
+        for apart in distributed.in_turns(compute, batches):
+            found.extend(apart)
+            bar.update(len(apart))
     return [found[place] for place in np.argsort(order)]
 
 

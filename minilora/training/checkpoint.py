@@ -8,6 +8,7 @@ verified is what is used. Not here: PEFT's keys (lora/peft_files), what each sta
 
 import contextlib
 import io
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from minilora.errors import MiniloraError
 from minilora.files import commit_directory, make_directory
 from minilora.lora import peft_files
 from minilora.reading import check_like, parse_json, parse_torch, read_bytes
-from minilora.training import optim, trainer_files
+from minilora.training import distributed, optim, trainer_files
 from minilora.training.config import TrainConfig
 from minilora.training.loop import Training, TrainState
 from minilora.training.record import CHECKPOINT, MANIFEST_NAME, Manifest, RunRecord, manifest_bytes
@@ -30,6 +31,8 @@ from minilora.training.trainer_files import (
     SCALER_NAME,
     SCHEDULER_NAME,
     STATE_NAME,
+    generators_in,
+    generators_name,
 )
 
 
@@ -50,7 +53,14 @@ class Stored:
 
     def missing(self) -> list[str]:
         """Names of the files without which a resumed run would be another one."""
-        return [name for name in REQUIRED if name not in self.parts]
+        lacks = [name for name in REQUIRED if name not in self.parts]
+        return lacks if generators_in(self.parts) else [*lacks, RNG_NAME]
+
+    def generators(self) -> Any:
+        """The states of this process's generators; None where as many processes did not save."""
+        names = generators_in(self.parts)
+        is_same = len(names) == distributed.world_size()
+        return self.parts[names[distributed.rank()]] if is_same else None
 
 
 def save_checkpoint(
@@ -58,13 +68,21 @@ def save_checkpoint(
 ) -> Path:
     """Write `output_dir/checkpoint-<global_step>` and return its path. After a crash at any moment
     it is complete or absent; an `OSError` (disk full, read-only) leaves nothing of it. `train`
-    resumes it by the run's `record`, which a loop of your own does not need.
+    resumes it by the run's `record`, which a loop of your own does not need. Of several processes
+    all call it, the first writes, and it holds the generators of all.
     """
-    output_dir, state = Path(output_dir), training.state
-    files = peft_files.adapter_files(training.model)
+    generators = distributed.gathered(rng_state(training.model))
+    return distributed.by_first(lambda: _write(Path(output_dir), training, record, generators))
+
+
+def _write(
+    output_dir: Path, training: Training, record: RunRecord | None, generators: list[dict[str, Any]]
+) -> Path:
+    state, files = training.state, peft_files.adapter_files(training.model)
     for name, part in _stateful(training).items():
         files[name] = _torch_bytes(part.state_dict())
-    files[RNG_NAME] = _torch_bytes(rng_state(training.model))
+    for rank, own in enumerate(generators):
+        files[generators_name(rank, len(generators))] = _torch_bytes(own)
     batch_size = (record.arguments if record else TrainConfig()).per_device_train_batch_size
     files[STATE_NAME] = trainer_files.progress_bytes(training, batch_size, output_dir)
     files[MANIFEST_NAME] = manifest_bytes(state, record, files)
@@ -96,7 +114,8 @@ def read_checkpoint(path: str | Path) -> Stored:
         if entry.is_symlink():  # what it points to may change
             raise MiniloraError(f"{entry} is a symbolic link: a checkpoint holds its own files")
     if is_trainer_checkpoint(path):
-        names = [n for n in (STATE_NAME, *REQUIRED, SCALER_NAME) if is_written(path / n)]
+        known = (STATE_NAME, *REQUIRED, SCALER_NAME, *generators_in(os.listdir(path)))
+        names = [name for name in known if is_written(path / name)]
         if STATE_NAME not in names:
             raise MiniloraError(f"{path} lacks {STATE_NAME}: HF Trainer was stopped while saving")
         manifest, adapter = None, peft_files.read_adapter(path)
@@ -108,10 +127,10 @@ def read_checkpoint(path: str | Path) -> Stored:
     parts = {
         name: parse_torch(data, path / name, trainer_files.NUMPY_GLOBALS)
         for name, data in contents.items()
-        if name in (*REQUIRED, SCALER_NAME)
+        if name in (*REQUIRED, SCALER_NAME, *generators_in(contents))
     }
-    if RNG_NAME in parts:
-        check_rng_state(parts[RNG_NAME], path / RNG_NAME)
+    for name in generators_in(parts):
+        check_rng_state(parts[name], path / name)
     progress = parse_json(contents[STATE_NAME], path / STATE_NAME, trainer_files.MAX_STATE_BYTES)
     trainer_files.check_progress(progress, path / STATE_NAME)
     return Stored(path, manifest, adapter, progress, parts)
@@ -119,19 +138,20 @@ def read_checkpoint(path: str | Path) -> Stored:
 
 def restore(stored: Stored, training: Training) -> TrainState:
     """Put a stored checkpoint's parts back, the random generators last. Everything is checked
-    before anything is changed. What HF Trainer's lacks begins anew, and the run is marked inexact.
+    before anything is changed. What HF Trainer's lacks begins anew, and so do generators where
+    other processes than now saved theirs: the run is then marked inexact.
     """
-    state, parts = _checked_state(stored, training), stored.parts
+    state, parts, generators = _checked_state(stored, training), stored.parts, stored.generators()
     peft_files.assign_adapter(training.model, stored.adapter)
     for name, part in _stateful(training).items():
         if name in parts:
             part.load_state_dict(parts[name])
     stream = mask_stream(training.model)
-    if stored.manifest is None and stream is not None:
+    if (stored.manifest is None or generators is None) and stream is not None:
         # Trainer knows nothing of our masks: from here on they are a function of (seed, step).
         stream.restart(state.global_step)
-    if RNG_NAME in parts:
-        set_rng_state(parts[RNG_NAME], training.model)
+    if generators is not None:
+        set_rng_state(generators, training.model)
     training.state = state
     return state
 
@@ -187,10 +207,12 @@ def _checked_state(stored: Stored, training: Training) -> TrainState:
     timetable = training.timetable
     if stored.manifest is None:
         state = trainer_files.state_of_progress(stored.progress, timetable, path / STATE_NAME)
-        if stored.missing() or mask_stream(training.model) is not None:
+        if stored.missing() or stored.generators() is None or mask_stream(training.model):
             state.inexact_from = state.global_step
         return state
     state = TrainState(**stored.manifest.state, log_history=stored.progress["log_history"])
+    if stored.generators() is None:
+        state.inexact_from = state.global_step
     length = timetable.steps_per_epoch
     is_whole = state.global_step == state.epoch * length + state.step_in_epoch
     if timetable.max_steps > 0 and not (is_whole and state.step_in_epoch <= length):

@@ -110,6 +110,8 @@ class TrainConfig:
     hf_parity: bool = option(
         False, "HF Trainer + PEFT's losses, bit for bit: their random draws, their sums of means",
         tasks=LABELLED)
+    ddp_timeout: int = free(
+        1800, "with torchrun, seconds that processes wait for each other", least=1)
     device: str | None = free(None, "cpu, cuda, cuda:1, ...; by default cuda where there is one")
 
     batching: str | None = option(

@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from minilora.training import distributed
+
 Batch = dict[str, Tensor]
 """What one forward pass takes (bert/forward says what), and labels."""
 
@@ -29,8 +31,8 @@ def evaluate_model(
     loss = task.training_loss if hf_parity else task.loss
     whole_texts = getattr(scorer, "whole_texts", lambda *output: output)
     with torch.no_grad(), evaluation_mode(model):
-        for batch in batches:
-            logits, batch = whole_texts(model(batch), batch)
+        for logits, batch in distributed.in_turns(lambda batch: (model(batch), batch), batches):
+            logits, batch = whole_texts(logits, batch)
             # What the loss is averaged over counts once each, whatever the size of the last batch;
             # float32, as Trainer averages.
             weight = len(batch["example"]) if hf_parity else task.loss_weight(batch)

@@ -16,6 +16,7 @@ from torch import nn
 from torch.amp.grad_scaler import GradScaler
 
 from minilora.errors import MiniloraError
+from minilora.training import distributed
 from minilora.training.config import TrainConfig
 from minilora.training.evaluation import TIMING_KEYS, Batch
 from minilora.training.rng import draw_loader_seed
@@ -59,9 +60,13 @@ class Timetable:
     save_each_epoch: bool = False
 
 
-def plan_timetable(config: TrainConfig, examples: int, validates: bool) -> Timetable:
-    """What resolved arguments mean for so many training examples, with validation data or none."""
-    batches = math.ceil(examples / config.per_device_train_batch_size)
+def plan_timetable(
+    config: TrainConfig, examples: int, validates: bool, world_size: int = 1
+) -> Timetable:
+    """What resolved arguments mean for so many training examples, with validation data or none, and
+    steps of batches for so many processes.
+    """
+    batches = math.ceil(examples / (config.per_device_train_batch_size * world_size))
     steps_per_epoch = math.ceil(batches / config.gradient_accumulation_steps)
     by_epochs = math.ceil(config.num_train_epochs * steps_per_epoch)
     eval_strategy = config.eval_strategy or ("epoch" if validates else "no")
@@ -118,7 +123,8 @@ def fit(training: Training, config: TrainConfig, run: Callbacks) -> None:
         end_epoch(training, config, run)
     while not is_finished(state, timetable):
         for batches in run.batches(state.epoch, state.step_in_epoch):
-            if run.should_stop():
+            distributed.reached(f"step {state.global_step + 1}")
+            if distributed.summed(run.should_stop()):
                 if saved_step != state.global_step:
                     run.save()
                 return
@@ -131,8 +137,8 @@ def fit(training: Training, config: TrainConfig, run: Callbacks) -> None:
             for loss in losses:
                 # In float32, as Trainer sums: the logged means then agree to the last bit.
                 state.loss_sum = float(np.float32(state.loss_sum) + np.float32(loss))
-            examples = sum(len(batch["example"]) for batch in batches)
-            run.progress(examples, sum(losses), learning_rate)
+            examples = distributed.summed(sum(len(batch["example"]) for batch in batches))
+            run.progress(int(examples), sum(losses), learning_rate)
             if is_due(timetable.logging_steps, state):
                 log_loss(training, run, grad_norm, learning_rate)
             if is_due(timetable.eval_steps, state):
@@ -152,7 +158,8 @@ def fit(training: Training, config: TrainConfig, run: Callbacks) -> None:
 def training_step(
     training: Training, config: TrainConfig, batches: list[Batch]
 ) -> tuple[list[float], float]:
-    """One optimizer update from one or more batches: forward, backward, clip, step.
+    """One optimizer update from one or more batches: forward, backward, clip, step. Of several
+    processes one may have none, and they all return the sum of their losses.
 
     Returns (each batch's share of the loss, norm of the gradient before clipping). Where a scaled
     gradient overflows, the scaler lowers its scale and neither the parameters nor the learning rate
@@ -164,10 +171,15 @@ def training_step(
     losses = []
     # Where its batches hold no "labels", as places of answers are none, Trainer takes the mean.
     divisor = len(batches) if config.hf_parity and hasattr(task, "trainer_averages") else 1
-    for batch, share in zip(batches, loss_shares(task, config, batches), strict=True):
-        loss = task.training_loss(forward(batch), batch) * share / divisor
-        scaler.scale(loss).backward()
+    for batch, share in zip(batches or [None], loss_shares(task, config, batches), strict=True):
+        with distributed.without_sums(forward, is_last=not batches or batch is batches[-1]):
+            loss = forward(batch)
+            if batch is not None:
+                loss = task.training_loss(loss, batch) * share / divisor
+            scaler.scale(loss * distributed.world_size()).backward()
         losses.append(loss.item())
+    if distributed.world_size() > 1:
+        losses = [distributed.summed(sum(losses))]
     scaler.unscale_(training.optimizer)
     # An infinite bound computes the norm and clips nothing.
     bound = config.max_grad_norm or math.inf
@@ -188,16 +200,16 @@ def training_step(
 
 def loss_shares(task: Any, config: TrainConfig, batches: list[Batch]) -> list[float]:
     """The weight of each batch's mean loss in the step's: its share of what the mean is over, so
-    that accumulating k batches equals one batch k times as large.
+    that accumulating k batches, or sharing them among processes, equals one batch k times as large.
     """
     if config.hf_parity:
         # HF Trainer 5.23 adds up the means for BERT's heads, so that the loss grows with the
         # accumulation (transformers#47688).
-        return [1.0] * len(batches)
+        return [1.0 / distributed.world_size()] * len(batches)
     weight = getattr(task, "training_weight", task.loss_weight)
     weights = [weight(batch) for batch in batches]
-    total = sum(weights) or 1  # of masked words there may be none
-    return [own / total for own in weights]  # 1.0 of a single batch changes no bit
+    total = distributed.summed(sum(weights)) or 1  # of masked words there may be none
+    return [own / total for own in weights] or [0.0]  # 1.0 of a single batch changes no bit
 
 
 def log_loss(training: Training, run: Callbacks, grad_norm: float, learning_rate: float) -> None:

@@ -23,9 +23,16 @@ from minilora.files import json_text, write_file
 from minilora.lora.config import LoraConfig, config_from_dict
 from minilora.lora.peft_files import CONFIG_NAME, WEIGHTS_NAME
 from minilora.reading import check_like, read_bytes, read_json
+from minilora.training import distributed
 from minilora.training.config import TrainConfig, train_config_from_dict
 from minilora.training.loop import TrainState
-from minilora.training.trainer_files import REQUIRED, SCALER_NAME, STATE_NAME
+from minilora.training.trainer_files import (
+    REQUIRED,
+    RNG_NAME,
+    SCALER_NAME,
+    STATE_NAME,
+    generators_in,
+)
 
 RUN_NAME, MANIFEST_NAME = "run.json", "minilora.json"
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")
@@ -38,7 +45,7 @@ STATE = {n: hint for n, hint in typing.get_type_hints(TrainState).items() if n !
 PATHS = ("train_file", "validation_file", "test_file", "model_name_or_path")
 
 # The parts of `environment` on which a run's bits depend; the others are for the reader.
-EXACTNESS = ("torch", "cpu_capability", "num_threads", "cuda")
+EXACTNESS = ("torch", "cpu_capability", "num_threads", "cuda", "world_size")
 
 
 @dataclass(frozen=True)
@@ -53,6 +60,7 @@ class RunRecord:
     model_sha256: str  # of the base, and behind a space of the adapter that was continued
     environment: dict[str, Any]  # what it ran on
     result: dict[str, Any] | None = None  # the final metrics of a finished run
+    world_size: int = 1  # processes that it began with: a step has their batches, whoever trains it
 
     def to_json(self) -> dict[str, Any]:
         """The object that is written, its paths absolute."""
@@ -79,7 +87,7 @@ class RunRecord:
     def from_json(values: dict[str, Any], place: str) -> "RunRecord":
         """What `to_json` returned, whichever version wrote it."""
         hints = typing.get_type_hints(RunRecord) | {"arguments": dict, "lora": dict}
-        absent = {"labels": None, "pairs": None, "environment": {}, "result": None}
+        absent = {"labels": None, "pairs": None, "environment": {}, "result": None, "world_size": 1}
         found = {**absent, **{name: values[name] for name in hints.keys() & values.keys()}}
         check_like(hints, found, f"{place} does not record a run")
         arguments = train_config_from_dict(found.pop("arguments"), place)
@@ -100,6 +108,7 @@ def environment(device: str | None = None) -> dict[str, Any]:
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "num_threads": torch.get_num_threads(),
         "cuda": torch.cuda.get_device_name() if on_gpu else None,
+        "world_size": distributed.world_size(),
     }
 
 
@@ -138,8 +147,10 @@ class Manifest:
         check_like(STATE, state, path, "state")
         wrong = sorted(state.keys() - STATE.keys())
         wrong += [name for name, value in state.items() if type(value) is int and value < 0]
-        wrong += [f"no entry for {name}" for name in PARTS if name not in files]
-        wrong += [f"an entry for {name!r}" for name in files if name not in (*PARTS, SCALER_NAME)]
+        required = (*PARTS, *(generators_in(files) or [RNG_NAME]))
+        wrong += [f"no entry for {name}" for name in required if name not in files]
+        known = (*required, SCALER_NAME)
+        wrong += [f"an entry for {name!r}" for name in files if name not in known]
         if wrong:
             raise MiniloraError(f"{path} was not written by minilora: it has {wrong[0]}")
         step_name = f"checkpoint-{state['global_step']}"
@@ -156,7 +167,8 @@ class Manifest:
 
     def inexactness(self, device: str | None) -> list[str]:
         """Why a resume here, on TrainConfig's `device`, may not be bit-exact."""
-        there, here = self.environment, environment(device)
+        # Older versions knew one process only.
+        there, here = {"world_size": 1, **self.environment}, environment(device)
         return [
             f"{name} was {there.get(name)} and is {here[name]}: the resume may not be bit-exact"
             for name in EXACTNESS

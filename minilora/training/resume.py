@@ -12,6 +12,7 @@ from typing import Any
 from minilora.errors import MiniloraError
 from minilora.lora.config import BOOKKEEPING, LoraConfig
 from minilora.options import differences
+from minilora.training import distributed
 from minilora.training.checkpoint import Stored, first_valid, read_checkpoint, sorted_checkpoints
 from minilora.training.config import TrainConfig, reconcile, refuse_bending
 from minilora.training.record import CHECKPOINT, MANIFEST_NAME, RUN_NAME, RunRecord
@@ -59,6 +60,19 @@ def directories(path: Path, asked: str | None) -> tuple[Path | None, Path]:
         advice = "say with --output_dir where to go on"
         raise MiniloraError(f"{path} is no run's own checkpoint-<step>: {advice}")
     return own, Path(asked or own or path).resolve()
+
+
+def after_a_loss(train_arguments: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a run; where torchrun starts it once more because a process was lost, of a
+    resume of what it left in its own directory, if that was begun.
+    """
+    if not distributed.restarts():
+        return train_arguments
+    path, given = train_arguments.get("resume_from_checkpoint"), train_arguments.get("output_dir")
+    output_dir = given if path is None else directories(Path(path), given)[1]
+    if output_dir is None or not (Path(output_dir) / RUN_NAME).is_file():
+        return train_arguments
+    return {**train_arguments, "output_dir": None, "resume_from_checkpoint": str(output_dir)}
 
 
 def plan_resume(

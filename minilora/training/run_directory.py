@@ -9,11 +9,13 @@ import contextlib
 import errno
 import os
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from minilora import files
 from minilora.errors import MiniloraError
+from minilora.training import distributed
 from minilora.training.checkpoint import restore, save_checkpoint, sorted_checkpoints
 from minilora.training.evaluation import Batch
 from minilora.training.loop import Callbacks, Training, fit, is_finished, log
@@ -45,16 +47,17 @@ def fit_in_directory(
     train_samples_per_second and train_steps_per_second.
     """
     config, output_dir = record.arguments, plan.output_dir
-    seed_all(config.seed)  # again, as Trainer does: how much was drawn so far depends on the model
-    if not (output_dir / RUN_NAME).is_file():
-        record.write(output_dir)
+    # Again, as Trainer does: how much was drawn so far depends on the model.
+    seed_all(config.seed if config.hf_parity else config.seed + distributed.rank())
+    is_begun = (output_dir / RUN_NAME).is_file
+    distributed.by_first(lambda: None if is_begun() else record.write(output_dir))
     for warning in plan.warnings:
         say(f"warning: {warning}")
     if plan.stored is not None:
         step = restore(plan.stored, training).global_step
         say(f"resuming {plan.stored.path} at step {step}")
     for path, reason in plan.set_aside:
-        aside = files.set_aside(path, reason)
+        aside = distributed.by_first(partial(files.set_aside, path, reason))
         say(f"warning: {path.name} is {reason} and now named {aside.name}")
     state = training.state
     metrics = MetricsFile(output_dir / METRICS_NAME, state.log_history)
@@ -82,7 +85,9 @@ class MetricsFile:
     """
 
     def __init__(self, path: Path, log_history: list[dict[str, Any]]) -> None:
-        """Begin with a checkpoint's rows: those that a killed run wrote after it are dropped."""
+        """Begin with a checkpoint's rows: those that a killed run wrote after it are dropped. Of
+        several processes, the first writes.
+        """
         self.path, self.rows, self.has_failed = path, log_history, False
         self.append()
 
@@ -91,7 +96,7 @@ class MetricsFile:
         try:
             if row is None or self.has_failed:
                 self.write_all()
-            else:
+            elif distributed.rank() == 0:
                 with self.path.open("ab") as file:
                     file.write(f"{files.json_text(row)}\n".encode())
             self.has_failed = False
@@ -104,7 +109,8 @@ class MetricsFile:
     def write_all(self) -> None:
         """Write every row, durably. An `OSError` means that rows in no checkpoint would be lost."""
         lines = [files.json_text(row) + "\n" for row in self.rows]
-        files.write_file(self.path, "".join(lines).encode())
+        if distributed.rank() == 0:
+            files.write_file(self.path, "".join(lines).encode())
 
 
 class Saver:
@@ -140,7 +146,8 @@ class Saver:
             say(f"optimizer.pt has {groups} groups, {cannot}")
             self.has_remarked = True
         try:
-            rotate_checkpoints(self.output_dir, limit, self.training.state.best_step)
+            best = self.training.state.best_step
+            distributed.by_first(lambda: rotate_checkpoints(self.output_dir, limit, best))
         except OSError as error:
             say(f"warning: an old checkpoint cannot be deleted: {error.strerror}")
 

@@ -7,6 +7,8 @@ opened; what it says is learned from the other files, where they tell.
 
 import json
 import math
+import re
+from collections.abc import Iterable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -22,9 +24,10 @@ STATE_NAME = "trainer_state.json"
 OPTIMIZER_NAME = "optimizer.pt"
 SCHEDULER_NAME = "scheduler.pt"
 SCALER_NAME = "scaler.pt"
+REQUIRED = (OPTIMIZER_NAME, SCHEDULER_NAME)  # beside generators, or the resumed run is another one
 RNG_NAME = "rng_state.pth"
 TRAINING_ARGS_NAME = "training_args.bin"
-REQUIRED = (OPTIMIZER_NAME, SCHEDULER_NAME, RNG_NAME)  # or the resumed run is another one
+GENERATORS = re.compile(r"rng_state(_(\d+))?\.pth")  # of several processes, by rank
 
 # What numpy's generator state is pickled with, and all that loading it may call.
 NUMPY_GLOBALS = (
@@ -121,6 +124,17 @@ def state_of_progress(progress: dict[str, Any], timetable: Timetable, place: Pat
     return state
 
 
+def generators_in(names: Iterable[str]) -> list[str]:
+    """Those among the names of files that hold generators' states, by rank."""
+    matches = [found for found in map(GENERATORS.fullmatch, names) if found]
+    return [found[0] for found in sorted(matches, key=lambda found: int(found[2] or 0))]
+
+
+def generators_name(rank: int, world_size: int) -> str:
+    """The file of a process's generators' states."""
+    return RNG_NAME if world_size == 1 else f"rng_state_{rank}.pth"
+
+
 def recorded_arguments(
     progress: dict[str, Any], parts: dict[str, Any], place: Path
 ) -> dict[str, Any]:
@@ -136,9 +150,9 @@ def recorded_arguments(
         found |= {"learning_rate": group["initial_lr"], "weight_decay": group["weight_decay"]}
         found["adam_beta1"], found["adam_beta2"] = group["betas"]
         found["adam_epsilon"] = group["eps"]
-    if RNG_NAME in parts:
-        # A generator's state begins with its seed; Trainer seeded this one.
+    if generators := generators_in(parts):
+        # A generator's state begins with its seed; Trainer seeded these.
         generator = torch.Generator()
-        generator.set_state(parts[RNG_NAME]["cpu"])
+        generator.set_state(parts[generators[0]]["cpu"])
         found["seed"] = generator.initial_seed()
     return found

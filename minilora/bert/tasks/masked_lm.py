@@ -112,7 +112,8 @@ class MaskedLm:
         return dataclasses.replace(examples, input_ids=ids, labels=labels)
 
     def loss(self, logits: Tensor, batch: Batch) -> Tensor:
-        total = F.cross_entropy(logits.float(), batch["labels"], reduction="sum")
+        raised = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        total = F.cross_entropy(raised, batch["labels"], reduction="sum")
         return total / max(1, len(logits))
 
     training_loss = loss

@@ -90,7 +90,7 @@ class MultiLabelClassification:
             self.threshold = found
 
     def loss(self, logits: Tensor, batch: Batch) -> Tensor:
-        return F.binary_cross_entropy_with_logits(logits, batch["labels"])
+        return F.binary_cross_entropy_with_logits(logits, batch["labels"].to(logits.dtype))
 
     training_loss = loss
 

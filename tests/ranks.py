@@ -1,0 +1,52 @@
+"""A command in several forks of this process that train together, as torchrun would start them."""
+
+import faulthandler
+import importlib
+import os
+import socket
+import sys
+import tempfile
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import minilora.fine_tuning  # noqa: F401  (imported here, not in every fork)
+from tests import forked
+from tests.conftest import Finished
+
+
+def run_ranks(
+    world_size: int,
+    command: str,
+    *flags: object,
+    seconds: float = 60,
+    prepare: Callable[[int], object] = lambda rank: None,
+    own_flags: Callable[[int], tuple[object, ...]] = lambda rank: (),
+) -> list[Finished]:
+    """How each rank's `python -m minilora.<command> <flags> <own flags>` ended. `prepare` is called
+    in each before it.
+    """
+    main = importlib.import_module(f"minilora.{command}").main
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    with tempfile.TemporaryDirectory() as directory, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # python 3.12 on forks of a process with threads
+        places = [
+            (Path(directory, f"out{r}"), Path(directory, f"err{r}")) for r in range(world_size)
+        ]
+        children = []
+        for rank, (out, err) in enumerate(places):
+            child = os.fork()
+            if child == 0:
+                told = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size}
+                told |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+                os.environ |= {name: str(value) for name, value in told.items()}
+                forked.redirect(os.devnull, out, err)
+                faulthandler.dump_traceback_later(seconds * 0.9)  # says where it hangs
+                sys.argv = [command, *map(str, (*flags, *own_flags(rank)))]
+                forked.end(main, lambda rank=rank: prepare(rank))
+            children.append(child)
+        codes = [forked.wait(child, seconds, None) for child in children]
+        read = [[place.read_text(errors="replace") for place in both] for both in places]
+        return [Finished(code, *texts) for code, texts in zip(codes, read, strict=True)]

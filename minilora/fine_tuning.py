@@ -166,7 +166,7 @@ def train(plan: resume.ResumePlan, should_stop: Callable[[], bool]) -> TrainResu
     )
     resume.check_same_inputs(plan, record)
     examples = tokenize_all(config, splits, task, start)
-    check_ranks(plan, record, len(examples["train"]))
+    resume.check_ranks(plan, record, len(examples["train"]))
     if hasattr(task, "weigh"):
         task.weigh(examples["train"])  # pyright: ignore[reportAttributeAccessIssue]
 
@@ -197,20 +197,6 @@ def train(plan: resume.ResumePlan, should_stop: Callable[[], bool]) -> TrainResu
         finished = dataclasses.replace(record, result=metrics)
         distributed.by_first(lambda: write_final_files(start, output_dir, finished))
     return TrainResult(state.global_step, metrics, str(output_dir), state.log_history)
-
-
-def check_ranks(plan: resume.ResumePlan, record: RunRecord, examples: int) -> None:
-    """Refuse several processes that do not agree, or have nothing to share."""
-    world_size, step = distributed.world_size(), plan.stored and plan.stored.progress["global_step"]
-    if examples < world_size:
-        raise MiniloraError(f"{world_size} processes for {examples} examples: start fewer")
-    if record.arguments.hf_parity and record.world_size != world_size:
-        began = f"the run began with {record.world_size} processes, and there are {world_size}"
-        raise MiniloraError(f"{began}: with hf_parity they must be as many")
-    machine = {"cpu_capability": None, "num_threads": None}
-    inputs = {"data": record.data_sha256, "labels": record.labels, "base": record.model_sha256}
-    settings = vars(record.arguments) | vars(record.lora) | record.environment | machine
-    distributed.check_agreement(settings | inputs | {"step": step})
 
 
 def read_data(config: TrainConfig) -> Splits:

@@ -167,3 +167,17 @@ def _arguments(
     bending = [f"{change} (in Trainer's files)" for change in differences(config, told)]
     refuse_bending(differences(lora, asked) + bending)
     return config, lora
+
+
+def check_ranks(plan: ResumePlan, record: RunRecord, examples: int) -> None:
+    """Refuse several processes that do not agree, or have nothing to share."""
+    world_size, step = distributed.world_size(), plan.stored and plan.stored.progress["global_step"]
+    if examples < world_size:
+        raise MiniloraError(f"{world_size} processes for {examples} examples: start fewer")
+    if record.arguments.hf_parity and record.world_size != world_size:
+        began = f"the run began with {record.world_size} processes, and there are {world_size}"
+        raise MiniloraError(f"{began}: with hf_parity they must be as many")
+    machine = {"cpu_capability": None, "num_threads": None}
+    inputs = {"data": record.data_sha256, "labels": record.labels, "base": record.model_sha256}
+    settings = vars(record.arguments) | vars(record.lora) | record.environment | machine
+    distributed.check_agreement(settings | inputs | {"step": step})

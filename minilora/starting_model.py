@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from minilora.bert import load
@@ -181,8 +182,10 @@ def choose_forward(
     return Padded(model, pad_token_id)
 
 
-def prepare_training(config: TrainConfig, forward: Packed | Padded) -> None:
-    """Make the model train as `dropout`, `gradient_checkpointing` and `torch_compile` ask."""
+def prepare_training(config: TrainConfig, forward: Packed | Padded) -> nn.Module:
+    """Make the model train as `dropout`, `gradient_checkpointing` and `torch_compile` ask; returns
+    the forward to train, of which every process has one.
+    """
     model = forward.model
     checkpointing: dict[str, Any] = {"use_reentrant": False}
     if config.dropout == "fast":
@@ -198,6 +201,7 @@ def prepare_training(config: TrainConfig, forward: Packed | Padded) -> None:
         getattr(model, "activation_checkpointing_enable", old_name)(checkpointing)
     if config.torch_compile:
         forward.compile()
+    return distributed.replicated(forward)
 
 
 def describe_start(start: StartingModel, config: TrainConfig, output_dir: Path) -> None:

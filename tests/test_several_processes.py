@@ -58,13 +58,14 @@ def in_float64(losses: Path):
     """What makes a fork train in float64, and rank 0 write each step's loss."""
 
     def prepare(rank):
-        as_ever = starting_model.prepare_training
+        as_ever = starting_model.choose_forward
 
-        def doubled(config, forward):
-            as_ever(config, forward)
+        def doubled(*given):
+            forward = as_ever(*given)
             forward.model.double()
+            return forward
 
-        starting_model.prepare_training = doubled
+        starting_model.choose_forward = doubled
         advance = TrainingBar.advance
 
         def written(self, examples, loss, learning_rate):

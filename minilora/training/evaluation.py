@@ -45,7 +45,7 @@ def evaluate_model(
     seconds = time.perf_counter() - start
     speed = (seconds, examples / seconds, len(losses) / seconds)
     found |= dict(zip(TIMING_KEYS, speed, strict=True))
-    return {f"{prefix}_{name}": value for name, value in found.items()}
+    return {f"{prefix}_{name}": float(value) for name, value in found.items()}
 
 
 @contextlib.contextmanager

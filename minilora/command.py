@@ -112,7 +112,7 @@ def run_command(main: Callable[[], int | None]) -> NoReturn:
 
 def is_first() -> bool:
     """Of several processes that torchrun started, the first alone speaks and writes."""
-    return os.environ.get("RANK", "0") == "0"
+    return os.environ.get("RANK", "0") == "0" or "MASTER_ADDR" not in os.environ
 
 
 class SafeStream:

@@ -8,6 +8,7 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import minilora.fine_tuning  # noqa: F401  (imported here, not in every fork)
@@ -17,16 +18,16 @@ from tests.conftest import Finished
 
 def run_ranks(
     world_size: int,
-    command: str,
+    command: str | Callable[[], int],
     *flags: object,
     seconds: float = 60,
     prepare: Callable[[int], object] = lambda rank: None,
     own_flags: Callable[[int], tuple[object, ...]] = lambda rank: (),
 ) -> list[Finished]:
     """How each rank's `python -m minilora.<command> <flags> <own flags>` ended. `prepare` is called
-    in each before it.
+    in each before it. Or how a function ended.
     """
-    main = importlib.import_module(f"minilora.{command}").main
+    main = importlib.import_module(f"minilora.{command}").main if isinstance(command, str) else None
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -44,8 +45,9 @@ def run_ranks(
                 os.environ |= {name: str(value) for name, value in told.items()}
                 forked.redirect(os.devnull, out, err)
                 faulthandler.dump_traceback_later(seconds * 0.9)  # says where it hangs
-                sys.argv = [command, *map(str, (*flags, *own_flags(rank)))]
-                forked.end(main, lambda rank=rank: prepare(rank))
+                sys.argv = [str(command), *map(str, (*flags, *own_flags(rank)))]
+                of_rank = partial(prepare, rank)
+                forked.end(main or command, of_rank)  # pyright: ignore[reportArgumentType]
             children.append(child)
         codes = [forked.wait(child, seconds, None) for child in children]
         read = [[place.read_text(errors="replace") for place in both] for both in places]

@@ -204,8 +204,9 @@ def loss_shares(task: Any, config: TrainConfig, batches: list[Batch]) -> list[fl
     """
     if config.hf_parity:
         # HF Trainer 5.23 adds up the means for BERT's heads, so that the loss grows with the
-        # accumulation (transformers#47688).
-        return [1.0 / distributed.world_size()] * len(batches)
+        # accumulation (transformers#47688), and with the processes.
+        averages = config.label_smoothing_factor or hasattr(task, "trainer_averages")
+        return [1.0 / distributed.world_size() if averages else 1.0] * len(batches)
     weight = getattr(task, "training_weight", task.loss_weight)
     weights = [weight(batch) for batch in batches]
     total = distributed.summed(sum(weights)) or 1  # of masked words there may be none

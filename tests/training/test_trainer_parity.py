@@ -66,7 +66,7 @@ def trainer(model_dir, sentences, output_dir, settings, lora=LORA, stop_after=No
     arguments = TrainingArguments(
         output_dir=str(output_dir),
         per_device_train_batch_size=settings.pop("per_device_train_batch_size", BATCH),
-        per_device_eval_batch_size=32,
+        per_device_eval_batch_size=settings.pop("per_device_eval_batch_size", 32),
         report_to=[],
         disable_tqdm=True,
         **{"use_cpu": True, "save_strategy": "no", **settings},

@@ -39,8 +39,8 @@ from minilora import (
     load_checkpoint,
     save_checkpoint,
 )
-from minilora.bert.dataset import epoch_batches
-from minilora.bert.examples import Examples
+from minilora.bert.dataset import epoch_batches, epoch_order
+from minilora.bert.examples import Batch, Examples
 from minilora.bert.forward import Padded
 from minilora.bert.tasks import build_task
 from minilora.starting_model import resolve_modes
@@ -160,11 +160,16 @@ class Ours:
             row=np.arange(EXAMPLES),
             truncated=0,
         )
-        collate, cpu = self.training.forward.collate, torch.device("cpu")
-        self.batches = epoch_batches(examples, 42, BATCH, 1, collate, cpu)
+        self.examples = examples
+
+    def batches(self, epoch: int, skip: int) -> list[Batch]:
+        """Of the first step that is not skipped."""
+        order = epoch_order(EXAMPLES, 42, epoch)[skip * BATCH :]
+        how = (BATCH, lambda of_step: [of_step], self.training.forward.collate, torch.device("cpu"))
+        return next(epoch_batches(self.examples, order, *how))
 
     def prepare(self) -> None:
-        training_step(self.training, self.config, next(self.batches(0, 0)))
+        training_step(self.training, self.config, self.batches(0, 0))
 
     def save(self, step: int) -> Path:
         self.training.state = TrainState(global_step=step, step_in_epoch=step)
@@ -174,7 +179,7 @@ class Ours:
         """Seconds from asking to the first step."""
         start = time.perf_counter()
         state = load_checkpoint(self.directory / f"checkpoint-{step}", self.training)
-        next(self.batches(state.epoch, state.step_in_epoch))
+        self.batches(state.epoch, state.step_in_epoch)
         return time.perf_counter() - start
 
 

@@ -1,11 +1,10 @@
-"""minilora: LoRA for BERT encoders, a resume you can prove, files that PEFT and HF Trainer read and
-write.
+"""LoRA for BERT encoders, a resume you can prove, files that PEFT and HF Trainer read and write.
 
 Names resolve on first use, so that a command can parse its arguments without importing torch.
 """
 
-import ast
 import importlib
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -34,10 +33,9 @@ if TYPE_CHECKING:  # the public names, for editors, type checkers, and `_ROOM_OF
 
 # The imports above, read instead of run: each public name and the room that has it.
 _ROOM_OF = {
-    alias.name: node.module
-    for node in ast.walk(ast.parse(Path(__file__).read_text()))
-    if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("minilora.")
-    for alias in node.names
+    name: room
+    for room, names in re.findall(r"    from (minilora\S+) import (.+)", Path(__file__).read_text())
+    for name in names.split(", ")
 }
 
 __all__ = sorted(_ROOM_OF)  # pyright: ignore[reportUnsupportedDunderAll]

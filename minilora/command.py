@@ -41,15 +41,16 @@ class Parser(argparse.ArgumentParser):
         return super().parse_known_args(spelt, namespace)
 
     def error(self, message: str) -> NoReturn:
-        _complain(f"{message} (see --help)")
-        raise SystemExit(BAD_INPUT)
+        raise SystemExit(_complain(f"{message} (see --help)"))
 
 
-def add_run_arguments(parser: argparse.ArgumentParser) -> None:
-    """What every command after training takes: the run, and what may have moved since."""
+def add_run_arguments(parser: argparse.ArgumentParser, *columns: str) -> None:
+    """What evaluate and predict take: a run, what may have moved since, and a file's columns."""
     parser.add_argument("path", metavar="OUT", help="what train wrote, a checkpoint, or an adapter")
     add_base_argument(parser)
     parser.add_argument("--device", help="cpu, cuda, ...; by default as in training")
+    for name in columns:
+        parser.add_argument(f"--{name}", metavar="COLUMN", help="by default as in training")
 
 
 def add_base_argument(parser: argparse.ArgumentParser) -> None:
@@ -58,17 +59,10 @@ def add_base_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model_name_or_path", metavar="PATH", help=help_text)
 
 
-def add_column_arguments(parser: argparse.ArgumentParser, *names: str) -> None:
-    """The columns of a file, where they are not called as in training."""
-    for name in names:
-        parser.add_argument(f"--{name}", metavar="COLUMN", help="by default as in training")
-
-
 @contextlib.contextmanager
 def without_collection() -> Iterator[None]:
-    """Pause Python's garbage collector around the imports of torch and transformers.
-
-    Passes over ever more objects are a sixth of their time; what they leave is exempted for good.
+    """Pause Python's garbage collector, whose passes over ever more objects are a sixth of the time
+    of importing torch and transformers; what they leave is exempted for good.
     """
     gc.disable()
     try:
@@ -78,8 +72,8 @@ def without_collection() -> Iterator[None]:
         gc.enable()
 
 
-def run_command(main: Callable[[], int]) -> NoReturn:
-    """Call `main` and end the process with its exit code.
+def run_command(main: Callable[[], int | None]) -> NoReturn:
+    """Call `main` and end the process with its exit code, 0 if it returns none.
 
     SIGTERM ends `main` as SIGINT does, by an exception: what cleans up after itself still does. (A
     script's background job starts with SIGINT ignored, and python would leave it at that.)
@@ -95,24 +89,21 @@ def run_command(main: Callable[[], int]) -> NoReturn:
     err: Any = SafeStream(sys.stderr if speaks else None, is_needed=False)
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
-            code = main()
+            code = main() or 0
             sys.stdout.flush()
         except MiniloraError as error:
-            _complain(str(error))
-            code = BAD_INPUT
+            code = _complain(str(error))
         except BrokenPipeError:  # whoever read the output has seen enough
             _to_nowhere(1)
             code = INTERRUPTED + signal.SIGPIPE
         except OSError as error:
             place = f"{error.filename}: " if error.filename else ""
-            _complain(f"{place}{error.strerror or error}")
-            # The disk, not the user's arguments: full, read-only, gone.
-            code = BAD_INPUT if error.errno in NO_NAMES else 1
+            told = _complain(f"{place}{error.strerror or error}")
+            code = told if error.errno in NO_NAMES else 1  # the disk: full, read-only, gone
         except (MemoryError, RuntimeError) as error:
             if not isinstance(error, MemoryError) and not NO_MEMORY.search(str(error)):
                 raise
-            _complain("not enough memory: give a lower rank, batch size or max_length")
-            code = BAD_INPUT
+            code = _complain("not enough memory: give a lower rank, batch size or max_length")
         except KeyboardInterrupt:
             sys.stderr.write("interrupted\n")
             code = INTERRUPTED + signal.SIGINT
@@ -121,7 +112,7 @@ def run_command(main: Callable[[], int]) -> NoReturn:
 
 def is_first() -> bool:
     """Of several processes that torchrun started, the first alone speaks and writes."""
-    return os.environ.get("RANK", "0") == "0"
+    return os.environ.get("RANK", "0") == "0" or "MASTER_ADDR" not in os.environ
 
 
 class SafeStream:
@@ -160,9 +151,7 @@ def stop_signals() -> Iterator[list[int]]:
     Outside the main thread (a notebook's or a server's) signals are left alone.
     """
     received: list[int] = []
-    if threading.current_thread() is not threading.main_thread():
-        yield received
-        return
+    is_main = threading.current_thread() is threading.main_thread()
 
     def remember(number: int, frame: FrameType | None) -> None:
         if received:
@@ -174,7 +163,7 @@ def stop_signals() -> Iterator[list[int]]:
         with contextlib.suppress(OSError):
             os.write(2, b"\nstopping after this step; once more to stop at once\n" * is_first())
 
-    handled = (signal.SIGINT, signal.SIGTERM)
+    handled = (signal.SIGINT, signal.SIGTERM) if is_main else ()
     before = {number: signal.signal(number, remember) for number in handled}
     try:
         yield received
@@ -189,6 +178,7 @@ def _to_nowhere(descriptor: int) -> None:
         os.dup2(nowhere.fileno(), descriptor)
 
 
-def _complain(message: str) -> None:
+def _complain(message: str) -> int:
     # One line, of a length that can be read, whatever a damaged file holds.
     sys.stderr.write(f"error: {' '.join(message.split())[:LONGEST_LINE]}\n")
+    return BAD_INPUT

@@ -7,12 +7,13 @@ On training's own validation file the numbers are bitwise those that training pr
 
 import argparse
 import sys
+from typing import Any
 
 from minilora import command
 from minilora.files import json_text
 
 
-def main() -> int:
+def main() -> None:
     asked = parse_arguments(sys.argv[1:])
     with command.without_collection():  # the slow imports: torch and transformers
         from minilora.trained.opened import open_run
@@ -24,35 +25,30 @@ def main() -> int:
     summary = {**scores.metrics, "file": asked.file, "adapter": str(run.adapter)}
     if asked.confusion_matrix and scores.confusion is not None:
         labels, counts = run.task.labels or [], scores.confusion.tolist()
-        rows = [[label, *map(str, row)] for label, row in zip(labels, counts, strict=True)]
+        rows = [[label, *row] for label, row in zip(labels, counts, strict=True)]
         print_table([["true \\ predicted", *labels], *rows])
         summary |= {"confusion_matrix": counts, "labels": labels}
     if scores.by_class:
-        names = list(next(iter(scores.by_class.values())))
-        rows = [
-            [label, *(f"{v:.4f}" if isinstance(v, float) else str(v) for v in row.values())]
-            for label, row in scores.by_class.items()
-        ]
-        print_table([["class", *names], *rows])
+        rows = [[label, *row.values()] for label, row in scores.by_class.items()]
+        print_table([["class", *next(iter(scores.by_class.values()))], *rows])
         summary |= {"per_class": scores.by_class}
     print(json_text(summary))
-    return 0
 
 
 def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     parser = command.Parser("evaluate", usage=__doc__)
-    command.add_run_arguments(parser)
+    command.add_run_arguments(parser, "text_column", "text_pair_column", "label_column")
     add = parser.add_argument
     add("--file", required=True, help="labelled, in a format of training's")
-    command.add_column_arguments(parser, "text_column", "text_pair_column", "label_column")
     add("--confusion_matrix", action="store_true", help="print which class was taken for which")
     return parser.parse_args(arguments)
 
 
-def print_table(rows: list[list[str]]) -> None:
+def print_table(rows: list[list[Any]]) -> None:
     """The rows in columns as wide as their widest cell; the first row holds the names."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row in rows:
+    table = [[f"{v:.4f}" if isinstance(v, float) else str(v) for v in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    for row in table:
         print("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)))
 
 

@@ -5,8 +5,7 @@ POSIX `rename` replaces its target atomically, and the two fsyncs order the data
 that even a power loss leaves either the old state or the new one. Temporary names start with a dot:
 nothing that looks for `checkpoint-<step>` (HF Trainer's `get_last_checkpoint` included) sees them.
 
-Two kinds of failure: an `OSError` says that nothing has changed, its subclass `NotConfirmed` that
-everything has, but that the disk refused the last fsync, so that a power loss may undo it.
+An `OSError` says that nothing has changed, except for its subclass `NotConfirmed`.
 """
 
 import contextlib
@@ -29,13 +28,11 @@ LEFTOVER = re.compile(r"\.(tmp|trash)-.+-[0-9a-f]{8}")
 
 
 class NotConfirmed(OSError):
-    """What was written is whole and in its place; that it survives a power loss is not known."""
+    """Everything has changed, but the disk refused the last fsync: a power loss may undo it."""
 
 
 def json_text(value: Any, indent: int | None = None) -> str:
-    """A value as JSON, which has no NaN and no infinity: null stands for them. Indented, for a
-    person to read, its keys are sorted.
-    """
+    """A value as JSON, null standing for NaN and infinity; if indented, its keys are sorted."""
     finite = json.loads(json.dumps(value), parse_constant=lambda name: None)
     return json.dumps(finite, indent=indent, sort_keys=indent is not None, allow_nan=False)
 
@@ -102,9 +99,8 @@ def scratch_directory(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def new_directory(path: Path) -> Iterator[Path]:
-    """A directory to fill inside the block, which takes the name `path` when the block ends well.
-
-    For files too large to hold in memory. Nothing is left if the block raises.
+    """A directory to fill inside the block, with files too large to hold in memory. It takes the
+    name `path` if the block ends well, and is gone if not.
     """
     if os.path.lexists(path):
         raise MiniloraError(f"{path} exists: give a new name, or move it away")
@@ -132,7 +128,7 @@ def new_lines(path: Path | None) -> Iterator[Callable[[str], None]]:
         file = io.FileIO(path, "x") if path else io.FileIO(1, "w", closefd=False)
     except FileExistsError:
         raise MiniloraError(f"{path} exists: give a new name, or move it away") from None
-    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+    except (FileNotFoundError, NotADirectoryError):
         raise MiniloraError(f"{path}: there is no such directory to write to") from None
 
     def write(line: str) -> None:
@@ -163,9 +159,7 @@ def set_aside(path: Path, reason: str) -> Path:
 
 
 def sweep_leftovers(directory: Path) -> None:
-    """Delete what a killed process left half-written or half-deleted, but nothing that a live one
-    is filling. Call it only under the lock.
-    """
+    """Delete, under the lock, what killed processes left and nothing that a live one is filling."""
     for entry in directory.iterdir():
         if LEFTOVER.fullmatch(entry.name) and not entry.is_symlink() and not is_held(entry):
             shutil.rmtree(entry) if entry.is_dir() else entry.unlink()

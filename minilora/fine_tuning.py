@@ -159,21 +159,19 @@ def train(plan: resume.ResumePlan, should_stop: Callable[[], bool]) -> TrainResu
     if plan.stored is None and plan.record is None:
         lora = starting_model.with_new_modules(lora, start)
     starting_model.check_new_modules(start.new_modules, lora, output_dir)
-    inputs = (splits.fingerprints, start.sha256, environment(config.device))
+    inputs = (splits.labels, splits.has_pairs(), splits.fingerprints, start.sha256)
     world_size = plan.record.world_size if plan.record else distributed.world_size()
-    record = RunRecord(
-        config, lora, splits.labels, splits.has_pairs(), *inputs, world_size=world_size
-    )
+    record = RunRecord(config, lora, *inputs, environment(config.device), world_size=world_size)
     resume.check_same_inputs(plan, record)
     examples = tokenize_all(config, splits, task, start)
-    check_ranks(plan, record, len(examples["train"]))
+    resume.check_ranks(plan, record, len(examples["train"]))
     if hasattr(task, "weigh"):
         task.weigh(examples["train"])  # pyright: ignore[reportAttributeAccessIssue]
 
     starting_model.attach_adapter(start, config, lora)
     pad_token_id = load.pad_token_id(start.tokenizer)
     forward = starting_model.choose_forward(config, start.model, pad_token_id, device)
-    starting_model.prepare_training(config, forward)
+    trained = starting_model.prepare_training(config, forward)
     starting_model.describe_start(start, config, output_dir)
 
     optimizer = build_optimizer(start.model, config)
@@ -182,8 +180,7 @@ def train(plan: resume.ResumePlan, should_stop: Callable[[], bool]) -> TrainResu
     scheduler = build_scheduler(optimizer, config, timetable.max_steps)
     # Only float16 needs scaling: its smallest gradients would be zero.
     scaler = torch.amp.GradScaler(device.type, enabled=config.dtype == "float16")
-    whole = distributed.replicated(forward)
-    training = Training(start.model, optimizer, scheduler, whole, task, scaler, timetable)
+    training = Training(start.model, optimizer, scheduler, trained, task, scaler, timetable)
 
     pieces = Pieces(config, splits, examples, task, start, forward, world_size)
     evaluate = partial(pieces.evaluate, "validation", "eval") if validates else None
@@ -197,20 +194,6 @@ def train(plan: resume.ResumePlan, should_stop: Callable[[], bool]) -> TrainResu
         finished = dataclasses.replace(record, result=metrics)
         distributed.by_first(lambda: write_final_files(start, output_dir, finished))
     return TrainResult(state.global_step, metrics, str(output_dir), state.log_history)
-
-
-def check_ranks(plan: resume.ResumePlan, record: RunRecord, examples: int) -> None:
-    """Refuse several processes that do not agree, or have nothing to share."""
-    world_size, step = distributed.world_size(), plan.stored and plan.stored.progress["global_step"]
-    if examples < world_size:
-        raise MiniloraError(f"{world_size} processes for {examples} examples: start fewer")
-    if record.arguments.hf_parity and record.world_size != world_size:
-        began = f"the run began with {record.world_size} processes, and there are {world_size}"
-        raise MiniloraError(f"{began}: with hf_parity they must be as many")
-    machine = {"cpu_capability": None, "num_threads": None}
-    inputs = {"data": record.data_sha256, "labels": record.labels, "base": record.model_sha256}
-    settings = vars(record.arguments) | vars(record.lora) | record.environment | machine
-    distributed.check_agreement(settings | inputs | {"step": step})
 
 
 def read_data(config: TrainConfig) -> Splits:

@@ -17,16 +17,16 @@ SHOWN = 20  # differences printed of each sort; --json has all of them
 SUMMARY = ("path", "kind", "verified", "problems", "position", "trainable", "resume")
 
 
-def main() -> int:
+def main() -> None:
     asked = parse_arguments(sys.argv[1:])
     if asked.diff:
         from minilora.trained.compare import compare_directories  # the slow import: torch
 
         found = compare_directories(*asked.diff)
         lists = {name: found[name] for name in ("tensors", "arguments", "log")}
-        report = found | {name: entries[:SHOWN] for name, entries in lists.items()}
         summary = {name: len(entries) for name, entries in lists.items()}
-        report["different"] = summary
+        shown = {name: entries[:SHOWN] for name, entries in lists.items()}
+        report = {**found, **shown, "different": summary}
     else:
         from minilora.trained.directory import inspect_directory
 
@@ -37,7 +37,6 @@ def main() -> int:
     if not asked.json:
         print(as_yaml(report))
     print(json_text(found if asked.json else summary))
-    return 0
 
 
 def parse_arguments(arguments: list[str]) -> argparse.Namespace:

@@ -13,7 +13,7 @@ from minilora.files import json_text
 from minilora.training.config import DTYPES
 
 
-def main() -> int:
+def main() -> None:
     asked = parse_arguments(sys.argv[1:])
     with command.without_collection():  # the slow imports: torch and transformers
         from minilora.bert.tasks import task_class
@@ -27,7 +27,6 @@ def main() -> int:
     tag = task_class(record.arguments.task).pipeline_tag
     print(f'use it: transformers.pipeline("{tag}", {asked.output_dir!r})')
     print(json_text({"output_dir": asked.output_dir, "merged": paths, "dtype": asked.dtype}))
-    return 0
 
 
 def parse_arguments(arguments: list[str]) -> argparse.Namespace:
@@ -36,8 +35,7 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     add("path", metavar="OUT", nargs="?", help="what train wrote, a checkpoint, or a PEFT adapter")
     add("--output_dir", required=True, metavar="MERGED", help="a new directory")
     add("--adapter", nargs="+", metavar="OUT", help="several of them, instead of one")
-    weights = "of each adapter: updates are scaled by it, heads averaged"
-    add("--weights", nargs="+", type=float, metavar="X", help=weights)
+    add("--weights", nargs="+", type=float, metavar="X", help="of each update; heads are averaged")
     add("--max_shard_size", default="5GB", metavar="SIZE", help="of one file (default: 5GB)")
     add("--dtype", default="float32", choices=DTYPES, help="of the weights (default: float32)")
     command.add_base_argument(parser)

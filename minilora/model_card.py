@@ -6,7 +6,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 from minilora.bert.load import PACKAGED_MODEL, packaged_model
-from minilora.bert.tasks import Task, build_task, task_class
+from minilora.bert.tasks import Task, build_task
 from minilora.errors import MiniloraError, harmless
 from minilora.training.record import RunRecord
 
@@ -36,7 +36,7 @@ def model_card(name: str, base: str, merged: str | None, record: RunRecord) -> s
     validation, train = record.arguments.validation_file, record.arguments.train_file
     held_out = "minilora's own sentences" if train is None else f"a part of {Path(train).name}"
     data = held_out if validation is None else Path(validation).name
-    hub_id, task = base_id(base), task_class(record.arguments.task)
+    hub_id, task = base_id(base), build_task(record.arguments, labels)
     onto = f"`{hub_id or Path(base).name}`"
     if merged is not None:
         onto += f" with the adapter `{Path(merged).name}` merged into it"
@@ -50,7 +50,7 @@ def model_card(name: str, base: str, merged: str | None, record: RunRecord) -> s
         f"On `{data}`: {scores}." if scores else "It was not evaluated.",
     ]
     shown = [harmless(" ".join(paragraph.split())) for paragraph in paragraphs]
-    shown += [] if merged else [_lines_for_peft(name, build_task(record.arguments, labels))]
+    shown += [] if merged else [_lines_for_peft(name, task)]
     return "\n\n".join([metadata, *shown]) + "\n"
 
 

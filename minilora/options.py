@@ -133,13 +133,6 @@ def _number_or_word(text: str) -> float | str:
     return float(text) if re.match("[-+.0-9]", text) else text
 
 
-def positive(text: str) -> int:
-    """A flag's value that is a whole number, 1 or more."""
-    if not text.isdecimal() or int(text) < 1:
-        raise ArgumentTypeError(f"{text!r} is no whole number of 1 or more")
-    return int(text)
-
-
 def _number(text: str) -> int | float:
     return int(text) if text.isdecimal() else float(text)
 
@@ -177,16 +170,9 @@ _FLAGS: dict[Any, dict[str, Any]] = {
 }
 
 
-def add_flags(
-    parser: ArgumentParser, config_type: type, group: str = "", defaults: Mapping[str, Any] = {}
-) -> None:
-    """One flag, under the field's own name, for each field of a config that has a help text.
-
-    `group` is the heading in `--help` where the fields name none; `defaults` are shown there
-    instead of the fields' own. A list is separated by spaces; a boolean flag alone means true.
-    """
-    hints = typing.get_type_hints(config_type)
-    section = parser.add_argument_group(group)
+def add_flags(parser: ArgumentParser, config_type: type, defaults: Mapping[str, Any] = {}) -> None:
+    """A flag for each field of a config that has a help text, which shows `defaults`, if given."""
+    hints, section = typing.get_type_hints(config_type), parser
     for field in dataclasses.fields(config_type):
         traits = field.metadata
         if traits.get("help") is None:

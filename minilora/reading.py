@@ -28,10 +28,7 @@ HINT = type | types.UnionType | types.GenericAlias
 
 
 def read_bytes(path: Path, limit: int | None = None) -> bytes:
-    """The contents of a regular file of at most `limit` bytes.
-
-    Anything else is refused unread: a pipe would make the reader wait for ever.
-    """
+    """The contents of a file of at most `limit` bytes, and no pipe, which may never end."""
     try:
         status = path.stat()
         if not stat.S_ISREG(status.st_mode):

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from minilora.bert import load
 from minilora.bert.dropout import MaskStream, use_fast_dropout
 from minilora.bert.forward import Packed, Padded, can_pack
-from minilora.bert.load import Located
 from minilora.bert.tasks import Task, task_class
 from minilora.errors import MiniloraError
 from minilora.lora import peft_files
@@ -40,8 +40,8 @@ class StartingModel:
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     sha256: str  # of its encoder, and behind a space of the adapter that is to be continued
-    base: Located
-    adapter: Located | None  # what it was given as, if that is an adapter
+    base: load.Located
+    adapter: load.Located | None  # what it was given as, if that is an adapter
     new_modules: list[str]  # what the base's files lacked and was drawn: usually the head
 
 
@@ -58,13 +58,12 @@ def resolve_modes(config: TrainConfig, device: torch.device) -> TrainConfig:
     if config.dtype == "float16" and device.type == "cpu":
         raise MiniloraError("dtype float16 needs a GPU: on a CPU use bfloat16 or float32")
     plain = config.hf_parity or config.torch_compile
-    # With 500, the default of TrainingArguments, a short run would have no loss curve.
-    logging_steps = 500 if config.hf_parity else 10
     return dataclasses.replace(
         config,
         batching=config.batching or ("padded" if plain else "packed"),
         dropout=config.dropout or ("torch" if plain or device.type != "cpu" else "fast"),
-        logging_steps=config.logging_steps or logging_steps,
+        # With 500, the default of TrainingArguments, a short run would have no loss curve.
+        logging_steps=config.logging_steps or (500 if config.hf_parity else 10),
     )
 
 
@@ -116,7 +115,7 @@ def check_new_modules(new_modules: list[str], lora: LoraConfig, place: Path) -> 
         raise MiniloraError(f"{place}: {lack}: train it again with --modules_to_save")
 
 
-def base_of(directory: Path) -> tuple[Located, str | None]:
+def base_of(directory: Path) -> tuple[load.Located, str | None]:
     """The model that an adapter was trained on, and its revision, as its config names them."""
     config = peft_files.read_config(directory)
     name = config.base_model_name_or_path
@@ -165,9 +164,8 @@ def load_trained(
     peft_files.load_adapter(model, adapter, is_trainable=is_trainable)
     if dtype != torch.float32:
         train_heads_in_float32(model)
-        peft_files.assign_adapter(
-            model, peft_files.read_adapter(adapter)
-        )  # once more: it was rounded to `dtype`
+        # Once more: it was rounded to `dtype`.
+        peft_files.assign_adapter(model, peft_files.read_adapter(adapter))
 
 
 def choose_forward(
@@ -184,8 +182,10 @@ def choose_forward(
     return Padded(model, pad_token_id)
 
 
-def prepare_training(config: TrainConfig, forward: Packed | Padded) -> None:
-    """Make the model train as `dropout`, `gradient_checkpointing` and `torch_compile` ask."""
+def prepare_training(config: TrainConfig, forward: Packed | Padded) -> nn.Module:
+    """Make the model train as `dropout`, `gradient_checkpointing` and `torch_compile` ask; returns
+    the forward to train, of which every process has one.
+    """
     model = forward.model
     checkpointing: dict[str, Any] = {"use_reentrant": False}
     if config.dropout == "fast":
@@ -201,6 +201,7 @@ def prepare_training(config: TrainConfig, forward: Packed | Padded) -> None:
         getattr(model, "activation_checkpointing_enable", old_name)(checkpointing)
     if config.torch_compile:
         forward.compile()
+    return distributed.replicated(forward)
 
 
 def describe_start(start: StartingModel, config: TrainConfig, output_dir: Path) -> None:
@@ -210,8 +211,8 @@ def describe_start(start: StartingModel, config: TrainConfig, output_dir: Path) 
     if start.adapter is not None:
         done = "continued" if config.on_adapter == "continue" else "merged into it"
         say(f"{start.adapter.description}: {done}")
-    trainable = sum(p.numel() for p in start.model.parameters() if p.requires_grad)
-    total = sum(p.numel() for p in start.model.parameters())
+    trainable = start.model.num_parameters(only_trainable=True)
+    total = start.model.num_parameters()
     counts = f"trainable params: {trainable:,} || all params: {total:,}"
     say(f"{counts} || trainable%: {100 * trainable / total:.4f}")
     say(f"output: {output_dir}")

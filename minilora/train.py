@@ -20,17 +20,15 @@ if TYPE_CHECKING:
 
 
 def main() -> int:
-    train_arguments, lora_arguments = parse_arguments(sys.argv[1:])
-    if "resume_from_checkpoint" not in train_arguments:
+    train, lora = parse_arguments(sys.argv[1:])
+    if "resume_from_checkpoint" not in train:
         # Bad values are answered before torch is imported.
-        TrainConfig(**train_arguments)
-        LoraConfig(**lora_arguments)
+        TrainConfig(**train)
+        LoraConfig(**lora)
     with stop_signals() as received:
         with without_collection():  # the slow import: torch and transformers
             from minilora.fine_tuning import run_fine_tuning
-        result = run_fine_tuning(
-            train_arguments, lora_arguments, should_stop=lambda: bool(received)
-        )
+        result = run_fine_tuning(train, lora, should_stop=lambda: bool(received))
     print_summary(result, stopped=bool(received))
     return INTERRUPTED + received[0] if received else 0
 
@@ -39,7 +37,7 @@ def parse_arguments(arguments: list[str]) -> tuple[dict[str, Any], dict[str, Any
     """The given flags of the run and of the adapter, by field name; flags not given are absent."""
     parser = Parser("train", usage=__doc__)
     add_flags(parser, TrainConfig)
-    add_flags(parser, LoraConfig, group="LoRA", defaults=LORA_DEFAULTS)
+    add_flags(parser, LoraConfig, defaults=LORA_DEFAULTS)
     namespace = parser.parse_args(arguments)
     return given_flags(TrainConfig, namespace), given_flags(LoraConfig, namespace)
 

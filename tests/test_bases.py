@@ -1,150 +1,156 @@
-"""Every base that people have: what its files lack is drawn once, trained, saved, found again.
+"""Every base that people have, with every task: what its files lack is drawn once, trained, saved,
+found again.
 
 Each family, saved bare, as a masked language model, with its pretraining heads, or with a head for
-another number of labels: a run on it, its resume, and what a fresh process makes of it.
+another number of labels: a run of each task on it, its resume, and what a fresh process makes of
+it, one for all runs on a family.
 """
 
-import dataclasses
 import json
 import os
+import shutil
 import subprocess
 import sys
 
+import numpy as np
 import peft
 import pytest
 import torch
-from transformers import (
-    AutoConfig,
-    AutoModel,
-    AutoModelForMaskedLM,
-    AutoModelForPreTraining,
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-)
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from minilora import LoraConfig, MiniloraError, TrainConfig, evaluate_file, fine_tune, open_run
+from minilora import MiniloraError, evaluate_file, open_run
+from minilora.bert import forward as forward_room
+from minilora.bert.forward import Packed
+from minilora.bert.packing import attention
 from minilora.fine_tuning import run_fine_tuning
 from minilora.trained.compare import compare_directories
-
-SMALL = {
-    "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48,
-    "max_position_embeddings": 66, "pad_token_id": 0, "embedding_size": 16,
-}  # fmt: skip
-OF_DISTILBERT = {"dim": 32, "n_layers": 2, "n_heads": 2, "hidden_dim": 48}
-FAMILIES = {
-    "bert": {}, "roberta": {}, "xlm-roberta": {}, "camembert": {}, "electra": {},
-    "distilbert": OF_DISTILBERT, "albert": {}, "mpnet": {}, "deberta-v2": {},
-    "modernbert": {"reference_compile": False},
-}  # fmt: skip
-KINDS = {
-    "bare": (AutoModel, {}),
-    "masked": (AutoModelForMaskedLM, {}),
-    "pretraining": (AutoModelForPreTraining, {}),
-    "three labels": (AutoModelForSequenceClassification, {"num_labels": 3}),
-}
+from minilora.training.config import TASKS
+from tests.cells import CELLS, CLASSES, FAMILIES, arguments, base_of, files_of, without_dropout
+from tests.conftest import read_rows
+from tests.training.test_resume import stop_at
 
 
-def base_of(family, kind, tokenizer, directory):
-    """A random model of the family, saved as the kind says, beside the tokenizer."""
-    auto_class, labels = KINDS[kind]
-    changes = {**SMALL, **FAMILIES[family], "vocab_size": len(tokenizer), **labels}
-    torch.manual_seed(7)
-    auto_class.from_config(AutoConfig.for_model(family, **changes)).save_pretrained(directory)
-    tokenizer.save_pretrained(directory)
-    return directory
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """Of each task, the arguments that name its files."""
+    directory = tmp_path_factory.mktemp("files")
+    return {task: files_of(task, directory) for task in TASKS}
 
 
-def run(base, sentences, output_dir, family, **changes):
-    train, validation = map(str, sentences)
-    config = TrainConfig(
-        model_name_or_path=str(base), train_file=train, validation_file=validation, max_steps=4,
-        per_device_train_batch_size=8, output_dir=str(output_dir), save_strategy="steps",
-        save_steps=2, eval_strategy="steps", eval_steps=4, **changes,
-    )  # fmt: skip
-    return fine_tune(config, LoraConfig(r=2))
+@pytest.fixture(scope="module")
+def tokenizer(tiny_model):
+    return AutoTokenizer.from_pretrained(tiny_model)
 
 
-# What a fresh process finds: scores, probabilities, the merged model's and PEFT's logits.
-AFTERWARDS = """
-import json, sys
-import peft, torch
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
-from minilora import evaluate_file, open_run, predict_texts, write_merged_model
-
-TEXTS = ["the film was good", "the plot was bad and long", "good"]
-for line in sys.stdin:
-    base, out, validation, merged = json.loads(line)
-    run = open_run(out)
-    found = {"metrics": evaluate_file(run, validation).metrics}
-    rows = list(predict_texts(run, TEXTS))
-    found["probabilities"] = [list(row["probabilities"].values()) for row in rows]
-    write_merged_model([out], merged)
-    tokenizer = AutoTokenizer.from_pretrained(out)
-    batch = tokenizer(TEXTS, padding=True, return_tensors="pt")
-    plain = AutoModelForSequenceClassification.from_pretrained
-    # What is drawn here and not replaced by the adapter's would differ from the run's.
-    theirs = plain(base, num_labels=2, ignore_mismatched_sizes=True)
-    theirs = peft.PeftModel.from_pretrained(theirs, out)
-    for name, model in (("merged", plain(merged)), ("peft", theirs)):
-        with torch.no_grad():
-            found[name] = model.eval()(**batch).logits.softmax(-1).tolist()
-    print(json.dumps(found))
-"""
+def train(values, **lora):
+    return run_fine_tuning(values, lora, lambda: False)
 
 
-def check_family(family, kinds, tiny_model, sentences, tmp_path):
-    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
-    asked, results = [], []
-    for number, kind in enumerate(kinds):
-        base = base_of(family, kind, tokenizer, tmp_path / f"base-{number}")
-        whole, resumed = tmp_path / f"whole-{number}", tmp_path / f"resumed-{number}"
-        results.append(run(base, sentences, whole, family))
-        stop_after_two_steps(base, sentences, resumed, family)
-        fine_tune(TrainConfig(resume_from_checkpoint=str(resumed)))
-        difference = compare_directories(whole, resumed)
-        assert difference["tensors"] == difference["log"] == [], kind
-        merged = tmp_path / f"merged-{number}"
-        asked.append([str(base), str(whole), str(sentences[1]), str(merged)])
+def trained(task, base, files, directory):
+    """The line of a run for `tests.afterwards`, after it and its resume."""
+    whole, resumed = directory / "whole", directory / "resumed"
+    result = train(arguments(task, base, files, whole))
+    stop_at(2, arguments(task, base, files, resumed), resumed)
+    train({"resume_from_checkpoint": str(resumed)})
+    difference = compare_directories(whole, resumed)
+    assert difference["tensors"] == difference["log"] == []
+    assert read_rows(whole) == read_rows(resumed) and len(read_rows(whole)) == 6
+    scratch = {"out": str(whole), "scratch": str(directory / "scratch")}
+    return {"task": task, "base": str(base), **files, "metrics": result.metrics, **scratch}
+
+
+def check_packed(task, base, files, directory):
+    """Runs without any dropout, whose masks batches of another shape would draw otherwise."""
+    still, logs = without_dropout(base, directory / "still"), []
+    for batching in ("packed", "padded"):
+        values = arguments(
+            task, still, files, directory / batching, batching=batching, save_strategy="no"
+        )
+        rows = train(values, lora_dropout=0.0).log_history
+        names = ("loss", "grad_norm", "eval_loss")
+        logs.append([row[name] for row in rows for name in names if name in row])
+    assert len(logs[0]) == 11 and isinstance(open_run(directory / "packed").forward, Packed)
+    np.testing.assert_allclose(*logs, rtol=1e-3, err_msg=f"packed and padded: {task}")
+
+
+def afterwards(lines):
+    """What `tests.afterwards` answers, in a fresh process."""
     environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
     process = subprocess.run(
-        [sys.executable, "-c", AFTERWARDS], input="\n".join(map(json.dumps, asked)),
+        [sys.executable, "-m", "tests.afterwards"], input="\n".join(map(json.dumps, lines)),
         capture_output=True, text=True, env=environment,
     )  # fmt: skip
     assert process.returncode == 0, process.stderr[-3000:]
-    for kind, result, line in zip(kinds, results, process.stdout.splitlines(), strict=True):
-        found = json.loads(line)
-        for name in ("eval_loss", "eval_accuracy"):
-            assert found["metrics"][name] == result.metrics[name], (kind, name)
-        expected = torch.tensor(found["probabilities"])
-        for name in ("merged", "peft"):
-            torch.testing.assert_close(torch.tensor(found[name]), expected, atol=2e-5, rtol=0)
+    return [json.loads(answer) for answer in process.stdout.splitlines()]
 
 
-def stop_after_two_steps(base, sentences, output_dir, family):
-    asked = []
-
-    def should_stop():
-        asked.append(True)
-        return len(asked) > 2
-
-    train, validation = map(str, sentences)
-    arguments = {
-        "model_name_or_path": str(base), "train_file": train, "validation_file": validation,
-        "max_steps": 4, "per_device_train_batch_size": 8, "output_dir": str(output_dir),
-        "save_strategy": "steps", "save_steps": 2, "eval_strategy": "steps", "eval_steps": 4,
-    }  # fmt: skip
-    lora = dataclasses.asdict(LoraConfig(r=2))
-    assert run_fine_tuning(arguments, lora, should_stop).global_step == 2
-
-
-def test_a_masked_language_model_and_a_distilbert_are_bases(tiny_model, sentences, tmp_path):
-    check_family("bert", ["masked"], tiny_model, sentences, tmp_path / "bert")
-    check_family("distilbert", ["bare"], tiny_model, sentences, tmp_path / "distilbert")
+def check_cells(cells, tokenizer, files, tmp_path, spoilt=()):
+    """Lines of `spoilt` runs, made of the first cell's, are added; returns their answers."""
+    lines = []
+    for number, (family, kind, task) in enumerate(cells):
+        directory = tmp_path / str(number)
+        base = base_of(family, kind, tokenizer, directory / "base")
+        lines.append(trained(task, base, files[task], directory))
+        if kind == "bare":
+            check_packed(task, base, files[task], directory)
+    lines += [spoil(lines[0]) for spoil in spoilt]
+    answers = afterwards(lines)
+    assert len(answers) == len(lines)
+    for cell, answer in zip(cells, answers, strict=False):
+        assert answer is None, f"{cell}: {answer}"
+    return answers[len(cells) :]
 
 
-def test_an_adapter_without_what_its_base_lacks_is_refused(tiny_model, sentences, tmp_path):
+def spoil(line):
+    """A copy of a run, one value of whose adapter is another."""
+    out = shutil.copytree(line["out"], line["out"] + "-spoilt")
+    tensors = load_file(out + "/adapter_model.safetensors")
+    name = next(name for name in tensors if "lora_B" in name)
+    tensors[name][0, 0] += 1e-2
+    save_file(tensors, out + "/adapter_model.safetensors", {"format": "pt"})
+    return {**line, "out": out, "scratch": line["scratch"] + "-spoilt"}
+
+
+def test_every_task_on_a_distilbert_and_classes_on_a_masked_language_model(
+    tokenizer, files, tmp_path
+):
+    """A row of the matrix; and an adapter that is not the one that was trained is seen."""
+    cells = [*(("distilbert", "bare", task) for task in TASKS), ("bert", "masked", CLASSES)]
+    (answer,) = check_cells(cells, tokenizer, files, tmp_path, [spoil])
+    assert "AssertionError: eval_" in answer
+    first = tmp_path / "0"
+    assert len(compare_directories(first / "whole", first / "whole-spoilt")["tensors"]) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_task_on_every_kind_of_base_of_every_family(family, tokenizer, files, tmp_path):
+    cells = [(family, *cell) for cell in CELLS]
+    if family == "modernbert":
+        cells.remove((family, "pretraining", CLASSES))  # transformers has no such class of it
+    check_cells(cells, tokenizer, files, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "task",
+    [pytest.param(task, marks=[pytest.mark.slow] * (task != "masked_lm")) for task in TASKS],
+)
+def test_keys_of_the_tokens_before_would_be_seen(task, tokenizer, files, tmp_path, monkeypatch):
+    """The control of packed runs."""
+
+    def shifted(qkv, *others):
+        query, key, value = qkv
+        return attention((query, key.roll(1, dims=0), value), *others)
+
+    monkeypatch.setattr(forward_room, "attention", shifted)
+    base = base_of("bert", "bare", tokenizer, tmp_path / "base")
+    with pytest.raises(AssertionError, match="packed and padded"):
+        check_packed(task, base, files[task], tmp_path)
+
+
+def test_an_adapter_without_what_its_base_lacks_is_refused(tokenizer, files, tmp_path):
     """PEFT leaves the pooler of a masked language model as it was drawn, and saves it nowhere."""
-    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
     base = base_of("bert", "masked", tokenizer, tmp_path / "base")
     model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=2)
     peft.get_peft_model(model, peft.LoraConfig(task_type="SEQ_CLS")).save_pretrained(tmp_path / "a")
@@ -152,24 +158,16 @@ def test_an_adapter_without_what_its_base_lacks_is_refused(tiny_model, sentences
     with pytest.raises(MiniloraError, match=refusal):
         open_run(tmp_path / "a")
     for how in ("continue", "merge"):
+        values = arguments(CLASSES, tmp_path / "a", files[CLASSES], tmp_path / how, on_adapter=how)
         with pytest.raises(MiniloraError, match=refusal):
-            run(tmp_path / "a", sentences, tmp_path / how, "bert", on_adapter=how)
+            train(values)
 
 
 @pytest.mark.parametrize("how", ["continue", "merge"])
-def test_a_run_on_such_an_adapter_goes_on_from_what_it_holds(how, tiny_model, sentences, tmp_path):
-    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+def test_a_run_on_such_an_adapter_goes_on_from_what_it_holds(how, tokenizer, files, tmp_path):
     base = base_of("bert", "masked", tokenizer, tmp_path / "base")
-    run(base, sentences, tmp_path / "first", "bert")
-    result = run(tmp_path / "first", sentences, tmp_path / "second", "bert", on_adapter=how)
-    scores = evaluate_file(open_run(tmp_path / "second"), sentences[1])
+    first, second = tmp_path / "first", tmp_path / "second"
+    train(arguments(CLASSES, base, files[CLASSES], first))
+    result = train(arguments(CLASSES, first, files[CLASSES], second, on_adapter=how))
+    scores = evaluate_file(open_run(second), files[CLASSES]["validation_file"])
     assert scores.metrics["eval_loss"] == result.metrics["eval_loss"]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("family", FAMILIES)
-def test_every_kind_of_base_of_every_family(family, tiny_model, sentences, tmp_path):
-    kinds = list(KINDS)
-    if family == "modernbert":
-        kinds.remove("pretraining")  # transformers has no such class of it
-    check_family(family, kinds, tiny_model, sentences, tmp_path)

@@ -118,7 +118,7 @@ def test_what_was_changed_is_what_is_not_at_its_default():
 def parsed(*flags):
     parser = Parser("command", usage=None)
     add_flags(parser, TrainConfig)
-    add_flags(parser, LoraConfig, group="LoRA", defaults={"lora_alpha": 16})
+    add_flags(parser, LoraConfig, defaults={"lora_alpha": 16})
     namespace = parser.parse_args([*flags])
     return given_flags(TrainConfig, namespace), given_flags(LoraConfig, namespace)
 

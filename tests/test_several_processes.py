@@ -58,13 +58,14 @@ def in_float64(losses: Path):
     """What makes a fork train in float64, and rank 0 write each step's loss."""
 
     def prepare(rank):
-        as_ever = starting_model.prepare_training
+        as_ever = starting_model.choose_forward
 
-        def doubled(config, forward):
-            as_ever(config, forward)
+        def doubled(*given):
+            forward = as_ever(*given)
             forward.model.double()
+            return forward
 
-        starting_model.prepare_training = doubled
+        starting_model.choose_forward = doubled
         advance = TrainingBar.advance
 
         def written(self, examples, loss, learning_rate):
@@ -95,7 +96,15 @@ def assert_equal(found, expected, tolerance):
         assert torch.allclose(tensor, expected[name], rtol=tolerance, atol=tolerance), name
 
 
-@pytest.mark.parametrize("task", TASKS)
+def a_sample_of(values, sample):
+    """All of them in the slow tier, the sample always."""
+    marks = [[] if value == sample else [pytest.mark.slow] for value in values]
+    return [pytest.param(*v, marks=m) for v, m in zip(values, marks, strict=True)]
+
+
+@pytest.mark.parametrize(
+    "task", a_sample_of([(task,) for task in TASKS], ("token_classification",))
+)
 def test_as_many_examples_in_a_step_are_the_same_training_for_1_2_and_4(
     task, without_dropout, data, tmp_path
 ):
@@ -115,6 +124,7 @@ def test_as_many_examples_in_a_step_are_the_same_training_for_1_2_and_4(
         assert_equal(found[1], tensors, 1e-10)
 
 
+@pytest.mark.slow
 def test_a_share_that_is_not_weighted_is_noticed(without_dropout, data, tmp_path, monkeypatch):
     """The control: with the mean of the ranks' means, as torch takes it, the numbers differ."""
     settings = {"task": "sequence_classification", "class_weights": "positive=3"}
@@ -138,8 +148,10 @@ def resumed(world_size, from_run, to_run, *flags):
     return finished[0], safetensors.torch.load_file(to_run / WEIGHTS_NAME)
 
 
-@pytest.mark.parametrize("world_size", [2, 4])
-@pytest.mark.parametrize("dropout", ["fast", "torch"])
+HOW = [(size, dropout) for size in (2, 4) for dropout in ("fast", "torch")]
+
+
+@pytest.mark.parametrize(("world_size", "dropout"), a_sample_of(HOW, (2, "fast")))
 def test_a_resume_has_the_bits_of_the_whole_run(world_size, dropout, tiny_model, data, tmp_path):
     settings = {"save_strategy": "steps", "save_steps": 4, "logging_steps": 1, "lora_dropout": 0.2}
     settings |= {"per_device_train_batch_size": 2, "dropout": dropout}
@@ -163,7 +175,7 @@ def test_a_resume_has_the_bits_of_the_whole_run(world_size, dropout, tiny_model,
     assert not all(torch.equal(tensors[name], final[name]) for name in final)
 
 
-@pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2), (2, 4)])
+@pytest.mark.parametrize(("before", "after"), a_sample_of([(2, 1), (1, 2), (2, 4)], (2, 1)))
 def test_another_number_of_processes_goes_on_with_the_unseen_examples(
     before, after, without_dropout, data, tmp_path
 ):
@@ -189,7 +201,7 @@ def test_examples_are_shared_whole_and_evenly():
         for rank in range(world_size):
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(distributed, "rank", lambda rank=rank: rank)
-                patch.setattr(distributed, "world_size", lambda: world_size)
+                patch.setattr(distributed, "world_size", lambda size=world_size: size)
                 batches = distributed.own_batches(of_step, lengths, 4)
             assert all(0 < len(batch) <= 4 for batch in batches)
             shares.append(np.concatenate([*batches, np.zeros(0, dtype=int)]))

@@ -128,7 +128,7 @@ def load_model(
     """The model with the task's head, in float32 and eval mode, and the names of its new modules:
     what the files lack or have for other labels, as transformers draws it from torch's global
     generator: a head, and the pooler of a masked language model. What only other tasks need is
-    left out.
+    left out. What is tied is its source's: a masked language model's words are the embeddings'.
     """
     with _loading(location):
         config = _from_pretrained(AutoConfig, revision)(location)
@@ -137,10 +137,11 @@ def load_model(
             location, config=config, dtype=torch.float32, output_loading_info=True,
             ignore_mismatched_sizes=True,
         )  # fmt: skip
-    parameters = dict(model.named_parameters())
+    named = model.named_parameters(remove_duplicate=False)
+    parameters = dict(named).keys() - model.all_tied_weights_keys.keys()
     reshaped = {key for key, *_ in report["mismatched_keys"]}
-    drawn = parameters.keys() & (report["missing_keys"] | reshaped)
-    new = _whole_modules(model, drawn)
+    drawn = parameters & (report["missing_keys"] | reshaped)
+    new = _whole_modules(model, parameters, drawn)
     stray = {key for key in drawn if not key.startswith(tuple(f"{name}." for name in new))}
     for problem, keys in (
         ("lacks tensors of the model", drawn - reshaped),
@@ -153,10 +154,9 @@ def load_model(
     return model, new
 
 
-def _whole_modules(model: nn.Module, tensors: set[str]) -> list[str]:
-    # The topmost modules all of whose parameters are among `tensors`. What is tied to another
-    # module's, such as the words of a masked language model's head, is that one's.
-    found, parameters = list[str](), dict(model.named_parameters())
+def _whole_modules(model: nn.Module, parameters: set[str], tensors: set[str]) -> list[str]:
+    # The topmost modules all of whose parameters are among `tensors`.
+    found = list[str]()
     for name, _ in model.named_modules():
         own = {key for key in parameters if key.startswith(f"{name}.")}
         if own and own <= tensors and not name.startswith(tuple(f"{above}." for above in found)):

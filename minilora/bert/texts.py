@@ -45,10 +45,16 @@ def tokenized(rows: list[Row], tokenizer: Tokenizer, max_length: int) -> tuple[A
     encoded = tokenizer(texts, pairs, truncation=True, **how)
     ids: Any = encoded["input_ids"]
     arrays = arrays_of(ids, encoded.get("token_type_ids"), np.arange(len(rows)))
-    # A text that just fills its example lost nothing. (A slow tokenizer does not tell.)
-    told, is_full = encoded.encodings, arrays["lengths"] == max_length
-    for index in np.flatnonzero(is_full):
-        arrays["truncated"][index] = not told or bool(told[index].overflowing)
+    for index in np.flatnonzero(
+        arrays["lengths"] == max_length
+    ):  # a text may just fill its example
+        if encoded.encodings:
+            is_cut = bool(encoded.encodings[index].overflowing)
+        else:  # of a slow tokenizer, which does not tell
+            pair = None if pairs is None else pairs[index]
+            more = tokenizer(texts[index], pair, truncation=True, max_length=max_length + 1)
+            is_cut = len(more["input_ids"]) > max_length
+        arrays["truncated"][index] = is_cut
     return encoded, arrays
 
 

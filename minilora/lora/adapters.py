@@ -119,8 +119,9 @@ def trainable_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
 def trained_biases(model: nn.Module, bias: str) -> list[tuple[str, nn.Parameter]]:
     """(name, parameter) of the base model's biases that a `LoraConfig.bias` trains."""
     kinds = {"none": (), "lora_only": LoRALinear, "all": (LoRALinear, TiedOutput)}[bias]
-    layers = [name for name, layer in adapter_layers(model) if isinstance(layer, kinds)]
-    adapted = {f"{name}.base_layer.bias" for name in layers}
+    adapted = {
+        f"{name}.base_layer.bias" for name, m in adapter_layers(model) if isinstance(m, kinds)
+    }
     # What is outside of all wrappers has its old name. A head's biases have not: they are trained
     # with it anyway. A masked language model's output bias has two names, and PEFT writes both.
     plain = adapters_of(model).base_requires_grad if bias == "all" else {}
@@ -158,9 +159,8 @@ def set_adapter(model: nn.Module, adapter_name: str | list[str]) -> None:
 
 
 def delete_adapter(model: nn.Module, adapter_name: str) -> None:
-    """Take an adapter out; if it alone was active, the first one left becomes so.
-
-    With the last one the plain model is back, bit for bit.
+    """Take an adapter out; if it alone was active, the first one left becomes so. Without any, the
+    plain model is back, bit for bit.
     """
     model, adapters = targets.unwrapped(model), adapters_of(model, "delete an adapter")
     targets.check_known(adapters.configs, [adapter_name])
@@ -186,23 +186,19 @@ def delete_adapter(model: nn.Module, adapter_name: str) -> None:
 def disable_adapter(model: nn.Module) -> Iterator[None]:
     """Inside, the model is bitwise the plain one, head, biases and pissa's weights included.
 
-    Afterwards it is exactly as found: what was active is active and what was frozen is frozen, also
-    if the body raises.
+    Afterwards it is exactly as found, what was frozen is frozen, also if the body raises.
     """
     adapters = adapters_of(model, "disable adapters", even="disabled")
-    active = adapters.active
-    requires_grad = [(p, p.requires_grad) for p in model.parameters()]
-    adapted = [(p, p.data) for p in adapters.originals]
+    active, found = adapters.active, [(p, p.data, p.requires_grad) for p in model.parameters()]
     set_active(model, ())
     for parameter, value in adapters.originals.items():
         parameter.data = value.to(parameter)
     try:
         yield
     finally:
-        for parameter, value in adapted:
-            parameter.data = value.to(parameter)
         set_active(model, active)
-        for parameter, was_trainable in requires_grad:
+        for parameter, value, was_trainable in found:
+            parameter.data = value.to(parameter)
             parameter.requires_grad_(was_trainable)
 
 
@@ -257,10 +253,9 @@ def _new_adapter(
 def _attach_tied_output(model: nn.Module, name: str) -> None:
     tokens: Any = model.get_submodule(name)
     for output_name, output in list(targets.plain_modules(model)):
-        if getattr(output, "weight", None) is not tokens.weight:
-            continue
-        if isinstance(output, LoRALinear):
+        is_tied = getattr(output, "weight", None) is tokens.weight
+        if is_tied and isinstance(output, LoRALinear):
             problem = "shares its weight with the embeddings: leave it out of target_modules"
             raise MiniloraError(f"trainable_token_indices: output layer {output_name!r} {problem}")
-        if isinstance(output, nn.Linear):
+        if is_tied and isinstance(output, nn.Linear):
             model.set_submodule(output_name, TiedOutput(output, tokens))

@@ -8,6 +8,7 @@ Sums are taken in float64 and rounded once.
 
 import copy
 import math
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +54,7 @@ def combine_adapters(model: nn.Module, paths: list[Path], weights: list[float]) 
                 factor = _share(weight, weights) if name.startswith(heads) else weight
                 sums[name] = sums.get(name, 0) + factor * difference
     combined = {name: plain[name].double() + total for name, total in sums.items()}
-    _check_finite(combined)
+    _check_finite(combined.items())
     for name, tensor in combined.items():
         value, trainable = tensor.to(plain[name].dtype), plain[name].requires_grad
         set_parameter(model, name, nn.Parameter(value, requires_grad=trainable))
@@ -93,22 +94,23 @@ def add_weighted_adapter(
         raise MiniloraError(f"svd_rank is {svd_rank}; it must be 1 or more, and is only for svd")
     kind = "linear" if len(adapters) == 1 and svd_rank is None else combination_type
     found = _weighted_sums(model, adapters, weights, kind)
-    _check_finite({name: tensor for name, tensors in found.items() for tensor in tensors})
+    _check_finite((name, tensor) for name, tensors in found.items() for tensor in tensors)
 
-    chosen = [configs[name] for name in adapters]
-    ranks = [max([config.r, *config.rank_pattern.values()]) for config in chosen]
+    ranks = [max([configs[name].r, *configs[name].rank_pattern.values()]) for name in adapters]
     r = sum(ranks) if kind == "cat" else svd_rank or max(ranks)
     heads = [name for name in found if isinstance(model.get_submodule(name), ModulesToSave)]
-    targets, like = [name for name in found if name not in heads], chosen[0]
+    targets, first = [name for name in found if name not in heads], configs[adapters[0]]
     config = LoraConfig(
-        r, r, like.lora_dropout, targets, modules_to_save=heads, task_type=like.task_type
+        r, r, first.lora_dropout, targets, modules_to_save=heads, task_type=first.task_type
     )
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         names = add_adapter(model, config, adapter_name)
         for name, tensors in found.items():
             own = model.get_submodule(f"{name}.adapters.{adapter_name}")
             for parameter, value in zip(own.parameters(), tensors, strict=True):
-                _fill(parameter, value)
+                # svd has more ranks than asked for; a layer of fewer adapters or lower r has fewer.
+                common = tuple(map(slice, map(min, parameter.shape, value.shape)))
+                parameter.zero_()[common] = value[common].to(parameter)
     return names
 
 
@@ -153,13 +155,6 @@ def _summed_updates(name: str, terms: list[tuple[Any, float]], kind: str) -> lis
     return [Vh, U * S]
 
 
-def _fill(parameter: Tensor, value: Tensor) -> None:
-    # svd has more ranks than asked for; a layer of fewer adapters, or of a lower r, has fewer.
-    parameter.zero_()
-    common = tuple(slice(min(sizes)) for sizes in zip(parameter.shape, value.shape, strict=True))
-    parameter[common] = value[common].to(parameter)
-
-
 def _check_weights(weights: list[float], count: int) -> None:
     if len(weights) != count or not all(map(math.isfinite, weights)):
         problem = f"weights are {weights} for {count} adapters"
@@ -172,7 +167,7 @@ def _share(weight: float, weights: list[float]) -> float:
     return weight / sum(weights)
 
 
-def _check_finite(tensors: dict[str, Tensor]) -> None:
-    broken = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
+def _check_finite(tensors: Iterable[tuple[str, Tensor]]) -> None:
+    broken = [name for name, tensor in tensors if not torch.isfinite(tensor).all()]
     if broken:
         raise MiniloraError(f"combining gives NaN or infinity in {broken[0]}: an adapter is broken")

@@ -37,7 +37,7 @@ OBSOLETE = ("enable_lora", "merge_weights", "runtime_config")
 class LoraConfig:
     """What to adapt and how. Never mutated: what injection resolves goes into a copy."""
 
-    r: int = option(8, "rank of the update B A", least=1, alias="lora_r")
+    r: int = option(8, "rank of the update B A", group="LoRA", least=1, alias="lora_r")
     lora_alpha: int | float = option(8, "the update is scaled by lora_alpha / r")
     lora_dropout: float = option(0.0, "dropout on A's input, in training", least=0, below=1)
     target_modules: list[str] | str | None = option(

@@ -1,11 +1,13 @@
 """LoRA for embeddings: a low-rank update of all rows, or some rows trained in full."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.func import functional_call
 
-from minilora.lora.dora import Magnitude
-from minilora.lora.layer import Wrapper
+from minilora.lora.layer import Magnitude, Wrapper
 
 
 class EmbeddingLora(nn.Module):
@@ -23,13 +25,6 @@ class EmbeddingLora(nn.Module):
         """scaling * (B A)^T, the change to E: (num_embeddings, embedding_dim)."""
         return (self.lora_embedding_B @ self.lora_embedding_A).T * self.scaling
 
-    def merged(self, weight: Tensor, base: Tensor) -> Tensor:
-        """As `Lora.merged`."""
-        if self.lora_magnitude_vector is not None:
-            # The norm runs over an embedding's columns, as over a linear layer's rows.
-            return self.lora_magnitude_vector.merged(weight.T, base.T, self.delta_weight().T).T
-        return weight + self.delta_weight().to(weight.dtype)
-
 
 class LoRAEmbedding(Wrapper):
     """A frozen embedding with its adapters: y = E[ids] + scaling * A^T[ids] B^T for each.
@@ -39,12 +34,6 @@ class LoRAEmbedding(Wrapper):
     Source: peft 0.21 `lora.Embedding`, after microsoft/LoRA `loralib.Embedding`.
     """
 
-    def forward(self, ids: Tensor) -> Tensor:
-        base = result = self.base_layer(ids)
-        for lora in self.in_force():
-            result = self.update(lora, ids, base, result)
-        return result.to(base.dtype)
-
     def update(self, lora: EmbeddingLora, ids: Tensor, base: Tensor, result: Tensor) -> Tensor:
         """`result` plus what `lora` adds to `base`, the base layer's output for ids."""
         A, B, magnitude = lora.lora_embedding_A, lora.lora_embedding_B, lora.lora_magnitude_vector
@@ -52,8 +41,7 @@ class LoRAEmbedding(Wrapper):
         added = after_A @ B.T  # (..., embedding_dim)
         if magnitude is None:
             return result + added * lora.scaling
-        product = (A.T @ B.T).T  # (embedding_dim, num_embeddings)
-        scale = magnitude.scale(self.base_layer.weight.T, lora.scaling * product)
+        scale = magnitude.scale(self.base_layer.weight, lora.scaling * (A.T @ B.T))
         return (result - base) + (scale * base + scale * added * lora.scaling)
 
 
@@ -69,11 +57,6 @@ class TokenRows(nn.Module):
         places = torch.tensor(indices, device=rows.device)
         self.register_buffer("token_indices", places, persistent=False)
 
-    def merged(self, weight: Tensor, base: Tensor) -> Tensor:
-        """`weight` with these rows in place of its own, in its dtype, whatever `base` is."""
-        rows = self.trainable_tokens_delta.to(weight.dtype)
-        return weight.index_copy(0, self.token_indices, rows)
-
 
 class TrainableTokens(Wrapper):
     """A frozen embedding of which, for each active adapter, some rows are trained in full.
@@ -81,22 +64,22 @@ class TrainableTokens(Wrapper):
     Shapes: ids (...), output (..., embedding_dim). Source: peft 0.21 `TrainableTokensLayer`.
     """
 
-    def forward(self, ids: Tensor) -> Tensor:
-        return F.embedding(ids, self.active_weight(), padding_idx=self.base_layer.padding_idx)
-
-    def active_weight(self) -> Tensor:
-        """E with the rows in place: (num_embeddings, embedding_dim)."""
+    def output(self, adapters: list[TokenRows], base: Any, x: Tensor) -> Tensor:
         weight = self.weight
-        for rows in self.in_force():
-            weight = rows.merged(weight, weight)
-        return weight
+        for rows in adapters:
+            weight = self.merged(rows, weight, weight)
+        return functional_call(self.base_layer, {"weight": weight}, x)
+
+    def merged(self, adapter: TokenRows, weight: Tensor, base: Tensor) -> Tensor:
+        """`weight` with the adapter's rows in place of its own, in its dtype."""
+        rows = adapter.trainable_tokens_delta.to(weight.dtype)
+        return weight.index_copy(0, adapter.token_indices, rows)
 
 
-class TiedOutput(Wrapper):
+class TiedOutput(TrainableTokens):
     """A masked language model's output layer, which shares its weight with `TrainableTokens`.
 
-    It reads the same rows and has no tensors of its own, on disk neither: (..., embedding_dim) ->
-    (..., num_embeddings).
+    (..., embedding_dim) -> (..., num_embeddings), with the same rows; on disk it has no tensors.
     """
 
     def __init__(self, base_layer: nn.Linear, tokens: TrainableTokens) -> None:
@@ -111,6 +94,3 @@ class TiedOutput(Wrapper):
     @property
     def bias(self) -> Tensor | None:
         return self.base_layer.bias
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self._tokens[0].active_weight(), self.bias)

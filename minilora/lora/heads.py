@@ -2,7 +2,8 @@
 
 from typing import Any
 
-from torch import Tensor, nn
+import torch
+from torch import nn
 
 from minilora.lora.layer import Wrapper
 
@@ -20,10 +21,10 @@ class ModulesToSave(Wrapper):
 
     def shown(self) -> nn.Module:
         """The active adapter's copy; without one, the original."""
-        return [self.base_layer, *self.in_force()][-1]
+        return [self.base_layer, *self.called(self.active_adapters)][-1]
 
-    def forward(self, *args, **kwargs):
-        return self.shown()(*args, **kwargs)
+    def output(self, adapters: list[Any], base: Any, *args: Any, **kwargs: Any) -> Any:
+        return [self.base_layer, *adapters][-1](*args, **kwargs)
 
 
 def train_heads_in_float32(model: nn.Module) -> None:
@@ -42,10 +43,8 @@ def train_heads_in_float32(model: nn.Module) -> None:
 
 
 def _to_float32(module: Any, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-    def raised(x: Any) -> Any:  # an embedding's ids stay integers
-        return x.float() if isinstance(x, Tensor) and x.is_floating_point() else x
-
-    return tuple(map(raised, inputs))
+    # An embedding's ids stay integers.
+    return tuple(x.float() if torch.is_tensor(x) and x.is_floating_point() else x for x in inputs)
 
 
 def _to_base_dtype(module: Any, _: Any, result: Any) -> Any:

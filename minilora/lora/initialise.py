@@ -10,9 +10,8 @@ from torch import Tensor, nn
 
 from minilora.errors import MiniloraError
 from minilora.lora.config import LoraConfig
-from minilora.lora.dora import Magnitude
 from minilora.lora.embedding import EmbeddingLora
-from minilora.lora.layer import Lora
+from minilora.lora.layer import Lora, Magnitude
 from minilora.lora.targets import pattern_value
 
 
@@ -43,7 +42,7 @@ def new_lora(base: nn.Linear | nn.Embedding, name: str, config: LoraConfig) -> L
     lora.to(base.weight.device, base.weight.dtype)
     if config.use_dora:
         whole = base.weight + lora.delta_weight()
-        lora.lora_magnitude_vector = Magnitude(whole if isinstance(lora, Lora) else whole.T)
+        lora.lora_magnitude_vector = Magnitude(whole, dim=1 if isinstance(lora, Lora) else 0)
     return lora
 
 
@@ -76,23 +75,21 @@ def _initialise_linear(lora: Lora, base: nn.Linear, init: bool | str) -> None:
         raise MiniloraError(f"init_lora_weights={init!r} splits a matrix of rank {rank}: r is {r}")
     else:
         weight = base.weight.to(torch.float32)
-        if init == "olora":  # arXiv:2406.01775: B, A from the QR decomposition of W
-            Q, R = torch.linalg.qr(weight)
-            A.data, B.data = R[:r].contiguous(), Q[:, :r].contiguous()
-        else:
-            A.data, B.data = _pissa(weight, r, lora.scaling, init)
+        A.data, B.data = _principal_part(weight, r, lora.scaling, init)
         # W is reduced by their product: (s B) A, as in PEFT, since (B A) s would round differently.
         base.weight.data = (weight - lora.scaling * B @ A).to(base.weight.dtype)
 
 
-def _pissa(weight: Tensor, r: int, scaling: float, init: str) -> tuple[Tensor, Tensor]:
+def _principal_part(weight: Tensor, r: int, scaling: float, init: str) -> tuple[Tensor, Tensor]:
+    if init == "olora":  # arXiv:2406.01775: A, B from the QR decomposition of W
+        Q, R = torch.linalg.qr(weight)
+        return R[:r].contiguous(), Q[:, :r].contiguous()
     # arXiv:2404.02948: the r principal components of W go into B A, the residual stays in the base.
     if init == "pissa":
         U, S, Vh = torch.linalg.svd(weight, full_matrices=False)
-        U, S, Vh = U[:, :r], S[:r], Vh[:r]
     else:
         niter = int(init.removeprefix("pissa_niter_"))
         U, S, V = torch.svd_lowrank(weight, r, niter=niter)  # draws from the global generator
         Vh = V.t()
-    root = torch.diag(torch.sqrt(S / scaling))
-    return root @ Vh, U @ root
+    root = torch.diag(torch.sqrt(S[:r] / scaling))
+    return root @ Vh[:r], U[:, :r] @ root

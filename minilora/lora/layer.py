@@ -4,13 +4,15 @@
 
 W (out_features, in_features) and b stay as they are. Only A (r, in_features) and B (out_features,
 r) are trained: r * (in + out) numbers in place of in * out. B starts at zero, so that the layer
-starts as its base layer. `bert`'s query, key and value are separate linear layers: the fused-QKV
-LoRA of other libraries is not needed.
+starts as its base layer. With DoRA the direction of W + s B A is trained, and its length apart:
 
-Not here: the first values (`initialise.py`), DoRA's form of the update (`dora.py`), embeddings
-(`embedding.py`), how layers get into a model (`adapters.py`), names on disk (`peft_files.py`).
+    y = W' x + b,  W' = m * (W + s B A) / ||W + s B A||        norms of rows, m (out_features,)
 
-Source: LoRA, arXiv:2106.09685, section 4.1.
+Not here: the first values (`initialise.py`), embeddings (`embedding.py`), how layers get into a
+model (`adapters.py`), names on disk (`peft_files.py`).
+
+Sources: LoRA, arXiv:2106.09685, section 4.1; DoRA, arXiv:2402.09353, section 4. The operations and
+their order are PEFT's (0.21, `lora.Linear.forward`, `tuners/lora/dora.py`), so that every bit is.
 """
 
 from collections.abc import Iterable
@@ -20,7 +22,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minilora.lora.dora import Magnitude
+
+class Magnitude(nn.Module):
+    """DoRA's m; a module, because parameters of modules stand after those of A and B."""
+
+    def __init__(self, weight: Tensor, dim: int) -> None:
+        super().__init__()
+        self.dim = dim  # what the norm runs over: a row of W, a column of an embedding's E
+        self.weight = nn.Parameter(torch.linalg.norm(weight, dim=dim))
+
+    def scale(self, weight: Tensor, delta: Tensor) -> Tensor:
+        """m / ||W + delta||, (out_features,); the norm without a gradient, as in section 4.3."""
+        return self.weight / torch.linalg.norm(weight + delta, dim=self.dim).detach()
 
 
 class Lora(nn.Module):
@@ -47,12 +60,6 @@ class Lora(nn.Module):
         """scaling * B A, the change to W: (out_features, in_features)."""
         return (self.lora_B.weight @ self.lora_A.weight) * self.scaling
 
-    def merged(self, weight: Tensor, base: Tensor) -> Tensor:
-        """`weight`, W beside others' updates, with this one folded in, too; `base` is W alone."""
-        if self.lora_magnitude_vector is not None:
-            return self.lora_magnitude_vector.merged(weight, base, self.delta_weight())
-        return weight + self.delta_weight().to(weight.dtype)
-
 
 class Wrapper(nn.Module):
     """What takes the place of an adapted module: the module as it was, `base_layer`, and its
@@ -65,10 +72,27 @@ class Wrapper(nn.Module):
         self.adapters: Any = nn.ModuleDict()
         self.active_adapters: tuple[str, ...] = ()
 
-    def in_force(self, names: Iterable[str] | None = None) -> list[Any]:
-        """The active adapters, or those called `names`, of which this module has one."""
-        chosen = self.active_adapters if names is None else names
-        return [self.adapters[name] for name in chosen if name in self.adapters]
+    def called(self, names: Iterable[str]) -> list[Any]:
+        """Of the adapters `names` those that this module has."""
+        return [self.adapters[name] for name in names if name in self.adapters]
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.output(self.called(self.active_adapters), None, *args, **kwargs)
+
+    def output(self, adapters: list[Any], base: Any, x: Tensor) -> Tensor:
+        """The output for x with `adapters`; `base` is base_layer(x), if it is known already."""
+        base = result = self.base_layer(x) if base is None else base
+        for adapter in adapters:
+            result = self.update(adapter, x, base, result)
+        return result.to(base.dtype)
+
+    def merged(self, adapter: Any, weight: Tensor, base: Tensor) -> Tensor:
+        """`weight`, W beside others' updates, with `adapter` folded in, too; `base` is W alone."""
+        delta, magnitude = adapter.delta_weight(), adapter.lora_magnitude_vector
+        if magnitude is None:
+            return weight + delta.to(weight.dtype)
+        scale = magnitude.scale(base, delta).unsqueeze(magnitude.dim)
+        return (weight - base + scale * (base + delta)).to(weight.dtype)
 
     def shown(self) -> nn.Module:
         """The module whose attributes this one has: models read them (weight, padding_idx)."""
@@ -88,14 +112,8 @@ class LoRALinear(Wrapper):
 
     fused = False
 
-    def forward(self, x: Tensor) -> Tensor:
-        base = result = self.base_layer(x)  # (..., in_features) -> (..., out_features)
-        for lora in self.in_force():
-            result = self.update(lora, x, base, result)
-        return result.to(base.dtype)
-
     def update(self, lora: Lora, x: Tensor, base: Tensor, result: Tensor) -> Tensor:
-        """`result` plus scaling * B A dropout(x) of one adapter; `base` is base_layer(x)."""
+        """`result`, (..., out_features), plus scaling * B A dropout(x) of one adapter."""
         magnitude = lora.lora_magnitude_vector
         if self.fused and magnitude is None and lora.lora_B.bias is None:
             # minilora's order, of training by default: each row's r numbers are scaled, not its
@@ -107,11 +125,18 @@ class LoRALinear(Wrapper):
             after_A = F.linear(lora.lora_dropout(x.to(dtype)), A) * lora.scaling  # (..., r)
             rows, after_A = result.reshape(-1, out_features), after_A.reshape(-1, r)
             return torch.addmm(rows, after_A, B.t()).view(shape)
-        # PEFT's order (0.21, `lora.Linear.forward`), so that every bit is PEFT's. Over a bfloat16
-        # base all of x is raised to float32 and so is the sum, which `forward` rounds at the end.
+        # PEFT's order. Over a bfloat16 base all of x is raised to float32 and so is the sum, which
+        # `output` rounds at the end.
         x = x.to(lora.lora_A.weight.dtype)
         dropped = lora.lora_dropout(x)
         if magnitude is None:
             return result + lora(dropped) * lora.scaling
-        same = base if dropped is x else None  # the direction must see the x that A sees
-        return result + magnitude(dropped, same, self.base_layer, lora, lora.scaling)
+        # PEFT's way to (B A)^T; it costs more than a matrix product.
+        identity = torch.eye(x.shape[-1], device=x.device, dtype=x.dtype)
+        weight, bias = self.base_layer.weight.to(x.dtype), self.base_layer.bias
+        scale = magnitude.scale(weight, lora.scaling * lora(identity).T.to(x.dtype)).view(1, -1)
+        if dropped is not x:
+            base = F.linear(dropped, weight)  # W must see the x that A sees
+        elif bias is not None:
+            base = base - bias
+        return result + ((scale - 1) * base + scale * lora(dropped) * lora.scaling)

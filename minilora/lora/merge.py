@@ -108,23 +108,21 @@ def _compute_updates_of(model: nn.Module, names: tuple[str, ...], heads: tuple[s
 @torch.no_grad()
 def _merged_parameters(model: nn.Module, names: Iterable[str]) -> dict[str, Tensor]:
     """Name -> value with adapters `names` folded in, of the base layers' parameters they change."""
-    found = {}
+    found: dict[str, Any] = {}
     for name, layer in adapters.adapter_layers(model):
         # A tied output layer reads its embedding's weight.
         if isinstance(layer, ModulesToSave | TiedOutput):
             continue
-        before = dict(layer.base_layer.named_parameters(recurse=False))
-        after: dict[str, Tensor] = {**before}
-        for adapter in layer.in_force(names):
-            after["weight"] = adapter.merged(after["weight"], before["weight"])
+        base = layer.base_layer
+        weight, bias = f"{name}.base_layer.weight", f"{name}.base_layer.bias"
+        for adapter in layer.called(names):
+            found[weight] = layer.merged(adapter, found.get(weight, base.weight), base.weight)
             if isinstance(adapter, Lora) and adapter.lora_B.bias is not None:
-                if "bias" not in before:
+                if base.bias is None:
                     problem = "lora_bias=True has no bias in the base layer to merge into"
                     raise MiniloraError(f"{name}: {problem}")
-                bias = after["bias"] + adapter.lora_B.bias * adapter.scaling
-                after["bias"] = bias.to(before["bias"].dtype)
-        changed = [key for key in before if after[key] is not before[key]]
-        found |= {f"{name}.base_layer.{key}": after[key] for key in changed}
+                added = adapter.lora_B.bias * adapter.scaling
+                found[bias] = (found.get(bias, base.bias) + added).to(base.bias.dtype)
     return found
 
 

@@ -11,13 +11,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from minilora.errors import MiniloraError
 from minilora.lora.adapters import adapter_layers, adapters_of
-from minilora.lora.embedding import LoRAEmbedding
-from minilora.lora.heads import ModulesToSave
-from minilora.lora.layer import LoRALinear, Wrapper
+from minilora.lora.layer import Wrapper
 from minilora.lora.targets import check_known, unwrapped
 
 BASE = "__base__"  # PEFT's name for a row without an adapter
@@ -40,8 +37,7 @@ def adapter_names(model: nn.Module, names: list[str]) -> Iterator[None]:
     rows = {name: places[[other == name for other in names]] for name in names}
     # Inside another such block a layer has a forward of its own already.
     outer = {layer: vars(layer).get("forward") for _, layer in adapter_layers(model)}
-    check = partial(_check_batch, len(names))
-    handle = model.register_forward_pre_hook(check, with_kwargs=True)
+    handle = model.register_forward_pre_hook(partial(_check_batch, len(names)), with_kwargs=True)
     for layer in outer:
         layer.forward = partial(_mixed, layer, rows)
     try:
@@ -81,17 +77,9 @@ def _mixed(layer: Wrapper, rows: dict[str, Tensor], *args: Any, **kwargs: Any) -
 
     result = base.expand(count, *base.shape[1:])
     for name, indices in rows.items():
-        if name not in layer.adapters:
-            continue
-        adapter, inputs = layer.adapters[name], [own(indices, value) for value in args]
-        if isinstance(layer, LoRALinear | LoRAEmbedding):
-            before = own(indices, base)
-            updated = layer.update(adapter, inputs[0], before, before)
-        elif isinstance(layer, ModulesToSave):
+        if adapters := layer.called([name]):
+            inputs = [own(indices, value) for value in (base, *args)]
             named = {key: own(indices, value) for key, value in kwargs.items()}
-            updated = adapter(*inputs, **named)
-        else:
-            weight = adapter.merged(layer.weight, layer.weight)
-            updated = functional_call(layer.base_layer, {"weight": weight}, *inputs)
-        result = result.to(updated.dtype).index_copy(0, indices.to(base.device), updated)
-    return result if isinstance(layer, ModulesToSave) else result.to(base.dtype)
+            updated = layer.output(adapters, *inputs, **named)
+            result = result.to(updated.dtype).index_copy(0, indices.to(base.device), updated)
+    return result

@@ -19,10 +19,10 @@ from minilora import reading
 from minilora.errors import MiniloraError
 from minilora.lora.adapters import adapter_layers, adapters_of
 from minilora.lora.config import LoraConfig
-from minilora.lora.embedding import TiedOutput, TrainableTokens
+from minilora.lora.embedding import TrainableTokens
 from minilora.lora.heads import ModulesToSave
 from minilora.lora.initialise import reduces_base
-from minilora.lora.layer import LoRALinear, Wrapper
+from minilora.lora.layer import LoRALinear
 from minilora.lora.targets import plain_modules, unwrapped
 
 PREFIX = "base_model.model."
@@ -37,12 +37,10 @@ def base_embeddings(model: Any) -> dict[str, nn.Parameter]:
     found = {}
     for name, module in plain_modules(model):
         # One trained in full is in the file anyway.
-        if any(module is layer for layer in layers) and not isinstance(module, ModulesToSave):
-            base = module.base_layer if isinstance(module, Wrapper) else module
-            place = PREFIX + name
-            place += ".token_adapter" if isinstance(module, TrainableTokens | TiedOutput) else ""
-            place += ".base_layer" if isinstance(module, Wrapper) else ""
-            found |= {f"{place}.{key}": p for key, p in base.named_parameters()}
+        if module in layers and not isinstance(module, ModulesToSave):
+            place = f"{name}.token_adapter" if isinstance(module, TrainableTokens) else name
+            base = {k: p for k, p in module.named_parameters() if not k.startswith("adapters.")}
+            found |= {f"{PREFIX}{place}.{key}": parameter for key, parameter in base.items()}
     return found
 
 
@@ -55,17 +53,16 @@ def embeddings_to_write(model: Any, config: LoraConfig) -> dict[str, nn.Paramete
     return found if came or _is_resized(unwrapped(model), config.base_model_name_or_path) else {}
 
 
-def replace_embeddings(model: nn.Module, tensors: dict[str, Tensor]) -> None:
-    """Put an adapter's embeddings, under `base_embeddings`' keys, into the base if they differ."""
-    own, record = base_embeddings(model), adapters_of(model)
-    changed = [key for key in tensors if not torch.equal(own[key], tensors[key].to(own[key]))]
-    if changed and len(record.configs) > 1:
-        problem = f"brings another {changed[0]} than the base's: it must be alone on its model"
-        raise MiniloraError(f"the adapter {problem}")
-    for key in changed:
-        # Tied ones are one parameter under two keys.
-        record.originals.setdefault(own[key], own[key].detach().clone())
-        own[key].data.copy_(tensors[key])
+def keep_embeddings(model: nn.Module, tensors: dict[str, Tensor]) -> None:
+    """Keep the base's embeddings aside where an adapter's `tensors` bring others."""
+    record = adapters_of(model)
+    for key, p in base_embeddings(model).items():
+        if key in tensors and not torch.equal(p, tensors[key].to(p)):
+            if len(record.configs) > 1:
+                problem = f"brings another {key} than the base's: it must be alone on its model"
+                raise MiniloraError(f"the adapter {problem}")
+            # Tied ones are one parameter under two keys.
+            record.originals.setdefault(p, p.detach().clone())
 
 
 @torch.no_grad()

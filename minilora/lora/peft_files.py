@@ -153,25 +153,13 @@ def adapter_files(
     config = adapters_of(model).configs[adapter_name]
     if initial is not None:
         config, tensors = peft_bases.as_plain_update(model, adapter_name, tensors, initial.tensors)
-    tensors |= peft_bases.embeddings_to_write(model, config)
-    stored = {
+    for key, tensor in {**tensors, **peft_bases.embeddings_to_write(model, config)}.items():
         # Tied or sliced tensors would be refused by safetensors; each is stored on its own.
-        key: tensor.detach().to("cpu").clone(memory_format=torch.contiguous_format)
-        for key, tensor in tensors.items()
-    }
+        tensors[key] = tensor.detach().to("cpu").clone(memory_format=torch.contiguous_format)
     return {
-        WEIGHTS_NAME: safetensors.torch.save(stored, metadata={"format": "pt"}),
+        WEIGHTS_NAME: safetensors.torch.save(tensors, metadata={"format": "pt"}),
         CONFIG_NAME: json.dumps(config_to_dict(config), indent=2, sort_keys=True).encode(),
     }
-
-
-def find_adapter(path: str | Path, adapter_name: str = "default") -> Path:
-    """The directory of an adapter: `path/<adapter_name>` if it has a config, else `path`."""
-    named = Path(path) if adapter_name == "default" else Path(path) / adapter_name
-    for directory in (named, Path(path)):
-        if (directory / CONFIG_NAME).is_file():
-            return directory
-    raise MiniloraError(f"no adapter in {path}: found no {named / CONFIG_NAME}")
 
 
 def read_config(directory: Path) -> LoraConfig:
@@ -180,18 +168,24 @@ def read_config(directory: Path) -> LoraConfig:
 
 
 def read_adapter(path: str | Path, adapter_name: str = "default") -> StoredAdapter:
-    """The adapter in a directory. `.safetensors` wins over `.bin`, as in PEFT."""
-    directory = find_adapter(path, adapter_name)
+    """The adapter in `path/<adapter_name>` if that has a config, else in `path`.
+
+    `.safetensors` wins over `.bin`, as in PEFT.
+    """
+    named = Path(path) if adapter_name == "default" else Path(path) / adapter_name
+    directory = named if (named / CONFIG_NAME).is_file() else Path(path)
+    if not (directory / CONFIG_NAME).is_file():
+        raise MiniloraError(f"no adapter in {path}: found no {named / CONFIG_NAME}")
     weights, pickled = directory / WEIGHTS_NAME, directory / PICKLE_NAME
     if weights.is_file():
         tensors = reading.parse_safetensors(reading.read_bytes(weights), weights)
-        return _stored(directory, read_config(directory), tensors)
-    if not pickled.is_file():
+    elif pickled.is_file():
+        tensors = reading.parse_torch(reading.read_bytes(pickled), pickled)
+        items = tensors.items() if isinstance(tensors, dict) else [(None, None)]
+        if not all(isinstance(key, str) and isinstance(tensor, Tensor) for key, tensor in items):
+            raise MiniloraError(f"{pickled} does not hold a dictionary of tensors")
+    else:
         raise MiniloraError(f"{directory} has neither {WEIGHTS_NAME} nor {PICKLE_NAME}")
-    tensors = reading.parse_torch(reading.read_bytes(pickled), pickled)
-    items = tensors.items() if isinstance(tensors, dict) else [(None, None)]
-    if not all(isinstance(key, str) and isinstance(tensor, Tensor) for key, tensor in items):
-        raise MiniloraError(f"{pickled} does not hold a dictionary of tensors")
     return _stored(directory, read_config(directory), tensors)
 
 
@@ -202,34 +196,38 @@ def parse_adapter(directory: Path, config: bytes, weights: bytes) -> StoredAdapt
     return _stored(directory, parsed, reading.parse_safetensors(weights, weights_path))
 
 
-def check_adapter(model: nn.Module, stored: StoredAdapter, adapter_name: str = "default") -> None:
-    """Refuse a stored adapter that is another than the model's: by config, keys, shapes, dtypes."""
-    tensors = adapter_state_dict(model, adapter_name)
+def check_adapter(
+    model: nn.Module, stored: StoredAdapter, adapter_name: str = "default"
+) -> dict[str, Tensor]:
+    """Refuse a stored adapter that is another than the model's: by config, keys, shapes, dtypes.
+
+    Return the model's own tensors (not copies) under the stored ones' keys.
+    """
+    own = adapter_state_dict(model, adapter_name)
     place, config = stored.directory, adapters_of(model).configs[adapter_name]
     changes = [c for c in differing_fields(stored.config, config) if not c.startswith(SELECTING)]
     if changes:
         problem = f"is of another adapter than the model's: {', '.join(changes)}"
         raise MiniloraError(f"{place / CONFIG_NAME} {problem}")
-    lacking, extra = tensors.keys() - stored.tensors.keys(), stored.tensors.keys() - tensors.keys()
-    of_base = {key: p for key, p in peft_bases.base_embeddings(model).items() if key in extra}
-    for key, parameter in of_base.items():
-        rows = next(iter(stored.tensors[key].shape), 0)
-        if rows != len(parameter):
-            found = f"{key} has {rows} rows, not {len(parameter)}"
+    base = peft_bases.base_embeddings(model)
+    for key in sorted(stored.tensors.keys() & base.keys() - own.keys()):
+        own[key], rows = base[key].detach(), next(iter(stored.tensors[key].shape), 0)
+        if rows != len(own[key]):
+            found = f"{key} has {rows} rows, not {len(own[key])}"
             raise MiniloraError(f"{place}: {found}: call resize_token_embeddings({rows}) before")
-    for what, keys in (("lacks", lacking), ("has unexpected", extra - of_base.keys())):
+    lacking, extra = own.keys() - stored.tensors.keys(), stored.tensors.keys() - own.keys()
+    for what, keys in (("lacks", lacking), ("has unexpected", extra)):
         if keys:
             more = f" and {len(keys) - 1} more" if len(keys) > 1 else ""
             raise MiniloraError(f"{place}: the adapter {what} tensor {min(keys)}{more}")
-    reading.check_like({**tensors, **of_base}, stored.tensors, place)
+    reading.check_like(own, stored.tensors, place)
+    return own
 
 
 def assign_adapter(model: nn.Module, stored: StoredAdapter, adapter_name: str = "default") -> None:
     """Check a stored adapter, then copy its values into the model's."""
-    check_adapter(model, stored, adapter_name)
-    own = adapter_state_dict(model, adapter_name)
-    rest = {key: tensor for key, tensor in stored.tensors.items() if key not in own}
-    peft_bases.replace_embeddings(model, rest)
+    own = check_adapter(model, stored, adapter_name)
+    peft_bases.keep_embeddings(model, stored.tensors)
     for key, tensor in own.items():
         tensor.copy_(stored.tensors[key])
 

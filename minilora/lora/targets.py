@@ -32,16 +32,13 @@ DEFAULT_TARGETS = dict.fromkeys(QUERY_AND_VALUE, ("query", "value")) | {
 
 def resolve_config(model: nn.Module, config: LoraConfig) -> LoraConfig:
     """A copy of `config` with what it leaves to the model filled in, as PEFT writes it."""
-    targets = config.target_modules
-    saved = saved_modules(config)
+    targets, saved = config.target_modules, saved_modules(config)
     if isinstance(targets, str) and targets.lower() == "all-linear":
         # All but the output embeddings and the head.
         output = getattr(model, "get_output_embeddings", lambda: None)()
-        linear = [name for name, m in plain_modules(model) if isinstance(m, nn.Linear | LoRALinear)]
-        left_out = [
-            name for name, m in plain_modules(model) if m is output or is_saved(name, saved)
-        ]
-        targets = [name for name in linear if name not in left_out]
+        others = [(name, m) for name, m in plain_modules(model) if m is not output]
+        linear = [name for name, m in others if isinstance(m, nn.Linear | LoRALinear)]
+        targets = [name for name in linear if not is_saved(name, saved)]
     elif targets is None:
         family = getattr(getattr(model, "config", None), "model_type", None)
         if family not in DEFAULT_TARGETS:
@@ -164,7 +161,7 @@ def check_together(model: nn.Module, configs: dict[str, LoraConfig], names: Sequ
         raise MiniloraError(f"adapters {heads} each have modules_to_save: only one can be active")
     for place, layer in plain_modules(model):
         if isinstance(layer, TrainableTokens):
-            rows = [row for own in layer.in_force(names) for row in own.token_indices.tolist()]
+            rows = [row for own in layer.called(names) for row in own.token_indices.tolist()]
             if len(set(rows)) < len(rows):
                 problem = f"train the same rows of {place!r}: only one can be active"
                 raise MiniloraError(f"adapters {list(names)} {problem}")

@@ -19,11 +19,9 @@ def compare_directories(a: str | Path, b: str | Path) -> dict[str, Any]:
     for both numbers where there are none (only in one, another shape).
     """
     sides = [Directory(Path(path)).read() for path in (a, b)]
-    tensors: list[dict[str, Any]] = [side.tensors for side in sides]
-    checkpoints = [side.checkpoint for side in sides if side.checkpoint]
-    if len(checkpoints) == len(sides):
-        states = [dict(_flat("", stored.parts)) for stored in checkpoints]
-        tensors = [one | of for one, of in zip(tensors, states, strict=True)]
+    stored = [side.checkpoint for side in sides if side.checkpoint]
+    states = [dict(_flat("", one.parts)) for one in stored] if len(stored) == 2 else [{}, {}]
+    tensors = [{**side.tensors, **state} for side, state in zip(sides, states, strict=True)]
     names = tensors[0] | tensors[1]
     found = {name: _difference(*(side.get(name) for side in tensors)) for name in names}
     differences = [{"name": name, **values} for name, values in found.items() if values]

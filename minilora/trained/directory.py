@@ -1,6 +1,5 @@
-"""A directory: what it is, what is in it, what a resume would do with it. Read, never changed.
-
-Nothing in it is run, and no model is built.
+"""What a directory is, what is in it, and what a resume would do with it. Nothing in it is changed
+or run, and no model is built.
 """
 
 import math
@@ -26,29 +25,31 @@ from minilora.training.trainer_files import STATE_NAME
 
 
 class Directory:
-    """What is in a directory, each file read once: the kind is told at once, the rest by `read`."""
+    """What is in a directory: the kind is told at once, the rest by `read`."""
 
     def __init__(self, path: Path) -> None:
         self.path, self.kind = path, kind_of(path)
         self.checkpoint: Stored | None = None
         self.settings: dict[str, Any] = {}  # the run's record; of Trainer's, what its files tell
-        self.progress: dict[str, Any] | None = None  # the contents of trainer_state.json
+        self.position: dict[str, Any] | None = None  # how far training has come
         self.log: list[dict[str, Any]] = []
         self.config: dict[str, Any] | None = None  # the adapter's, or the model's
         self.tensors: dict[str, Tensor] = {}  # the same
 
-    def read(self, known: Stored | None = None) -> "Directory":
-        """Read it all (a checkpoint may be `known`). What was read before a damaged file stays."""
-        path, state_file, metrics = self.path, self.path / STATE_NAME, self.path / METRICS_NAME
+    def read(self) -> "Directory":
+        """Read it all. What was read before a damaged file stays."""
+        path, metrics, state_file = self.path, self.path / METRICS_NAME, self.path / STATE_NAME
         if self.kind == "run":
             self.settings = RunRecord.read(path).to_json()
+            names = [checkpoint.name for checkpoint in sorted_checkpoints(path)]
+            self.position = {"finished": "result" in self.settings, "checkpoints": names}
             lines = read_bytes(metrics).splitlines() if metrics.is_file() else []
             self.log = [parse_json(line, metrics) for line in lines]
             for row in self.log:
                 check_like({"step": int}, row, metrics, "a row")
         elif "checkpoint" in self.kind:
-            stored = self.checkpoint = known or read_checkpoint(path)
-            self.progress = stored.progress
+            stored = self.checkpoint = read_checkpoint(path)
+            self._take_progress(stored.progress, stored.manifest and stored.manifest.state)
             if stored.record is not None:
                 self.settings = stored.record.to_json()
             elif stored.manifest is None:
@@ -57,9 +58,7 @@ class Directory:
         elif state_file.is_file():
             progress = read_json(state_file, trainer_files.MAX_STATE_BYTES)
             trainer_files.check_progress(progress, state_file)
-            self.progress = progress
-        if self.progress is not None:
-            self.log = self.progress["log_history"]
+            self._take_progress(progress, None)
         if self.kind == "model":  # whose config may list very many labels
             self.config = read_json(path / "config.json", limit=50_000_000)
             self.tensors = dict(stored_tensors(str(path)))
@@ -68,6 +67,13 @@ class Directory:
             self.config = config_to_dict(adapter.config)
             self.tensors = dict(sorted(adapter.tensors.items()))
         return self
+
+    def _take_progress(self, progress: dict[str, Any], state: dict[str, Any] | None) -> None:
+        self.log = progress["log_history"]
+        named = {"step": "global_step", "max_steps": "max_steps", "epoch": "epoch"}
+        self.position = {name: progress[theirs] for name, theirs in named.items()}
+        if state is not None:
+            self.position |= {name: state[name] for name in ("step_in_epoch", "inexact_from")}
 
 
 def kind_of(path: Path) -> str:
@@ -105,15 +111,14 @@ def inspect_directory(path: str | Path) -> dict[str, Any]:
     refuses has every reason found against it, remarks what else it would say or do.
     """
     directory, problems = Directory(Path(os.path.realpath(path))), []
-    known, resume = _resume(directory)
     try:
-        directory.read(known if known is not None and known.path == directory.path else None)
+        directory.read()
     except MiniloraError as error:
         problems.append(str(error))
     tensors = [_described(name, tensor) for name, tensor in directory.tensors.items()]
     broken = [tensor["name"] for tensor in tensors if tensor["norm"] is None]
     problems += [f"{path}: {name} holds NaN or infinity" for name in broken]
-    verified = _verify(directory, known, problems)
+    verified = _verify(directory, problems)
     trained = sum(tensor.numel() for tensor in directory.tensors.values())
     is_adapter = directory.kind != "model" and directory.config is not None
     return {
@@ -121,44 +126,27 @@ def inspect_directory(path: str | Path) -> dict[str, Any]:
         "kind": directory.kind,
         "problems": problems,
         "verified": verified,
-        "position": _position(directory),
+        "position": directory.position,
         "config": directory.config,
         **{name: directory.settings.get(name) for name in ("arguments", "labels", "result")},
         "tensors": tensors,
         "trainable": {"parameters": trained} if is_adapter else None,
         "log": {"rows": len(directory.log), "last": directory.log[-1] if directory.log else None},
-        "resume": resume,
+        "resume": None if directory.kind in ("adapter", "model") else _resume(directory.path),
     }
 
 
-def _verify(directory: Directory, known: Stored | None, problems: list[str]) -> bool | None:
-    """Whether every hash holds, of a run those of all its checkpoints; `known` has been read."""
-    before, first = len(problems), directory.checkpoint or known
-    whole = [] if first is None else [first]
+def _verify(directory: Directory, problems: list[str]) -> bool | None:
+    """Whether every hash holds, of a run those of all its checkpoints; if not, problems say why."""
+    whole, before = [directory.checkpoint] if directory.checkpoint else [], len(problems)
     for path in sorted_checkpoints(directory.path) if directory.kind == "run" else []:
         try:
-            if known is None or path != known.path:
-                whole.append(read_checkpoint(path))
+            whole.append(read_checkpoint(path))
         except MiniloraError as error:
             problems.append(str(error))
-    lacks = {stored.path: stored.missing() for stored in whole if stored.missing()}
-    problems += [f"{path} lacks {', '.join(names)}" for path, names in lacks.items()]
-    is_hashed = directory.kind in ("run", "checkpoint") and len(whole) > 0
+    problems += [f"{s.path} lacks {', '.join(s.missing())}" for s in whole if s.missing()]
+    is_hashed = directory.kind in ("run", "checkpoint") and whole
     return True if is_hashed and len(problems) == before else None
-
-
-def _position(directory: Directory) -> dict[str, Any] | None:
-    if directory.kind == "run" and directory.settings:
-        names = [path.name for path in sorted_checkpoints(directory.path)]
-        return {"finished": "result" in directory.settings, "checkpoints": names}
-    progress, stored = directory.progress, directory.checkpoint
-    if progress is None:
-        return None
-    named = {"step": "global_step", "max_steps": "max_steps", "epoch": "epoch"}
-    found = {name: progress[theirs] for name, theirs in named.items()}
-    if stored is not None and stored.manifest is not None:
-        found |= {name: stored.manifest.state[name] for name in ("step_in_epoch", "inexact_from")}
-    return found
 
 
 def _described(name: str, tensor: Tensor) -> dict[str, Any]:
@@ -171,22 +159,19 @@ def _described(name: str, tensor: Tensor) -> dict[str, Any]:
     }
 
 
-def _resume(directory: Directory) -> tuple[Stored | None, dict[str, Any] | None]:
-    """The checkpoint that a resume would go on from, and what it would do."""
-    if directory.kind in ("adapter", "model"):
-        return None, None
+def _resume(path: Path) -> dict[str, Any]:
     found: dict[str, Any] = {"checkpoint": None, "step": 0, "max_steps": None}
     try:
-        plan = plan_resume(directory.path)
+        plan = plan_resume(path)
     except MiniloraError as error:
-        return None, {**found, "refuses": [str(error)], "remarks": []}
-    refuses, stored, record = list(plan.refusals), plan.stored, plan.record
+        return {**found, "refuses": [str(error)], "remarks": []}
+    refuses, stored = list(plan.refusals), plan.stored
     if is_held(plan.output_dir):
         refuses.append(f"{plan.output_dir} is in use by another run")
     remarks = [f"{path.name} would be set aside as .{why}-..." for path, why in plan.set_aside]
     remarks += plan.warnings
-    if record is not None:
-        refuses += _unusable_inputs(record)
+    if plan.record is not None:
+        refuses += _unusable_inputs(plan.record)
     elif stored is not None and stored.manifest is None:
         remarks.append("HF Trainer recorded neither the data nor the base model: give them")
     if stored is not None:
@@ -194,7 +179,7 @@ def _resume(directory: Directory) -> tuple[Stored | None, dict[str, Any] | None]
         found = {"checkpoint": str(stored.path), "step": step, "max_steps": max_steps}
         if step >= max_steps:
             remarks.append("finished: nothing is left to train")
-    return stored, {**found, "refuses": refuses, "remarks": remarks}
+    return {**found, "refuses": refuses, "remarks": remarks}
 
 
 def _unusable_inputs(record: RunRecord) -> list[str]:

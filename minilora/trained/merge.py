@@ -1,7 +1,5 @@
-"""A trained adapter folded into its base model and written as an ordinary model directory.
-
-As transformers saves it, tokenizer and label names included: `from_pretrained` loads it, and
-nothing in it needs minilora.
+"""A trained adapter folded into its base model and written as an ordinary model directory, with
+tokenizer and label names: `from_pretrained` loads it, and nothing in it needs minilora.
 """
 
 from pathlib import Path
@@ -16,7 +14,6 @@ from minilora.lora.merge import merge_and_unload
 from minilora.lora.peft_files import load_adapter
 from minilora.trained.opened import load_base, read_record
 from minilora.training.config import DTYPES
-from minilora.training.record import RunRecord
 
 
 def write_merged_model(
@@ -27,11 +24,9 @@ def write_merged_model(
     dtype: str = "float32",
     model_name_or_path: str | None = None,
 ) -> Path:
-    """Merge one run, or several on the same base model and with the same labels, and write the
-    model to `output_dir`: all of it, or nothing. Returns the directory.
-
-    Several need `weights`, one each, as for `combine_adapters`. Sums are taken in the base's dtype,
-    and written in `dtype`.
+    """Merge one run, or several on the same base model and with the same labels (and `weights`, one
+    each, as for `combine_adapters`), and write the model to `output_dir`: all of it, or nothing.
+    Sums are taken in the base's dtype, and written in `dtype`. Returns the directory.
     """
     if dtype not in DTYPES:
         raise MiniloraError(f"dtype is {dtype!r}; it must be one of {', '.join(DTYPES)}")
@@ -39,9 +34,13 @@ def write_merged_model(
         raise MiniloraError(f"{len(paths)} adapters need --weights, a number for each")
     with new_directory(Path(output_dir)) as directory:
         found = [read_record(Path(path), model_name_or_path) for path in paths]
-        _check_together(found)
-        model, tokenizer = load_base(*found[0])
-        adapters = [adapter for adapter, _ in found]
+        (first, expected), adapters = found[0], [adapter for adapter, _ in found]
+        for adapter, record in found:
+            if (record.arguments.task, record.labels) != (expected.arguments.task, expected.labels):
+                raise MiniloraError(f"{adapter} predicts other labels than {first}")
+            if len({record.model_sha256, expected.model_sha256} - {""}) > 1:
+                raise MiniloraError(f"{adapter} is an adapter for another base model than {first}")
+        model, tokenizer = load_base(first, expected)
         if weights is None:
             load_adapter(model, adapters[0])
             merge_and_unload(model)
@@ -55,12 +54,3 @@ def write_merged_model(
                 raise MiniloraError(f"max_shard_size {max_shard_size!r}: {error}") from None
             tokenizer.save_pretrained(directory)
     return Path(output_dir)
-
-
-def _check_together(found: list[tuple[Path, RunRecord]]) -> None:
-    (first, expected), *others = found
-    for adapter, record in others:
-        if (record.arguments.task, record.labels) != (expected.arguments.task, expected.labels):
-            raise MiniloraError(f"{adapter} predicts other labels than {first}")
-        if len({record.model_sha256, expected.model_sha256} - {""}) > 1:
-            raise MiniloraError(f"{adapter} is an adapter for another base model than {first}")

@@ -22,7 +22,7 @@ from minilora.bert.tasks import Task, build_task, foreign_task
 from minilora.errors import MiniloraError
 from minilora.lora.peft_files import CONFIG_NAME, StoredAdapter, read_adapter
 from minilora.trained.directory import kind_of
-from minilora.training.checkpoint import Stored, latest_checkpoint, read_checkpoint
+from minilora.training.checkpoint import latest_checkpoint, read_checkpoint
 from minilora.training.config import TrainConfig
 from minilora.training.progress import say
 from minilora.training.record import RunRecord
@@ -48,8 +48,7 @@ def open_run(
     path: str | Path, model_name_or_path: str | None = None, device: str | None = None
 ) -> TrainedRun:
     """Load what `train` wrote to `path`, one of its checkpoints, or any PEFT adapter, on its base
-    model: `model_name_or_path`, if it is no longer where the files say. The device is by default
-    the recorded one, or cuda where there is one.
+    model (`model_name_or_path`, if that has moved) and device (by default the recorded, or cuda).
     """
     adapter, record = read_record(Path(path), model_name_or_path)
     config = record.arguments
@@ -61,8 +60,7 @@ def open_run(
         config = dataclasses.replace(config, dtype="float32")
     config = starting_model.resolve_modes(config, placed)
     model, tokenizer = load_base(adapter, record)
-    dtype = getattr(torch, config.dtype)
-    starting_model.load_trained(model, adapter, dtype, is_trainable=False)
+    starting_model.load_trained(model, adapter, getattr(torch, config.dtype), is_trainable=False)
     forward = starting_model.choose_forward(config, model.eval(), pad_token_id(tokenizer), placed)
     length = input_length(model, tokenizer, config.max_length)
     record = dataclasses.replace(record, arguments=config)
@@ -73,31 +71,32 @@ def open_run(
 
 
 def read_record(path: Path, model_name_or_path: str | None = None) -> tuple[Path, RunRecord]:
-    """The adapter's directory, and what its files say of it, the base model's name replaced by the
-    given one. No model is loaded.
-    """
-    kind, adapter, record = kind_of(path), path, None
+    """The adapter's directory and its record, the base named as given. No model is loaded."""
+    kind, record = kind_of(path), None
     if kind == "incomplete checkpoint":
         raise MiniloraError(f"{path} is an incomplete checkpoint: give another one")
     if kind == "model":
         raise MiniloraError(f"{path} holds a model and no adapter: load it with transformers")
-    if kind == "run":
+    if kind == "run" and (path / CONFIG_NAME).is_file():  # the last file of an adapter
         record = RunRecord.read(path)
-        if not (path / CONFIG_NAME).is_file():  # the last file of an adapter to be written
-            found = latest_checkpoint(path)
-            if found is None:
-                go_on = f"python -m minilora.train --resume_from_checkpoint {path}"
-                raise MiniloraError(f"{path} has no adapter yet: {go_on}")
-            say(f"{path} is not finished: this is {found.name}")
-            adapter, record = found, _evaluated(read_checkpoint(found))
-    elif kind == "checkpoint":
-        record = _evaluated(read_checkpoint(path))
+    elif kind == "run":
+        found = latest_checkpoint(path)
+        if found is None:
+            go_on = f"python -m minilora.train --resume_from_checkpoint {path}"
+            raise MiniloraError(f"{path} has no adapter yet: {go_on}")
+        say(f"{path} is not finished: this is {found.name}")
+        path, kind = found, "checkpoint"
+    if kind == "checkpoint":
+        stored = read_checkpoint(path)
+        evaluations = [row for row in stored.progress["log_history"] if "eval_loss" in row]
+        last = evaluations[-1] if evaluations else None
+        record = stored.record and dataclasses.replace(stored.record, result=last)
     if record is None:
         return path, _record_of_foreign(read_adapter(path), model_name_or_path)
     if model_name_or_path is not None:
         moved = dataclasses.replace(record.arguments, model_name_or_path=model_name_or_path)
         record = dataclasses.replace(record, arguments=moved)
-    return adapter, record
+    return path, record
 
 
 def load_base(adapter: Path, record: RunRecord) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -118,16 +117,8 @@ def load_base(adapter: Path, record: RunRecord) -> tuple[PreTrainedModel, PreTra
     return start.model, load_tokenizer(str(adapter), None) if saved_beside else start.tokenizer
 
 
-def _evaluated(stored: Stored) -> RunRecord | None:
-    # The record of a checkpoint, with the evaluation that came last before it.
-    rows = [row for row in stored.progress["log_history"] if "eval_loss" in row]
-    result = rows[-1] if rows else None
-    return stored.record and dataclasses.replace(stored.record, result=result)
-
-
 def _record_of_foreign(adapter: StoredAdapter, name: str | None) -> RunRecord:
-    sizes = [tensor.shape[0] for key, tensor in adapter.tensors.items() if HEAD.search(key)]
-    outputs = sizes[0] if sizes else 0
+    outputs = next((t.shape[0] for name, t in adapter.tensors.items() if HEAD.search(name)), 0)
     task = foreign_task(adapter.config.task_type, outputs) or foreign_task("SEQ_CLS", outputs)
     if task is None:
         raise MiniloraError(f"{adapter.directory} has no head (classifier, score, qa_outputs)")

@@ -1,8 +1,7 @@
 """Texts to labels with probabilities.
 
 Texts are taken in windows: a window is tokenised, sorted by length (so that batches hold little
-padding), predicted, and put back in the order it came in. Of a stream, however long, only one
-window is in memory at a time.
+padding), predicted, and put back in its order. Of a stream, only one window is in memory.
 """
 
 import dataclasses
@@ -40,32 +39,34 @@ def predict_texts(
         yield from predictions
 
 
-def rows_of_texts(texts: Iterable[str | tuple[str, str]]) -> Iterator[Row]:
+def rows_of_texts(texts: Iterable[str | tuple[str, str | None]]) -> Iterator[Row]:
     """Texts, or pairs of texts, as rows numbered from 1."""
     for line, text in enumerate(texts, start=1):
         first, second = text if isinstance(text, tuple) else (text, None)
         yield Row(first, second, None, None, line)
 
 
-def rows_of_lines(stream: Iterable[bytes]) -> Iterator[Row]:
+def texts_of_lines(stream: Iterable[bytes]) -> Iterator[str]:
     """One text for each line of UTF-8, an empty line being an empty text."""
     for number, line in enumerate(stream, start=1):
         try:
-            text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+            yield line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
         except UnicodeDecodeError:
             raise MiniloraError(f"standard input, line {number}: not UTF-8") from None
-        yield Row(text.rstrip("\r\n"), None, None, None, number)
 
 
-def rows_of_file(run: TrainedRun, file: Path, text: str | None, pair: str | None) -> list[Row]:
-    """The texts of a file, in columns called as in training unless given here; labels are not
-    looked at, and second texts only where training had them.
+def rows_of_file(
+    run: TrainedRun, file: str | Path, columns: Iterable[str | None], labelled: bool
+) -> list[Row]:
+    """The rows of a file, in columns (text, second text, label) called as in training unless given
+    here. Where they need no labels, second texts are looked at only if training had them.
     """
-    config = run.record.arguments
-    columns = {"text_column": text, "text_pair_column": pair}
-    given = {name: column for name, column in columns.items() if column is not None}
-    rows = run.task.read_rows(file, dataclasses.replace(config, **given), labelled=False)
-    if run.record.pairs is False:
+    names = ("text_column", "text_pair_column", "label_column")
+    asked = zip(names, columns, strict=False)
+    given = {name: column for name, column in asked if column is not None}
+    config = dataclasses.replace(run.record.arguments, **given)
+    rows = run.task.read_rows(Path(file), config, labelled)
+    if run.record.pairs is False and not labelled:
         return [dataclasses.replace(row, pair=None) for row in rows]
     return rows
 
@@ -73,9 +74,7 @@ def rows_of_file(run: TrainedRun, file: Path, text: str | None, pair: str | None
 def predict_windows(
     run: TrainedRun, rows: Iterable[Row], batch_size: int | None = None
 ) -> Iterator[tuple[list[dict[str, Any]], int]]:
-    """The same for rows, window by window: its predictions, and how many of its texts were longer
-    than the model takes, and were cut.
-    """
+    """The same for rows, by window: predictions, and how many texts were too long, and cut."""
     size = batch_size or run.record.arguments.per_device_eval_batch_size
     total, done = len(rows) if isinstance(rows, list) else None, 0
     with tqdm(total=total, desc="predicting", unit=" texts", leave=False, delay=1) as bar:
@@ -85,8 +84,7 @@ def predict_windows(
             examples = tokenize(window, *how, "what is to be predicted", keep=False)
             logits = _logits(run, examples, size, bar)
             predictions = run.task.predictions(window, examples, logits)
-            numbered = [{"index": done + i, **row} for i, row in enumerate(predictions)]
-            yield numbered, examples.truncated
+            yield [{"index": i, **p} for i, p in enumerate(predictions, done)], examples.truncated
             done += len(window)
 
 

@@ -1,6 +1,5 @@
 """A labelled file scored after training, in the very bits in which training scores."""
 
-import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,7 +8,7 @@ import numpy as np
 from minilora.bert.dataset import batches_in_order, shortening, tokenize
 from minilora.bert.tasks import varied
 from minilora.trained.opened import TrainedRun
-from minilora.trained.predict import check_pairs
+from minilora.trained.predict import check_pairs, rows_of_file
 from minilora.training.evaluation import evaluate_model
 from minilora.training.progress import say
 
@@ -35,14 +34,8 @@ def evaluate_file(
     """Score `run` on a labelled file, its columns called as in training unless given here. On
     training's validation file, on the same device: bitwise the numbers that training recorded.
     """
-    config = run.record.arguments
-    columns = dataclasses.replace(
-        config,
-        text_column=text_column or config.text_column,
-        text_pair_column=text_pair_column or config.text_pair_column,
-        label_column=label_column or config.label_column,
-    )
-    rows = run.task.read_rows(Path(file), columns, labelled=True)
+    config, columns = run.record.arguments, (text_column, text_pair_column, label_column)
+    rows = rows_of_file(run, file, columns, labelled=True)
     check_pairs(run, rows)
     examples = tokenize(rows, run.task, run.tokenizer, run.max_length, str(file))
     if told := shortening(examples, len(rows), run.max_length):

@@ -78,13 +78,12 @@ def save_checkpoint(
 def _write(
     output_dir: Path, training: Training, record: RunRecord | None, generators: list[dict[str, Any]]
 ) -> Path:
-    state, arguments = training.state, TrainConfig() if record is None else record.arguments
-    files = peft_files.adapter_files(training.model)
+    state, files = training.state, peft_files.adapter_files(training.model)
     for name, part in _stateful(training).items():
         files[name] = _torch_bytes(part.state_dict())
     for rank, own in enumerate(generators):
         files[generators_name(rank, len(generators))] = _torch_bytes(own)
-    batch_size = arguments.per_device_train_batch_size
+    batch_size = (record.arguments if record else TrainConfig()).per_device_train_batch_size
     files[STATE_NAME] = trainer_files.progress_bytes(training, batch_size, output_dir)
     files[MANIFEST_NAME] = manifest_bytes(state, record, files)
     path = output_dir / f"checkpoint-{state.global_step}"

@@ -26,8 +26,8 @@ def evaluate_model(
     no training number. `task` and `scorer` are those of bert/tasks.
     """
     start, losses, examples = time.perf_counter(), [], 0
-    # In Trainer it is the training loss, smoothed, and whatever that is a mean over, each example
-    # counts once.
+    # Trainer reports the training loss, smoothed; there each example counts once, whatever the loss
+    # is a mean over.
     loss = task.training_loss if hf_parity else task.loss
     whole_texts = getattr(scorer, "whole_texts", lambda *output: output)
     with torch.no_grad(), evaluation_mode(model):
@@ -45,7 +45,7 @@ def evaluate_model(
     seconds = time.perf_counter() - start
     speed = (seconds, examples / seconds, len(losses) / seconds)
     found |= dict(zip(TIMING_KEYS, speed, strict=True))
-    return {f"{prefix}_{name}": value for name, value in found.items()}
+    return {f"{prefix}_{name}": float(value) for name, value in found.items()}
 
 
 @contextlib.contextmanager

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from torch.amp.grad_scaler import GradScaler
 
 from minilora.errors import MiniloraError
 from minilora.training import distributed
@@ -62,8 +63,8 @@ class Timetable:
 def plan_timetable(
     config: TrainConfig, examples: int, validates: bool, world_size: int = 1
 ) -> Timetable:
-    """What the arguments, their modes resolved, mean for so many training examples, with validation
-    data or without, and steps of batches for so many processes.
+    """What resolved arguments mean for so many training examples, with validation data or none, and
+    steps of batches for so many processes.
     """
     batches = math.ceil(examples / (config.per_device_train_batch_size * world_size))
     steps_per_epoch = math.ceil(batches / config.gradient_accumulation_steps)
@@ -92,9 +93,7 @@ class Training:
     forward: nn.Module | None = None  # `fit` calls it, batch to logits; by default the model
     task: Any = None  # one of bert/tasks: what `fit` makes of logits
     # Scales the loss for float16; one that is not enabled does nothing.
-    scaler: torch.amp.GradScaler = field(
-        default_factory=lambda: torch.amp.GradScaler("cpu", enabled=False)
-    )
+    scaler: GradScaler = field(default_factory=lambda: GradScaler("cpu", enabled=False))
     timetable: Timetable = field(default_factory=Timetable)
     state: TrainState = field(default_factory=TrainState)
 
@@ -103,10 +102,8 @@ class Training:
 class Callbacks:
     """What the loop asks of the run around it, and what it tells."""
 
-    # (epoch, steps to skip) to the batches of each optimizer step
-    batches: Callable[[int, int], Iterator[list[Batch]]]
-    # metrics of the validation data under `eval_...` keys
-    evaluate: Callable[[], dict[str, float]] | None
+    batches: Callable[[int, int], Iterator[list[Batch]]]  # each step's, by (epoch, steps to skip)
+    evaluate: Callable[[], dict[str, float]] | None  # validation's metrics under `eval_...` keys
     log: Callable[[dict[str, Any]], None]  # takes a row of metrics.jsonl
     save: Callable[[], None]  # writes a checkpoint
     should_stop: Callable[[], bool]  # asked before each step; if true, the loop saves and ends

@@ -35,13 +35,20 @@ def build_optimizer(model: nn.Module, config: TrainConfig) -> AdamW:
     is Trainer's default and not a matter of speed alone, for its rounding differs from the unfused
     loop's.
     """
+    rate, of_heads, decayed = config.learning_rate, config.head_learning_rate, config.weight_decay
+    pairs = [(rate, decayed), (rate, 0.0)]
+    if config.loraplus_lr_ratio is not None:  # A and all that is not named here, embeddings, B
+        fast = rate * config.loraplus_lr_ratio
+        pairs = [(rate, decayed), (EMBEDDING_RATE, decayed), (fast, decayed), (fast, 0.0)]
+    if of_heads is not None:
+        pairs += [(of_heads, decayed), (of_heads, 0.0)]
+    groups = [{"params": [], "weight_decay": decay, "lr": lr} for lr, decay in pairs]
     in_norms, in_heads = _parameters_in(model, nn.LayerNorm), _parameters_in(model, ModulesToSave)
-    groups, has_own_rate = _empty_groups(config), config.head_learning_rate is not None
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
         exempt = bool(parameter in in_norms or NO_DECAY.search(name.lower()))
-        if has_own_rate and parameter in in_heads:
+        if of_heads is not None and parameter in in_heads:
             index = len(groups) - 2 + exempt
         elif config.loraplus_lr_ratio is None:
             index = int(exempt)
@@ -50,27 +57,14 @@ def build_optimizer(model: nn.Module, config: TrainConfig) -> AdamW:
         else:  # a head's bias is among the fast ones, too, as in PEFT
             index = 2 + exempt if "lora_B" in name or parameter.ndim == 1 else 0
         groups[index]["params"].append(parameter)
-    if has_own_rate and not groups[-2]["params"] + groups[-1]["params"]:
+    if of_heads is not None and not groups[-2]["params"] + groups[-1]["params"]:
         raise MiniloraError("head_learning_rate: no module is trained in full; leave it out")
     betas = (config.adam_beta1, config.adam_beta2)
     return AdamW(groups, config.learning_rate, betas, config.adam_epsilon, fused=True)
 
 
-def _empty_groups(config: TrainConfig) -> list[dict[str, Any]]:
-    rate, of_heads, decayed = config.learning_rate, config.head_learning_rate, config.weight_decay
-    pairs = [(rate, decayed), (rate, 0.0)]
-    if config.loraplus_lr_ratio is not None:  # A and all that is not named here, embeddings, B
-        fast = rate * config.loraplus_lr_ratio
-        pairs = [(rate, decayed), (EMBEDDING_RATE, decayed), (fast, decayed), (fast, 0.0)]
-    if of_heads is not None:
-        pairs += [(of_heads, decayed), (of_heads, 0.0)]
-    return [{"params": [], "weight_decay": decay, "lr": lr} for lr, decay in pairs]
-
-
 def _parameters_in(model: nn.Module, kind: type[nn.Module]) -> set[nn.Parameter]:
-    return {
-        p for module in model.modules() if isinstance(module, kind) for p in module.parameters()
-    }
+    return {p for m in model.modules() if isinstance(m, kind) for p in m.parameters()}
 
 
 def build_scheduler(optimizer: Optimizer, config: TrainConfig, max_steps: int) -> LambdaLR:

@@ -26,13 +26,17 @@ from minilora.reading import check_like, read_bytes, read_json
 from minilora.training import distributed
 from minilora.training.config import TrainConfig, train_config_from_dict
 from minilora.training.loop import TrainState
-from minilora.training.trainer_files import REQUIRED, RNG_NAME, STATE_NAME, generators_in
+from minilora.training.trainer_files import (
+    REQUIRED,
+    RNG_NAME,
+    SCALER_NAME,
+    STATE_NAME,
+    generators_in,
+)
 
 RUN_NAME, MANIFEST_NAME = "run.json", "minilora.json"
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 SCHEMA_VERSION = 1
-
-FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")  # no path, no link out of the directory
 PARTS = (WEIGHTS_NAME, CONFIG_NAME, *REQUIRED, STATE_NAME)
 
 # Of a `TrainState`, all but the log, which trainer_state.json holds.
@@ -143,9 +147,10 @@ class Manifest:
         check_like(STATE, state, path, "state")
         wrong = sorted(state.keys() - STATE.keys())
         wrong += [name for name, value in state.items() if type(value) is int and value < 0]
-        lacks = [name for name in PARTS if name not in files]
-        wrong += [f"no entry for {n}" for n in lacks + ([] if generators_in(files) else [RNG_NAME])]
-        wrong += [f"an entry for {name!r}" for name in files if not FILE_NAME.fullmatch(name)]
+        required = (*PARTS, *(generators_in(files) or [RNG_NAME]))
+        wrong += [f"no entry for {name}" for name in required if name not in files]
+        known = (*required, SCALER_NAME)
+        wrong += [f"an entry for {name!r}" for name in files if name not in known]
         if wrong:
             raise MiniloraError(f"{path} was not written by minilora: it has {wrong[0]}")
         step_name = f"checkpoint-{state['global_step']}"

@@ -91,8 +91,7 @@ def plan_resume(
     why = "invalid" if path == own else "superseded"
     newer = itertools.takewhile(lambda p: stored is None or p != stored.path, newest_first)
     aside = [(passed_over, why) for passed_over in newer] if own == output_dir else []
-    manifest = stored and stored.manifest
-    record = manifest and manifest.record
+    manifest, record = (stored.manifest, stored.record) if stored is not None else (None, None)
     if manifest is None and own is not None and (own / RUN_NAME).is_file():
         record = RunRecord.read(own)
     if stored is None and record is None:
@@ -130,9 +129,8 @@ def check_same_inputs(plan: ResumePlan, record: RunRecord) -> None:
     began = dataclasses.replace(plan.record, arguments=record.arguments)
     changed = changed_inputs(began, record.data_sha256)
     if record.model_sha256 != began.model_sha256:
-        changed.append(
-            f"base model or adapter ({record.arguments.model_name_or_path or 'packaged'})"
-        )
+        name = record.arguments.model_name_or_path or "packaged"
+        changed.append(f"base model or adapter ({name})")
     if record.labels != began.labels:
         changed.append("labels")
     if changed:
@@ -169,3 +167,17 @@ def _arguments(
     bending = [f"{change} (in Trainer's files)" for change in differences(config, told)]
     refuse_bending(differences(lora, asked) + bending)
     return config, lora
+
+
+def check_ranks(plan: ResumePlan, record: RunRecord, examples: int) -> None:
+    """Refuse several processes that do not agree, or have nothing to share."""
+    world_size, step = distributed.world_size(), plan.stored and plan.stored.progress["global_step"]
+    if examples < world_size:
+        raise MiniloraError(f"{world_size} processes for {examples} examples: start fewer")
+    if record.arguments.hf_parity and record.world_size != world_size:
+        began = f"the run began with {record.world_size} processes, and there are {world_size}"
+        raise MiniloraError(f"{began}: with hf_parity they must be as many")
+    machine = {"cpu_capability": None, "num_threads": None}
+    inputs = {"data": record.data_sha256, "labels": record.labels, "base": record.model_sha256}
+    settings = vars(record.arguments) | vars(record.lora) | record.environment | machine
+    distributed.check_agreement(settings | inputs | {"step": step})

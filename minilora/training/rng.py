@@ -1,7 +1,4 @@
-"""Every random generator a run draws from: seeded together, saved together, restored together.
-
-The stream of fast dropout's masks (bert/dropout) is reached through the model's modules.
-"""
+"""Every random generator a run draws from: seeded together, saved together, restored together."""
 
 import random
 from pathlib import Path
@@ -42,12 +39,9 @@ def rng_state(model: nn.Module) -> dict[str, Any]:
 
 
 def set_rng_state(state: dict[str, Any], model: nn.Module) -> None:
-    """Restore what `rng_state` returned. Call it last: whatever is built after it may draw.
-
-    A `mask_stream` that the state lacks (HF Trainer wrote it) is left for the caller to restart.
-    """
+    """Restore what `rng_state` returned. Call it last: whatever is built after it may draw."""
     stream = mask_stream(model)
-    if stream is not None and "mask_stream" in state:
+    if stream is not None and "mask_stream" in state:  # HF Trainer's has none
         stream.set_state(state["mask_stream"])
     random.setstate(state["python"])
     np.random.set_state(state["numpy"])
@@ -77,7 +71,7 @@ def check_rng_state(state: Any, place: Path) -> None:
 
 
 def mask_stream(model: nn.Module) -> Any:
-    """The stream that the model's dropout modules share, or None where dropout is torch's."""
+    """The stream of fast dropout (bert/dropout), which its modules share; None if it is torch's."""
     streams = (getattr(module, "mask_stream", None) for module in model.modules())
     return next((stream for stream in streams if stream is not None), None)
 

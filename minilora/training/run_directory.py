@@ -60,18 +60,18 @@ def fit_in_directory(
         aside = distributed.by_first(partial(files.set_aside, path, reason))
         say(f"warning: {path.name} is {reason} and now named {aside.name}")
     state = training.state
-    metrics_file = MetricsFile(output_dir / METRICS_NAME, state.log_history)
+    metrics = MetricsFile(output_dir / METRICS_NAME, state.log_history)
     saver = Saver(output_dir, training, record)
     with contextlib.closing(TrainingBar(training.timetable.max_steps, state.global_step)) as bar:
         callbacks = Callbacks(
-            batches, evaluate, metrics_file.append, saver.save, should_stop, bar.advance
+            batches, evaluate, metrics.append, saver.save, should_stop, bar.advance
         )
         # The packaged sentences show what training adds.
         at_start = config.eval_on_start or config.train_file is None
         if evaluate is not None and at_start and state.global_step == 0:
             log(training, callbacks, evaluate())
         fit(training, config, callbacks)
-    metrics_file.write_all()
+    metrics.write_all()
     if saver.failure is not None:  # the run ends without its last checkpoint
         raise saver.failure
     losses = state.loss_total + state.loss_sum  # of the whole run, resumes included
@@ -155,9 +155,9 @@ class Saver:
 def rotate_checkpoints(output_dir: Path, limit: int | None, best_step: int | None) -> None:
     """Delete the oldest checkpoints beyond `limit`, never the newest and never the best."""
     checkpoints = [path for path in sorted_checkpoints(output_dir) if not path.is_symlink()]
-    excess = 0 if limit is None else len(checkpoints) - limit
+    excess = 0 if limit is None else max(0, len(checkpoints) - limit)
     oldest_first = [p for p in checkpoints[:0:-1] if p.name != f"checkpoint-{best_step}"]
-    for path in oldest_first[: max(excess, 0)]:
+    for path in oldest_first[:excess]:
         files.remove_directory(path)
 
 

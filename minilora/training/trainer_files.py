@@ -101,18 +101,20 @@ def state_of_progress(progress: dict[str, Any], timetable: Timetable, place: Pat
     Trainer does not save the sum of losses since its last log row, nor does its resume make up for
     it; as there, the next row's mean begins at the checkpoint.
     """
-    step = progress["global_step"]
+    step, log_history = progress["global_step"], progress["log_history"]
     if timetable.max_steps == 0:
         raise MiniloraError(f"{place} counts its position in epochs: give Training a timetable")
+    rows = [{"step": 0}, *(row for row in log_history if "loss" in row)]
+    sums = (row["loss"] * (row["step"] - last["step"]) for last, row in pairwise(rows))
     state = TrainState(
         global_step=step,
         epoch=step // timetable.steps_per_epoch,
         step_in_epoch=step % timetable.steps_per_epoch,
-        loss_total=_logged_losses(progress["log_history"]),
+        loss_total=sum(sums, 0.0),
         logged_step=step,
         best_metric=progress.get("best_metric"),
         best_step=progress.get("best_global_step"),
-        log_history=progress["log_history"],
+        log_history=log_history,
     )
     here = epochs_done(state, timetable)
     if not math.isclose(here, progress["epoch"], abs_tol=1e-6):
@@ -141,25 +143,16 @@ def recorded_arguments(
     if type(progress.get("train_batch_size")) is int and progress["train_batch_size"] > 0:
         found["per_device_train_batch_size"] = progress["train_batch_size"]
     if OPTIMIZER_NAME in parts:
-        found |= _adamw_arguments(parts[OPTIMIZER_NAME], place / OPTIMIZER_NAME)
+        numbers = {"initial_lr": float, "weight_decay": float, "betas": (0.0, 0.0), "eps": float}
+        optimizer = parts[OPTIMIZER_NAME]
+        check_like({"param_groups": [numbers, dict]}, optimizer, place / OPTIMIZER_NAME)
+        group = optimizer["param_groups"][0]
+        found |= {"learning_rate": group["initial_lr"], "weight_decay": group["weight_decay"]}
+        found["adam_beta1"], found["adam_beta2"] = group["betas"]
+        found["adam_epsilon"] = group["eps"]
     if generators := generators_in(parts):
         # A generator's state begins with its seed; Trainer seeded these.
         generator = torch.Generator()
         generator.set_state(parts[generators[0]]["cpu"])
         found["seed"] = generator.initial_seed()
     return found
-
-
-def _adamw_arguments(optimizer: Any, place: Path) -> dict[str, Any]:
-    numbers = {"initial_lr": float, "weight_decay": float, "betas": (0.0, 0.0), "eps": float}
-    check_like({"param_groups": [numbers, dict]}, optimizer, place)
-    group = optimizer["param_groups"][0]
-    values = (group["initial_lr"], group["weight_decay"], *group["betas"], group["eps"])
-    names = ("learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon")
-    return dict(zip(names, values, strict=True))
-
-
-def _logged_losses(log_history: list[dict[str, Any]]) -> float:
-    rows = [{"step": 0}, *(row for row in log_history if "loss" in row)]
-    means = (row["loss"] * (row["step"] - last["step"]) for last, row in pairwise(rows))
-    return sum(means, 0.0)

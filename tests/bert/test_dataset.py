@@ -1,6 +1,7 @@
 """Tokens, batches and the order of an epoch."""
 
 import functools
+from functools import partial
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from minilora.bert.dataset import (
     tokenize,
 )
 from minilora.bert.rows import Row
+from minilora.training.distributed import trainers_batches
 from tests.conftest import task_of
 
 COLLATE = functools.partial(collate_padded, pad_token_id=0)
@@ -102,15 +104,20 @@ def test_the_order_draws_nothing_from_the_global_generator():
 def test_an_epoch_takes_each_example_once(tokenizer, batch_size, accumulation):
     count = 23
     examples = tokenize(rows_of(["bad"] * count), TASK, tokenizer, 8, "f")
-    batches = epoch_batches(examples, 1, batch_size, accumulation, COLLATE, CPU)
-    steps = [[batch["example"].tolist() for batch in step] for step in batches(0, 0)]
+    order, per_step = epoch_order(count, 1, 0), batch_size * accumulation
+
+    def taken(order):
+        how = (per_step, partial(trainers_batches, batch_size=batch_size), COLLATE, CPU)
+        steps = epoch_batches(examples, order, *how)
+        return [[batch["example"].tolist() for batch in step] for step in steps]
+
+    steps = taken(order)
     seen = [row for step in steps for batch in step for row in batch]
-    assert seen == epoch_order(count, 1, 0).tolist()
+    assert seen == order.tolist()
     assert all(len(step) <= accumulation for step in steps)
     assert all(len(batch) == batch_size for step in steps for batch in step[:-1])
     for skip in range(len(steps)):
-        rest = [[batch["example"].tolist() for batch in step] for step in batches(0, skip)]
-        assert rest == steps[skip:]
+        assert taken(order[skip * per_step :]) == steps[skip:]
 
 
 def test_evaluation_keeps_the_files_order(tokenizer):

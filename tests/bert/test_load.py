@@ -10,11 +10,13 @@ import pytest
 import safetensors.torch
 import torch
 from transformers import (
+    AutoModel,
     AutoTokenizer,
     BertForMaskedLM,
     BertModel,
     RobertaConfig,
     RobertaModel,
+    XLMRobertaConfig,
     set_seed,
 )
 
@@ -85,6 +87,22 @@ def test_a_masked_language_model_can_be_the_base(tmp_path):
     BertForMaskedLM(tiny_config()).save_pretrained(tmp_path)
     _, new = load_model(str(tmp_path), None, TASK)
     assert new == ["bert.pooler", "classifier"]
+
+
+@pytest.mark.parametrize("config", [RobertaConfig, XLMRobertaConfig])
+def test_a_head_for_masked_words_is_new_and_their_embeddings_are_not(config, tmp_path):
+    """The words are tied; XLM-RoBERTa has them under the head's name first."""
+    sizes = {**tiny_config().to_diff_dict(), "pad_token_id": 0}
+    AutoModel.from_config(config(**sizes)).save_pretrained(tmp_path)
+    model, new = load_model(str(tmp_path), None, task_of("masked_lm"))
+    assert new == ["lm_head"]
+    assert model.lm_head.decoder.weight is model.get_input_embeddings().weight
+    path, words = tmp_path / "model.safetensors", "embeddings.word_embeddings.weight"
+    tensors = safetensors.torch.load_file(path)
+    del tensors[words]
+    safetensors.torch.save_file(tensors, path, metadata={"format": "pt"})
+    with pytest.raises(MiniloraError, match=rf"lacks tensors .*1 in all.*roberta\.{words}"):
+        load_model(str(tmp_path), None, task_of("masked_lm"))
 
 
 def test_a_trained_head_of_other_labels_is_drawn_anew(tmp_path):

@@ -1,11 +1,12 @@
 """Texts as examples: windows of long ones, and what their logits together say."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, BertTokenizerLegacy
 
 from minilora import MiniloraError, TrainConfig, evaluate_file, fine_tune, open_run, predict_texts
 from minilora.bert.dataset import batches_in_order, tokenize
@@ -52,6 +53,21 @@ def test_windows_leave_the_tokenizer_as_any_call_does(tokenizer):
     before = tokenizer.backend_tokenizer.to_str()
     encode_texts(rows, labels, tokenizer, LENGTH, STRIDE)
     assert tokenizer.backend_tokenizer.to_str() == before
+
+
+@pytest.mark.parametrize("pair", [None, "dull"])
+def test_a_text_that_just_fills_its_example_is_not_cut_whatever_the_tokenizer(
+    tokenizer, tiny_model, pair
+):
+    slow = BertTokenizerLegacy(str(tiny_model / "vocab.txt"))
+    assert not slow.is_fast
+    texts = ["good " * 6, "good " * 7, "good " * 8]
+    rows = [replace(row, pair=pair) for row in rows_of(*texts)]
+    length = 9 + 2 * (pair is not None)
+    for each in (tokenizer, slow):
+        found = encode_texts(rows, np.zeros(3), each, length, None)
+        assert found["truncated"].tolist() == [False, False, True]
+        assert found["lengths"].tolist() == [length - 1, length, length]
 
 
 def test_what_has_no_windows_is_refused_by_name(tokenizer):

@@ -269,3 +269,13 @@ def test_a_weighted_adapter_that_cannot_be_is_refused_and_nothing_is_changed(
     after = ours.state_dict()
     assert after.keys() == before.keys() and list(ours.minilora_adapters.configs) == ["a", "b", "d"]
     assert all(torch.equal(after[name], value) for name, value in before.items())
+
+
+@pytest.mark.parametrize("matrix", ["lora_A", "lora_B"])
+def test_a_broken_matrix_is_found_before_an_adapter_is_added(matrix, tmp_path):
+    ours, _, names = beside(tmp_path, PLAIN, PLAIN)
+    layer = ours.bert.encoder.layer[1].attention.self.query
+    getattr(layer.adapters[names[0]], matrix).weight.data[0, 0] = math.nan
+    with pytest.raises(MiniloraError, match=r"gives NaN or infinity in .*layer\.1\..*query"):
+        add_weighted_adapter(ours, names, [1, 2], "new", "cat")
+    assert list(ours.minilora_adapters.configs) == names

@@ -155,6 +155,7 @@ def main() -> None:
     for _ in range(asked.repeats):
         for label, (name, processes, threads, flags) in CONTESTANTS.items():
             results[label].append(run(name, processes, threads, {**common, **flags}))
+            print(f"{label}: {results[label][-1]}", file=sys.stderr, flush=True)
     print(json.dumps({label: show(label, found) for label, found in results.items()}))
 
 

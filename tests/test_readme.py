@@ -9,8 +9,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from torch.distributed.run import get_args_parser
 
 from minilora import TrainConfig, fine_tune
+from minilora.train import parse_arguments
 
 README = Path(__file__).parent.parent / "README.md"
 BLOCKS = re.findall(r"```python\n(.*?)```", README.read_text(), re.S)
@@ -45,6 +47,24 @@ def test_the_two_commands_of_the_first_block_are_the_ones_ci_runs():
         'pip install -c constraints.txt -e ".[demo]" && python -m minilora.train',
         'pip install -c constraints.txt -e ".[test]" && python -m pytest',
     ]
+
+
+def test_torchrun_and_minilora_take_each_line_that_starts_several_processes():
+    texts = [README.read_text(), (README.parent / "docs" / "several_processes.md").read_text()]
+    lines = re.findall(r"^torchrun (-.*)$", "\n".join(texts), re.M)
+    assert len(lines) == 3
+    for line in lines:
+        asked = get_args_parser().parse_args(line.split())
+        assert asked.module and asked.training_script == "minilora.train"
+        assert parse_arguments(asked.training_script_args)[0]
+
+
+def test_torchrun_takes_r_for_its_own_but_not_behind_dashes(capsys):
+    with pytest.raises(SystemExit):
+        get_args_parser().parse_args(["-m", "minilora.train", "--r", "4"])
+    assert "--r could match --rdzv" in capsys.readouterr().err
+    asked = get_args_parser().parse_args(["-m", "minilora.train", "--", "--r", "4"])
+    assert parse_arguments([word for word in asked.training_script_args if word != "--"])[1]
 
 
 @pytest.mark.slow

@@ -20,6 +20,18 @@ LEARNING_RATE = 1e-3
 R, ALPHA, DROPOUT = 8, 16, 0.1
 
 
+def clocks():
+    """Seconds on the wall, and of all this process's threads on their cores."""
+    return time.perf_counter(), time.process_time()
+
+
+def per_step(times):
+    """Both clocks' seconds of a step, from their times between steps."""
+    names = ("seconds_per_step", "core_seconds_per_step")
+    steps = len(times) - 1
+    return {n: (times[-1][i] - times[0][i]) / steps for i, n in enumerate(names)}
+
+
 def minilora(
     model, train, steps, batch, accumulation, dtype, max_length, targets, device="cpu", **flags
 ):
@@ -29,7 +41,7 @@ def minilora(
     asked_at = []
 
     def should_stop():  # asked before each step
-        asked_at.append(time.perf_counter())
+        asked_at.append(clocks())
         return False
 
     with tempfile.TemporaryDirectory() as directory:
@@ -42,8 +54,7 @@ def minilora(
         lora = {"r": R, "lora_alpha": ALPHA, "lora_dropout": DROPOUT, "target_modules": targets}
         run_fine_tuning(arguments, lora, should_stop)
     # The last step's end is not seen; the ones between two questions are.
-    seconds = asked_at[-1] - asked_at[WARM_UP]
-    return {"seconds_per_step": seconds / (len(asked_at) - 1 - WARM_UP)}
+    return per_step(asked_at[WARM_UP:])
 
 
 def trainer(
@@ -77,7 +88,7 @@ def trainer(
         def on_step_end(self, *arguments, **keywords):
             if device != "cpu" and len(ended_at) in (WARM_UP - 1, steps - 1):
                 torch.cuda.synchronize()  # at both ends of what is timed
-            ended_at.append((time.perf_counter(), time.time()))
+            ended_at.append((*clocks(), time.time()))
 
     set_seed(42)
     tokenizer = AutoTokenizer.from_pretrained(model)
@@ -100,11 +111,7 @@ def trainer(
             callbacks=[Clock()],
         ).train()
     # Grouping puts the longest examples first; like the warm-up, they are not timed.
-    seconds = ended_at[-1][0] - ended_at[WARM_UP - 1][0]
-    return {
-        "seconds_per_step": seconds / (len(ended_at) - WARM_UP),
-        "first_step_at": ended_at[0][1],
-    }
+    return {**per_step(ended_at[WARM_UP - 1 :]), "first_step_at": ended_at[0][-1]}
 
 
 def peft_loop(model, train, steps, batch, accumulation, dtype, max_length, targets):

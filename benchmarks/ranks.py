@@ -3,8 +3,8 @@
     python benchmarks/ranks.py --train train.tsv                       (--model M, --repeats N, --steps N)
 
 The file is headerless `text<TAB>label` lines. A step has 32 examples in all, whoever shares them. Every
-contestant is started once, then again, `--repeats` times over: examples per second, medians and spread, and
-peak memory of all its processes. Of two: the bytes of gradients that a step's all-reduce is given, counted
+contestant is started once, then again, `--repeats` times over: examples per second, medians and spread, and of
+all its processes the time on cores, which other work on the machine changes less, and peak memory. Of two: the bytes of gradients that a step's all-reduce is given, counted
 where torch hands them over and held against the trainable parameters, and its time. Whoever comes first waits
 for the other: of a step the shorter time of both is the sum's own. The last line is JSON.
 """
@@ -102,6 +102,7 @@ def run(name: str, processes: int, threads: int, settings: dict) -> dict:
     first, steps = ranks[0], settings["steps"]
     together = {
         "per_second": EXAMPLES / first["seconds_per_step"],
+        "core_ms": 1000 * sum(rank["core_seconds_per_step"] for rank in ranks),
         "peak_mb": sum(rank["peak_mb"] for rank in ranks),
     }
     if processes > 1:
@@ -122,7 +123,8 @@ def show(label: str, results: list[dict]) -> dict:
     row = {key: statistics.median(result[key] for result in results) for key in results[0]}
     speeds = [result["per_second"] for result in results]
     spread = f"{min(speeds):.4g} to {max(speeds):.4g}"
-    print(f"{label:34} {row['per_second']:7.4g} examples/s ({spread})  {row['peak_mb']:.0f} MB")
+    costs = f"{row['core_ms']:5.0f} ms of cores a step  {row['peak_mb']:.0f} MB"
+    print(f"{label:34} {row['per_second']:7.4g} examples/s ({spread})  {costs}")
     if "parameters" in row:
         is_four = row["bytes_per_step"] == 4 * row["parameters"]
         print(

@@ -147,14 +147,15 @@ class SafeStream:
 def stop_signals() -> Iterator[list[int]]:
     """Inside, the first SIGINT or SIGTERM is put into the list that is yielded, and no more.
 
-    A second one, of either kind, ends the process at once; checkpoints are safe against that.
+    A second one, of either kind, ends the process at once; checkpoints are safe against that. Not
+    under torchrun, which passes on what its whole group got, and kills who does not end.
     Outside the main thread (a notebook's or a server's) signals are left alone.
     """
     received: list[int] = []
     is_main = threading.current_thread() is threading.main_thread()
 
     def remember(number: int, frame: FrameType | None) -> None:
-        if received:
+        if received and "TORCHELASTIC_RUN_ID" not in os.environ:
             # Not reset in advance: python complains of a signal that comes in just before that.
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)

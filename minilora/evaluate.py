@@ -16,12 +16,15 @@ from minilora.files import json_text
 def main() -> None:
     asked = parse_arguments(sys.argv[1:])
     with command.without_collection():  # the slow imports: torch and transformers
-        from minilora.trained.opened import open_run
+        from minilora.trained.opened import check_ranks, open_run
         from minilora.trained.score import evaluate_file
+        from minilora.training import distributed
 
-    run = open_run(asked.path, asked.model_name_or_path, asked.device)
-    columns = (asked.text_column, asked.text_pair_column, asked.label_column)
-    scores = evaluate_file(run, asked.file, *columns)
+    with distributed.joined():
+        run = open_run(asked.path, asked.model_name_or_path, asked.device)
+        check_ranks(run, vars(asked))
+        columns = (asked.text_column, asked.text_pair_column, asked.label_column)
+        scores = evaluate_file(run, asked.file, *columns)
     summary = {**scores.metrics, "file": asked.file, "adapter": str(run.adapter)}
     if asked.confusion_matrix and scores.confusion is not None:
         labels, counts = run.task.labels or [], scores.confusion.tolist()

@@ -130,15 +130,16 @@ def _run(
     if path is None:
         config = TrainConfig(**train_arguments)
         lora = starting_model.new_lora_config(config, lora_arguments)
-        if config.output_dir is None and distributed.world_size() > 1:
-            raise MiniloraError("several processes need one directory: give --output_dir")
+        if config.output_dir is None and distributed.is_launched():
+            raise MiniloraError("torchrun's processes need one directory: give --output_dir")
         # With milliseconds, so that the bare command can be repeated, even by a script.
         dated = datetime.datetime.now().strftime("runs/%Y%m%d-%H%M%S-%f")[:-3]
         plan = resume.ResumePlan(Path(config.output_dir or dated), config, lora)
         with distributed.held_by_first(holding(plan.output_dir, is_new=True), plan.output_dir):
             return train(plan, should_stop)
     own, output_dir = resume.directories(Path(path), train_arguments.get("output_dir"))
-    with distributed.held_by_first(holding(output_dir, is_new=output_dir != own), output_dir):
+    is_new = output_dir != own and not distributed.restarts()
+    with distributed.held_by_first(holding(output_dir, is_new), output_dir):
         plan = resume.plan_resume(Path(path), train_arguments, lora_arguments)
         if plan.refusals:
             raise MiniloraError("; ".join(plan.refusals))

@@ -23,16 +23,21 @@ def main() -> None:
     with command.without_collection():  # the slow imports: torch and transformers
         from minilora.lora.merge import merge_adapter
         from minilora.trained import predict
-        from minilora.trained.opened import open_run
+        from minilora.trained.opened import check_ranks, open_run
+        from minilora.training import distributed
         from minilora.training.progress import say
 
-    with new_lines(Path(asked.output) if asked.output else None) as write:
+    output = Path(asked.output) if asked.output and command.is_first() else None
+    with distributed.joined(), new_lines(output) as write:
         run = open_run(asked.path, asked.model_name_or_path, asked.device)
+        check_ranks(run, vars(asked))
         if asked.file is not None:
             columns = (asked.text_column, asked.text_pair_column)
             rows = predict.rows_of_file(run, asked.file, columns, labelled=False)
         elif asked.text is not None:
             rows = predict.rows_of_texts([(asked.text, asked.text_pair)])
+        elif distributed.world_size() > 1:
+            raise MiniloraError("several processes cannot share standard input: give --file F")
         elif sys.stdin is None:
             raise MiniloraError("standard input is closed: give --text TEXT or --file F")
         else:

@@ -3,13 +3,14 @@
 import faulthandler
 import importlib
 import os
-import socket
 import sys
 import tempfile
 import warnings
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+
+from torch.distributed import TCPStore
 
 import minilora.fine_tuning  # noqa: F401  (imported here, not in every fork)
 from tests import forked
@@ -25,12 +26,10 @@ def run_ranks(
     own_flags: Callable[[int], tuple[object, ...]] = lambda rank: (),
 ) -> list[Finished]:
     """How each rank's `python -m minilora.<command> <flags> <own flags>` ended. `prepare` is called
-    in each before it. Or how a function ended.
+    in each before it. Or how a function ended. The store is this process's, as it is torchrun's.
     """
     main = importlib.import_module(f"minilora.{command}").main if isinstance(command, str) else None
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     with tempfile.TemporaryDirectory() as directory, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # python 3.12 on forks of a process with threads
         places = [
@@ -41,7 +40,8 @@ def run_ranks(
             child = os.fork()
             if child == 0:
                 told = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size}
-                told |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+                told |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": store.port}
+                told |= {"TORCHELASTIC_USE_AGENT_STORE": True, "TORCHELASTIC_RUN_ID": "test"}
                 os.environ |= {name: str(value) for name, value in told.items()}
                 forked.redirect(os.devnull, out, err)
                 faulthandler.dump_traceback_later(seconds * 0.9)  # says where it hangs

@@ -11,6 +11,7 @@ import dataclasses
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -18,14 +19,16 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from minilora import starting_model
 from minilora.bert.forward import Packed, Padded
 from minilora.bert.load import input_length, load_tokenizer, pad_token_id, recorded_labels
+from minilora.bert.splits import file_fingerprint
 from minilora.bert.tasks import Task, build_task, foreign_task
 from minilora.errors import MiniloraError
 from minilora.lora.peft_files import CONFIG_NAME, StoredAdapter, read_adapter
 from minilora.trained.directory import kind_of
+from minilora.training import distributed
 from minilora.training.checkpoint import latest_checkpoint, read_checkpoint
 from minilora.training.config import TrainConfig
 from minilora.training.progress import say
-from minilora.training.record import RunRecord
+from minilora.training.record import RunRecord, environment
 
 # The last layer of a head, itself trained or adapted.
 HEAD = re.compile(r"\.(classifier|score|qa_outputs)\.(out_proj\.)?(lora_B\.)?weight$")
@@ -68,6 +71,14 @@ def open_run(
     if hasattr(task, "recall"):
         task.recall(record.result or {})  # pyright: ignore[reportAttributeAccessIssue]
     return TrainedRun(adapter, record, model, tokenizer, task, forward, length)
+
+
+def check_ranks(run: TrainedRun, asked: dict[str, Any]) -> None:
+    """Refuse several processes whose arguments, adapter, "file" or versions are not the same."""
+    if distributed.world_size() > 1:
+        files = [*run.adapter.glob("adapter_*"), *([Path(asked["file"])] if asked["file"] else [])]
+        digests = {path.name: file_fingerprint(path) for path in files}
+        distributed.check_agreement(asked | environment(run.record.arguments.device) | digests)
 
 
 def read_record(path: Path, model_name_or_path: str | None = None) -> tuple[Path, RunRecord]:

@@ -28,11 +28,12 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from minilora.errors import MiniloraError
+from minilora.training.config import TrainConfig
 
 TOLD_BY_TORCHRUN = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 # What torch says where another process is gone, or does not answer.
 LOST = re.compile(r"gloo|nccl|connection|timed out", re.IGNORECASE)
-SECONDS_TO_TELL = 10  # for rank 0 to notice another's error, before torchrun ends them all
+MAY_DIFFER = ("cpu_capability", "num_threads")
 BUCKET_MB = 1024  # all gradients in one: they are few
 
 T = TypeVar("T")
@@ -66,7 +67,7 @@ def own_device(device: torch.device) -> torch.device:
 
 
 @contextlib.contextmanager
-def joined(timeout: int) -> Iterator[None]:
+def joined(timeout: int = TrainConfig.ddp_timeout) -> Iterator[None]:
     """Inside, the processes that torchrun started can share. They wait for each other for `timeout`
     seconds; then an `OSError` names the rank that does not answer, and where it stood. What a rank
     raises by itself, all raise.
@@ -79,43 +80,46 @@ def joined(timeout: int) -> Iterator[None]:
         dist.init_process_group(backend, timeout=datetime.timedelta(seconds=timeout))
     except (RuntimeError, ValueError) as error:  # a port in use, a rank that nobody started
         raise MiniloraError(f"the processes cannot join: {str(error).splitlines()[0]}") from None
-    store: Any = dist.distributed_c10d._get_default_store()
     try:
         yield
-    except Exception as error:
-        is_lost = isinstance(error, RuntimeError) and LOST.search(str(error))
-        raise (_why_lost(error, store) if is_lost else _tell(error, store)) from error
+    except (Exception, SystemExit) as error:
+        raise _reason(error, dist.distributed_c10d._get_default_store()) from error
     finally:
         with contextlib.suppress(RuntimeError):
             dist.destroy_process_group()
 
 
-def _tell(error: Exception, store: Any) -> Exception:
-    """Leave this rank's own error for the others, and let go of them."""
-    own = f"{type(error).__name__} {error}"
-    with contextlib.suppress(RuntimeError):  # the store is gone
-        is_news = store.compare_set("error", "", own).decode() == own
-        dist.destroy_process_group()
-        if rank() == 0:
-            store.set("noticed", "")
-        elif is_news:
-            store.wait(["noticed"], datetime.timedelta(seconds=SECONDS_TO_TELL))
-    return error
+def _reason(error: BaseException, store: Any) -> BaseException:
+    """What ends this rank: its own error, which it leaves for the others, or what another raised,
+    or which of them is silent. Only a process that ends lets others notice: none may wait here.
+    """
+    is_lost = isinstance(error, RuntimeError) and LOST.search(str(error)) is not None
+    try:
+        if isinstance(error, Exception) and not is_lost:
+            store.compare_set("error", "", f"{type(error).__name__} {error}")
+            return error
+        if is_lost:
+            store.set(f"waits {rank()}", "")
+            time.sleep(1)  # the others have met the same by then
+        if store.check(["error"]):
+            kind, _, told = store.get("error").decode().partition(" ")
+            return MiniloraError(told) if kind == "MiniloraError" else OSError(errno.EIO, told)
+        return _silent(error, store) if is_lost else error
+    except RuntimeError:  # the store is gone, with rank 0 or with torchrun
+        return OSError(errno.ETIMEDOUT, f"rank 0 has ended: {error}") if is_lost else error
 
 
-def _why_lost(error: Exception, store: Any) -> Exception:
-    """What another rank raised, or which of them is silent."""
-    world = int(os.environ["WORLD_SIZE"])
-    store.set(f"waits {rank()}", "")
-    time.sleep(1)  # the others have met the same by then
-    if store.check(["error"]):
-        kind, _, message = store.get("error").decode().partition(" ")
-        store.set("noticed", "")
-        return MiniloraError(message) if kind == "MiniloraError" else OSError(errno.EIO, message)
-    silent = [one for one in range(world) if not store.check([f"waits {one}"])]
+def _silent(error: BaseException, store: Any) -> OSError:
+    """Which ranks do not answer. Where rank 0 is one, the first of the others says so."""
+    ranks = range(int(os.environ["WORLD_SIZE"]))
+    silent = [one for one in ranks if not store.check([f"waits {one}"])]
     stood = [f"rank {one} (at {_place(one, store)})" for one in silent] or ["a rank"]
     reason = f"does not answer rank {rank()} (at {_place(rank(), store)})"
-    return OSError(errno.ETIMEDOUT, f"{', '.join(stood)} {reason}: {str(error).splitlines()[0]}")
+    told = re.sub(r"^\[\S+\] |\. This is .*", "", str(error).splitlines()[0])
+    message = f"{', '.join(stood)} {reason}: {told}"
+    if 0 in silent and rank() == min(set(ranks) - set(silent)):
+        os.write(2, f"error: {message}\n".encode())
+    return OSError(errno.ETIMEDOUT, message)
 
 
 def _place(one: int, store: Any) -> str:
@@ -183,7 +187,7 @@ def check_agreement(values: dict[str, Any]) -> None:
     first, *others = gathered(values)
     for other, theirs in enumerate(others, start=1):
         for name, value in first.items():
-            if theirs.get(name) != value:
+            if theirs.get(name) != value and name not in MAY_DIFFER:
                 found = f"rank {other} has {theirs.get(name)!r} as {name}, rank 0 {value!r}"
                 raise MiniloraError(f"{found}: start all with the same")
 

@@ -227,6 +227,7 @@ def evaluate_and_rank(training: Training, config: TrainConfig, run: Callbacks) -
     if run.evaluate is None:
         return
     state, best = training.state, config.best_metric()
+    distributed.reached(f"the evaluation after step {state.global_step}")
     metrics = run.evaluate()
     log(training, run, metrics)
     if best is None:

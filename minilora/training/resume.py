@@ -64,13 +64,16 @@ def directories(path: Path, asked: str | None) -> tuple[Path | None, Path]:
 
 def after_a_loss(train_arguments: dict[str, Any]) -> dict[str, Any]:
     """The arguments of a run; where torchrun starts it once more because a process was lost, of a
-    resume of what it left in its own directory, if that was begun.
+    resume of what it left in its own directory, if that was begun: of a resume into a new directory
+    if it has a checkpoint, for before that all it has is in the old one.
     """
-    if not distributed.restarts():
+    if not any(distributed.gathered(distributed.restarts())):  # each host counts its own
         return train_arguments
     path, given = train_arguments.get("resume_from_checkpoint"), train_arguments.get("output_dir")
     output_dir = given if path is None else directories(Path(path), given)[1]
-    if output_dir is None or not (Path(output_dir) / RUN_NAME).is_file():
+    place = Path(output_dir or "")
+    begun = (place / RUN_NAME).is_file() if path is None else bool(sorted_checkpoints(place))
+    if not distributed.by_first(lambda: begun and output_dir is not None):
         return train_arguments
     return {**train_arguments, "output_dir": None, "resume_from_checkpoint": str(output_dir)}
 
@@ -177,7 +180,6 @@ def check_ranks(plan: ResumePlan, record: RunRecord, examples: int) -> None:
     if record.arguments.hf_parity and record.world_size != world_size:
         began = f"the run began with {record.world_size} processes, and there are {world_size}"
         raise MiniloraError(f"{began}: with hf_parity they must be as many")
-    machine = {"cpu_capability": None, "num_threads": None}
     inputs = {"data": record.data_sha256, "labels": record.labels, "base": record.model_sha256}
-    settings = vars(record.arguments) | vars(record.lora) | record.environment | machine
+    settings = vars(record.arguments) | vars(record.lora) | record.environment
     distributed.check_agreement(settings | inputs | {"step": step})

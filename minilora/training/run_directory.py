@@ -129,6 +129,7 @@ class Saver:
     def save(self) -> None:
         step, limit = self.training.state.global_step, self.record.arguments.save_total_limit
         self.failure = None
+        distributed.reached(f"the checkpoint of step {step}")
         try:
             save_checkpoint(self.output_dir, self.training, self.record)
         except OSError as error:

@@ -212,7 +212,7 @@ def killed_in_its_commit(of_step):
 
         def hindered(path, files):
             if path.name == f"checkpoint-{of_step}":
-                *whole, last = files
+                *whole, _last = files
                 kept = {name: files[name] for name in whole}
 
                 class Deadly(dict):

@@ -11,6 +11,7 @@ import re
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any, NoReturn
@@ -182,4 +183,6 @@ def _to_nowhere(descriptor: int) -> None:
 def _complain(message: str) -> int:
     # One line, of a length that can be read, whatever a damaged file holds.
     sys.stderr.write(f"error: {' '.join(message.split())[:LONGEST_LINE]}\n")
+    if not is_first() and "torch" not in sys.modules:
+        time.sleep(3)  # rank 0 meets the same; torchrun ends it as soon as another has ended
     return BAD_INPUT

@@ -47,7 +47,7 @@ def main() -> None:
         count, truncated, start = 0, 0, time.perf_counter()
         size = asked.per_device_eval_batch_size
         for predictions, cut in predict.predict_windows(run, rows, size):
-            for prediction in predictions:
+            for prediction in predictions if command.is_first() else []:
                 write(json_text(prediction))
             count, truncated = count + len(predictions), truncated + cut
         seconds = time.perf_counter() - start

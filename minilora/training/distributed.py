@@ -76,8 +76,11 @@ def joined(timeout: int = TrainConfig.ddp_timeout) -> Iterator[None]:
         yield
         return
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    patience = datetime.timedelta(seconds=timeout)
     try:
-        dist.init_process_group(backend, timeout=datetime.timedelta(seconds=timeout))
+        store, own, world = next(dist.distributed_c10d.rendezvous("env://", timeout=patience))
+        store = _of_this_start(store, world, timeout)
+        dist.init_process_group(backend, None, patience, world, own, store)
     except (RuntimeError, ValueError) as error:  # a port in use, a rank that nobody started
         raise MiniloraError(f"the processes cannot join: {str(error).splitlines()[0]}") from None
     try:
@@ -87,6 +90,28 @@ def joined(timeout: int = TrainConfig.ddp_timeout) -> Iterator[None]:
     finally:
         with contextlib.suppress(RuntimeError):
             dist.destroy_process_group()
+
+
+def _of_this_start(store: Any, world: int, timeout: int) -> Any:
+    """The part of torchrun's store that nothing from before a restart is in: its name is what all
+    ranks drew. They have met when each has seen the draws of all.
+    """
+    draws, seen = ([f"{name} {one}" for one in range(world)] for name in ("draw", "seen"))
+    own, deadline = uuid.uuid4().hex, time.monotonic() + timeout
+    store.set(draws[rank()], own)
+    while True:
+        name = " ".join(_read(store, key) for key in draws)
+        store.set(seen[rank()], name)
+        absent = [one for one in range(world) if _read(store, seen[one]) != name]
+        if not absent:
+            return dist.distributed_c10d.PrefixStore(name, store)
+        if time.monotonic() > deadline:
+            raise MiniloraError(f"rank {absent[0]} has not come within {timeout} s")
+        time.sleep(0.05)
+
+
+def _read(store: Any, key: str) -> str:
+    return store.get(key).decode() if store.check([key]) else ""
 
 
 def _reason(error: BaseException, store: Any) -> BaseException:
@@ -101,8 +126,8 @@ def _reason(error: BaseException, store: Any) -> BaseException:
         if is_lost:
             store.set(f"waits {rank()}", "")
             time.sleep(1)  # the others have met the same by then
-        if store.check(["error"]):
-            kind, _, told = store.get("error").decode().partition(" ")
+        if found := _read(store, "error"):
+            kind, _, told = found.partition(" ")
             return MiniloraError(told) if kind == "MiniloraError" else OSError(errno.EIO, told)
         return _silent(error, store) if is_lost else error
     except RuntimeError:  # the store is gone, with rank 0 or with torchrun
@@ -113,17 +138,14 @@ def _silent(error: BaseException, store: Any) -> OSError:
     """Which ranks do not answer. Where rank 0 is one, the first of the others says so."""
     ranks = range(int(os.environ["WORLD_SIZE"]))
     silent = [one for one in ranks if not store.check([f"waits {one}"])]
-    stood = [f"rank {one} (at {_place(one, store)})" for one in silent] or ["a rank"]
-    reason = f"does not answer rank {rank()} (at {_place(rank(), store)})"
+    places = [f"rank {one} (at {_read(store, f'at {one}') or 'the start'})" for one in ranks]
+    stood = [places[one] for one in silent] or ["a rank"]
+    reason = f"does not answer {places[rank()]}"
     told = re.sub(r"^\[\S+\] |\. This is .*", "", str(error).splitlines()[0])
     message = f"{', '.join(stood)} {reason}: {told}"
     if 0 in silent and rank() == min(set(ranks) - set(silent)):
-        os.write(2, f"error: {message}\n".encode())
+        os.write(2, f"\nerror: {message}\n".encode())
     return OSError(errno.ETIMEDOUT, message)
-
-
-def _place(one: int, store: Any) -> str:
-    return store.get(f"at {one}").decode() if store.check([f"at {one}"]) else "the start"
 
 
 def reached(place: str) -> None:

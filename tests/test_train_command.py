@@ -151,12 +151,13 @@ def test_dashes_and_underscores_are_the_same_flag(tiny_model, sentences, tmp_pat
         (["--model_name_or_path", "./nowhere"], "there is no such directory"),
     ],
 )
-def test_bad_input_is_one_line_and_exit_code_2(flags, message, tmp_path):
-    result = run(*flags, cwd=tmp_path)
-    assert result.returncode == 2, result.stderr
-    lines = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
-    assert len(lines) == 1 and message in lines[0], result.stderr
-    assert "Traceback" not in result.stderr and not result.stdout
+def test_bad_input_is_one_line_and_exit_code_2(flags, message, tmp_path, command, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    result = command("train", *flags)
+    assert result.code == 2, result.err
+    lines = [line for line in result.err.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1 and message in lines[0], result.err
+    assert "Traceback" not in result.err and not result.out
 
 
 def test_a_directory_that_is_not_empty_is_refused_and_nothing_in_it_changes(

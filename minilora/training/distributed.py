@@ -25,6 +25,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
 from minilora.errors import MiniloraError
@@ -78,7 +79,7 @@ def joined(timeout: int = TrainConfig.ddp_timeout) -> Iterator[None]:
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     patience = datetime.timedelta(seconds=timeout)
     try:
-        store, own, world = next(dist.distributed_c10d.rendezvous("env://", timeout=patience))
+        store, own, world = next(rendezvous("env://", timeout=patience))
         store = _of_this_start(store, world, timeout)
         dist.init_process_group(backend, None, patience, world, own, store)
     except (RuntimeError, ValueError) as error:  # a port in use, a rank that nobody started

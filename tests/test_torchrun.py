@@ -258,8 +258,8 @@ def hosts():
         for name in names:
             ip("netns", "add", name)
         first, second = names
-        ip("link", "add", "a", "netns", first, "type", "veth", "peer", "name", "b", "netns", second)
-        for name, end, address in ((first, "a", "10.99.0.1"), (second, "b", "10.99.0.2")):
+        ip("link", "add", "end0", "netns", first, "type", "veth", "peer", "end1", "netns", second)
+        for name, end, address in ((first, "end0", "10.99.0.1"), (second, "end1", "10.99.0.2")):
             ip("-n", name, "addr", "add", f"{address}/24", "dev", end)
             ip("-n", name, "link", "set", "lo", "up")
             ip("-n", name, "link", "set", end, "up")
@@ -268,7 +268,7 @@ def hosts():
             subprocess.run(["ip", "netns", "del", name], capture_output=True)
         pytest.skip(f"network namespaces cannot be made here: {error}")
     inside = [("ip", "netns", "exec", name) for name in names]
-    yield inside, lambda state: ip("-n", first, "link", "set", "a", state)
+    yield inside, lambda state: ip("-n", first, "link", "set", "end0", state)
     for name in names:
         ip("netns", "del", name)
 
@@ -276,10 +276,10 @@ def hosts():
 def on_both(inside, module, *flags, before=((), ())):
     """torchrun on both hosts, one process on each."""
     address = ("--master_addr", "10.99.0.1", "--master_port", "29511")
-    for node, end in enumerate("ab"):
+    for node in (0, 1):
         how = ("--nnodes", "2", "--nproc_per_node", "1", "--node_rank", node, *address)
         words = (*inside[node], *before[node])
-        yield Torchrun(how, module, *flags, before=words, GLOO_SOCKET_IFNAME=end)
+        yield Torchrun(how, module, *flags, before=words, GLOO_SOCKET_IFNAME=f"end{node}")
 
 
 def rows_in(out):

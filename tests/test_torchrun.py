@@ -242,3 +242,79 @@ def test_evaluate_and_predict_write_once_what_one_process_writes(
     assert finished.code == 0 and two.read_bytes() == one.read_bytes(), finished.err
     finished = torchrun(TWO, "minilora.predict", *how)
     assert finished.out.splitlines()[:-1] == one.read_text().splitlines()
+
+
+@pytest.fixture
+def hosts():
+    """What starts a command on each of two hosts, which are network namespaces joined by a cable;
+    the first is 10.99.0.1. And a function that cuts the cable, or mends it.
+    """
+    names = [f"minilora{os.getpid()}{side}" for side in "ab"]
+
+    def ip(*words):
+        subprocess.run(["ip", *words], check=True, capture_output=True, timeout=10)
+
+    try:
+        for name in names:
+            ip("netns", "add", name)
+        first, second = names
+        ip("link", "add", "end0", "netns", first, "type", "veth", "peer", "end1", "netns", second)
+        for name, end, address in ((first, "end0", "10.99.0.1"), (second, "end1", "10.99.0.2")):
+            ip("-n", name, "addr", "add", f"{address}/24", "dev", end)
+            ip("-n", name, "link", "set", "lo", "up")
+            ip("-n", name, "link", "set", end, "up")
+    except (OSError, subprocess.SubprocessError) as error:
+        for name in names:
+            subprocess.run(["ip", "netns", "del", name], capture_output=True)
+        pytest.skip(f"network namespaces cannot be made here: {error}")
+    inside = [("ip", "netns", "exec", name) for name in names]
+    yield inside, lambda state: ip("-n", first, "link", "set", "end0", state)
+    for name in names:
+        ip("netns", "del", name)
+
+
+def on_both(inside, module, *flags, before=((), ())):
+    """torchrun on both hosts, one process on each."""
+    address = ("--master_addr", "10.99.0.1", "--master_port", "29511")
+    for node in (0, 1):
+        how = ("--nnodes", "2", "--nproc_per_node", "1", "--node_rank", node, *address)
+        words = (*inside[node], *before[node])
+        yield Torchrun(how, module, *flags, before=words, GLOO_SOCKET_IFNAME=f"end{node}")
+
+
+def rows_in(out):
+    return (out / "metrics.jsonl").read_bytes().count(b"\n")
+
+
+def test_two_hosts_whose_link_is_cut_for_a_while_end_with_the_same_bits(
+    hosts, flags, undisturbed, tmp_path
+):
+    inside, link = hosts
+    out = tmp_path / "out"
+    how = (*flags, "--output_dir", out, "--ddp_timeout", 60)
+    running = list(on_both(inside, "tests.doomed", *how))
+    until(lambda: (out / "checkpoint-10").exists())
+    link("down")
+    time.sleep(1)
+    before = rows_in(out)
+    time.sleep(3)
+    assert rows_in(out) == before < 60  # it stands still
+    link("up")
+    first, second = (one.wait(120) for one in running)
+    assert (first.code, second.code) == (0, 0), first.err + second.err
+    assert_same_run(out, undisturbed)
+
+
+def test_a_directory_that_one_host_does_not_see_is_refused_in_one_line(hosts, flags, tmp_path):
+    inside, _ = hosts
+    mine = f'mount -t tmpfs none {tmp_path} && exec "$@"'
+    if subprocess.run(["unshare", "-m", "sh", "-c", mine, "sh", "true"]).returncode:
+        pytest.skip("a host of one's own mounts cannot be made here")
+    how = (*flags, "--output_dir", tmp_path / "out", "--ddp_timeout", 60)
+    before = ((), ("unshare", "-m", "sh", "-c", mine, "sh"))
+    start = time.monotonic()
+    running = list(on_both(inside, "minilora.train", *how, before=before))
+    first, second = (one.wait(60) for one in running)
+    assert first.code != 0 and second.code != 0 and time.monotonic() - start < 60
+    (line,) = [*lines(first), *lines(second)]
+    assert line in first.err and "rank 1 does not see what rank 0 writes to" in line

@@ -91,19 +91,16 @@ def test_a_killed_rank_is_named_by_the_first_that_is_left(who, flags):
     assert line in finished[first].err
 
 
-@pytest.mark.parametrize("who", [0, 1])
-def test_a_rank_that_hangs_is_named_within_the_timeout(who, flags):
+def test_a_rank_that_hangs_is_named_within_the_timeout(flags):
     def hang():
-        time.sleep(4)
+        time.sleep(3)
         killed()
 
-    start = time.monotonic()
     how = (*flags, "--ddp_timeout", 1)
-    finished = run_ranks(2, "train", *how, prepare=before_step(4, hang, who))
-    assert [one.code for one in finished] == [KILLED if rank == who else 1 for rank in range(2)]
+    finished = run_ranks(2, "train", *how, prepare=before_step(4, hang, who=1))
+    assert [one.code for one in finished] == [1, KILLED]
     (line,) = lines(finished)
-    assert f"rank {who} (at step 4) does not answer rank {1 - who}" in line and "imed out" in line
-    assert time.monotonic() - start < 15
+    assert "rank 1 (at step 4) does not answer rank 0 (at step 4)" in line and "imed out" in line
 
 
 def other_arguments(place):
@@ -195,6 +192,17 @@ def test_a_port_in_use_is_one_line(flags):
     assert finished[0].code == 2 and "cannot join" in line and "in use" in line
 
 
+EACH_THIRD = ("--save_strategy", "steps", "--save_steps", 3, "--logging_steps", 1)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tiny_model, sentences, tmp_path_factory):
+    out = tmp_path_factory.mktemp("undisturbed") / "out"
+    flags = flags_of(tiny_model, sentences[0], out, per_device_train_batch_size=4)
+    assert not any(one.code for one in run_ranks(2, "train", *flags, *EACH_THIRD))
+    return out
+
+
 def after_a_loss(counts=(1, 1)):
     """What tells a fork that torchrun has started it once more."""
 
@@ -233,12 +241,13 @@ def killed_in_its_commit(of_step):
     [
         (before_step(2, killed, who=1), []),
         (before_step(4, killed, who=0), ["checkpoint-3"]),
-        (killed_in_its_commit(3), []),
         (killed_in_its_commit(6), ["checkpoint-3"]),
     ],
 )
-def test_after_a_loss_the_same_command_goes_on_to_the_same_bits(fault, left, flags, tmp_path):
-    flags = [*flags, "--save_strategy", "steps", "--save_steps", 3, "--logging_steps", 1]
+def test_after_a_loss_the_same_command_goes_on_to_the_same_bits(
+    fault, left, flags, undisturbed, tmp_path
+):
+    flags = [*flags, *EACH_THIRD]
     out = tmp_path / "out"
     lost = run_ranks(2, "train", *flags, prepare=fault)
     assert KILLED in [one.code for one in lost] and 0 not in [one.code for one in lost]
@@ -248,8 +257,6 @@ def test_after_a_loss_the_same_command_goes_on_to_the_same_bits(fault, left, fla
     again = run_ranks(2, "train", *flags, prepare=after_a_loss(counts=(0, 1)))
     assert [one.code for one in again] == [0, 0], lines(again)
     assert not list(out.glob(".tmp-checkpoint-*"))
-    undisturbed = tmp_path / "undisturbed"
-    assert not any(one.code for one in run_ranks(2, "train", *flags, "--output_dir", undisturbed))
     theirs = safetensors.torch.load_file(undisturbed / WEIGHTS_NAME)
     assert_equal(safetensors.torch.load_file(out / WEIGHTS_NAME), theirs, 0)
     assert read_rows(out) == read_rows(undisturbed)
@@ -289,10 +296,8 @@ def test_a_second_signal_under_torchrun_is_the_first_passed_on(monkeypatch):
     assert run_forked(twice).code == 2
 
 
-@pytest.mark.parametrize("flags", [("--confusion_matrix",), ()])
-def test_evaluate_shares_its_file_and_has_the_numbers_of_one_process(
-    flags, finished_run, sentences
-):
+def test_evaluate_shares_its_file_and_has_the_numbers_of_one_process(finished_run, sentences):
+    flags = ("--confusion_matrix",)
     alone = run_forked("evaluate", finished_run, "--file", sentences[0], *flags)
     first, *others = run_ranks(3, "evaluate", finished_run, "--file", sentences[0], *flags)
     assert first.code == 0 and not any(one.code or one.out or one.err for one in others), others

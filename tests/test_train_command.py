@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import minilora
-from minilora import LoraConfig, TrainConfig, fine_tune
+from minilora import LoraConfig, TrainConfig, fine_tune, train
 from tests.conftest import read_rows, write_sentences
 
 
@@ -346,3 +346,8 @@ def test_the_bare_command_reaches_its_promised_accuracy(tmp_path):
     assert summary["eval_accuracy"] >= 0.80
     assert summary["eval_accuracy"] >= rows[0]["eval_accuracy"] + 0.20
     assert "eval_accuracy_negation" in result.stdout
+
+
+@pytest.mark.parametrize("flag", ["--r", "--lora_r", "--lora-r"])
+def test_the_rank_has_two_names(flag):
+    assert train.parse_arguments([flag, "4"]) == ({}, {"r": 4})

@@ -247,11 +247,9 @@ def trainers_order(order: np.ndarray, batch_size: int) -> np.ndarray:
     its beginning come once more.
     """
     all_at_once = batch_size * world_size()
-    return (
-        order
-        if world_size() == 1
-        else np.resize(order, -(-len(order) // all_at_once) * all_at_once)
-    )
+    if world_size() == 1:
+        return order
+    return np.resize(order, -(-len(order) // all_at_once) * all_at_once)
 
 
 def trainers_batches(of_step: np.ndarray, batch_size: int) -> list[np.ndarray]:

@@ -46,7 +46,7 @@ def run_ranks(
     own_flags: Callable[[int], tuple[object, ...]] = lambda rank: (),
 ) -> list[Finished]:
     """How each rank's `python -m minilora.<command> <flags> <own flags>` ended. `prepare` is called
-    in each before it. Or how a function ended. Their store is in a process of its own, as torchrun is.
+    in each before it. Or how a function ended. Their store is in a process apart, as torchrun is.
     """
     main = importlib.import_module(f"minilora.{command}").main if isinstance(command, str) else None
     with (

@@ -20,6 +20,7 @@ from tests.test_several_processes import assert_equal, flags_of
 
 pytestmark = pytest.mark.slow
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
+SECONDS = 180  # that nothing here may take, however busy the machine
 
 
 class Torchrun:
@@ -102,7 +103,6 @@ def flags(tiny_model, sentences):
     return words[:at] + words[at + 2 :]
 
 
-SECONDS = 180  # that nothing here may take, however busy the machine
 TWO = ("--standalone", "--nproc_per_node", "2")
 
 
@@ -132,7 +132,7 @@ def test_a_rank_killed_at_ten_random_moments_changes_no_bit(flags, undisturbed, 
     doom.write_text(json.dumps(dooms))
     how = ("--max_restarts", "10", *TWO)
     where = ("--output_dir", out)
-    finished = torchrun(how, "tests.doomed", *flags, *where, doom=doom, seconds=300)
+    finished = torchrun(how, "tests.doomed", *flags, *where, doom=doom, seconds=3 * SECONDS)
     assert finished.code == 0, finished.err
     killed = (tmp_path / "doom.json.log").read_text().splitlines()
     assert killed == [f"{start} {where}" for start, (_, where, _) in enumerate(dooms)]

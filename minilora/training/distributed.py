@@ -1,4 +1,4 @@
-"""Several processes that train one model together: the only room that knows there are ranks.
+"""Several processes that train one model together: the room that knows there are ranks.
 
 torchrun starts them and tells each its rank by the environment; torch.distributed's collectives
 carry what they share. A process alone is rank 0 of 1 and sends nothing. Every rank reads the same
@@ -6,7 +6,8 @@ files and knows the same order of examples; of each step it takes its share. Ran
 
 All ranks call these in the same order: `check_agreement`, `summed`, `gathered`, `by_first`,
 `in_turns`, and the backward pass of what `replicated` returns. A rank that fails elsewhere leaves
-its error where the others, which then wait for it in vain, find it (`joined`).
+its error where the others, which then wait for it in vain, find it (`joined`). Not here: that all
+but rank 0 are silent (`command`, which cannot wait for torch).
 """
 
 import contextlib
@@ -47,7 +48,7 @@ def is_launched() -> bool:
 
 def rank() -> int:
     """Which of the processes this is, from 0."""
-    return int(os.environ["RANK"]) if is_launched() else 0
+    return dist.get_rank() if dist.is_initialized() else 0
 
 
 def world_size() -> int:
@@ -80,7 +81,7 @@ def joined(timeout: int = TrainConfig.ddp_timeout) -> Iterator[None]:
     patience = datetime.timedelta(seconds=timeout)
     try:
         store, own, world = next(rendezvous("env://", timeout=patience))
-        store = _of_this_start(store, world, timeout)
+        store = _of_this_start(store, own, world, timeout)
         dist.init_process_group(backend, None, patience, world, own, store)
     except (RuntimeError, ValueError) as error:  # a port in use, a rank that nobody started
         raise MiniloraError(f"the processes cannot join: {str(error).splitlines()[0]}") from None
@@ -93,16 +94,16 @@ def joined(timeout: int = TrainConfig.ddp_timeout) -> Iterator[None]:
             dist.destroy_process_group()
 
 
-def _of_this_start(store: Any, world: int, timeout: int) -> Any:
+def _of_this_start(store: Any, own: int, world: int, timeout: int) -> Any:
     """The part of torchrun's store that nothing from before a restart is in: its name is what all
     ranks drew. They have met when each has seen the draws of all.
     """
     draws, seen = ([f"{name} {one}" for one in range(world)] for name in ("draw", "seen"))
-    own, deadline = uuid.uuid4().hex, time.monotonic() + timeout
-    store.set(draws[rank()], own)
+    deadline = time.monotonic() + timeout
+    store.set(draws[own], uuid.uuid4().hex)
     while True:
         name = " ".join(_read(store, key) for key in draws)
-        store.set(seen[rank()], name)
+        store.set(seen[own], name)
         absent = [one for one in range(world) if _read(store, seen[one]) != name]
         if not absent:
             return dist.distributed_c10d.PrefixStore(name, store)
@@ -180,7 +181,7 @@ def by_first(do: Callable[[], T]) -> T:
     if rank() == 0:
         try:
             found[0] = do()
-        except Exception as error:
+        except Exception as error:  # whatever it is: the others wait for it
             found[1] = error
     dist.broadcast_object_list(found)
     if found[1] is not None:
@@ -195,14 +196,19 @@ def held_by_first(
     """Rank 0 is inside `holding`, and every rank sees the directory that it holds."""
     with contextlib.ExitStack() as held:
         by_first(lambda: held.enter_context(holding))
-        token = directory / f".tmp-shared-{by_first(lambda: uuid.uuid4().hex[:8])}"
-        by_first(lambda: token.touch() if world_size() > 1 else None)
-        blind = [one for one, sees in enumerate(gathered(token.exists())) if not sees]
-        by_first(lambda: token.unlink(missing_ok=True))
-        if blind and world_size() > 1:
-            problem = f"rank {blind[0]} does not see what rank 0 writes to {directory}"
-            raise MiniloraError(f"{problem}: give an output_dir that all hosts share")
+        if world_size() > 1:
+            _check_shared(directory)
         yield
+
+
+def _check_shared(directory: Path) -> None:
+    token = directory / f".tmp-shared-{by_first(lambda: uuid.uuid4().hex[:8])}"
+    by_first(token.touch)
+    blind = [one for one, sees in enumerate(gathered(token.exists())) if not sees]
+    by_first(token.unlink)
+    if blind:
+        problem = f"rank {blind[0]} does not see what rank 0 writes to {directory}"
+        raise MiniloraError(f"{problem}: give an output_dir that all hosts share")
 
 
 def check_agreement(values: dict[str, Any]) -> None:
@@ -218,9 +224,6 @@ def check_agreement(values: dict[str, Any]) -> None:
 def in_turns(compute: Callable[[T], Any], items: Iterable[T]) -> Iterator[Any]:
     """compute(item) of every item, in order: each is computed by one rank, and all know it."""
     size, waiting = world_size(), []
-    if size == 1:
-        yield from map(compute, items)
-        return
     for item in items:
         waiting.append(item)
         if len(waiting) == size:
@@ -237,8 +240,7 @@ def own_batches(of_step: np.ndarray, lengths: np.ndarray, batch_size: int) -> li
     size = world_size()
     turn = np.arange(len(of_step)) % (2 * size)  # 0, 1, 1, 0, 0, 1, ...: the longest first
     owner = np.minimum(turn, 2 * size - 1 - turn)
-    own = np.sort(np.argsort(-lengths, kind="stable")[owner == rank()])
-    mine = of_step if size == 1 else of_step[own]
+    mine = of_step[np.sort(np.argsort(-lengths, kind="stable")[owner == rank()])]
     return np.split(mine, range(batch_size, len(mine), batch_size)) if len(mine) else []
 
 

@@ -21,15 +21,17 @@ FLOORS = [
     ["starting_model", "model_card"],
     ["trained"],
     ["fine_tuning"],
+    ["config_file"],
     ["command"],
-    ["train", "evaluate", "predict", "merge", "inspect"],
+    ["train", "evaluate", "predict", "merge", "inspect", "env"],
+    ["__main__"],
 ]
 FLOOR_OF = {name: floor for floor, names in enumerate(FLOORS) for name in names}
-COMMANDS = FLOORS[-1]
+COMMANDS = FLOORS[-2]
 FORBIDDEN_NAMES = ("utils", "util", "common", "helpers", "helper", "misc", "base", "manager")
 
 # Budgets: lines of minilora/, and of the core that README names.
-LINES, CORE_LINES = 9_425, 2_230
+LINES, CORE_LINES = 9_601, 2_230
 LINES_OF_A_FILE, LINES_OF_A_FUNCTION, PARAMETERS = 300, 50, 6
 
 

@@ -1,0 +1,26 @@
+"""Print what a report of a fault should name: versions, processor, threads, GPU.
+
+python -m minilora.env
+"""
+
+import os
+import platform
+import sys
+
+from minilora import command
+from minilora.files import json_text
+
+
+def main() -> None:
+    command.Parser("env", usage=__doc__).parse_args(sys.argv[1:])
+    with command.without_collection():  # the slow import: torch
+        from minilora.training.record import environment
+
+    found = environment() | {"platform": platform.platform(), "cores": os.cpu_count()}
+    for name, value in found.items():
+        print(f"{name:<16}{'-' if value is None else value}")
+    print(json_text(found))
+
+
+if __name__ == "__main__":
+    command.run_command(main)

@@ -19,6 +19,7 @@ from minilora.training import distributed
 from minilora.training.checkpoint import restore, save_checkpoint, sorted_checkpoints
 from minilora.training.evaluation import Batch
 from minilora.training.loop import Callbacks, Training, fit, is_finished, log
+from minilora.training.optim import follow_schedule
 from minilora.training.progress import TrainingBar, say
 from minilora.training.record import RUN_NAME, RunRecord
 from minilora.training.resume import ResumePlan
@@ -50,12 +51,17 @@ def fit_in_directory(
     # Again, as Trainer does: how much was drawn so far depends on the model.
     seed_all(config.seed if config.hf_parity else config.seed + distributed.rank())
     is_begun = (output_dir / RUN_NAME).is_file
-    distributed.by_first(lambda: None if is_begun() else record.write(output_dir))
+    is_extended = plan.record is not None and record.extended != plan.record.extended
+    as_is = distributed.by_first(is_begun) and not is_extended
+    distributed.by_first(lambda: None if as_is else record.write(output_dir))
     for warning in plan.warnings:
         say(f"warning: {warning}")
     if plan.stored is not None:
         step = restore(plan.stored, training).global_step
         say(f"resuming {plan.stored.path} at step {step}")
+        if is_extended:
+            follow_schedule(training.scheduler)
+            say(f"extended from step {step} to {training.timetable.max_steps}")
     for path, reason in plan.set_aside:
         aside = distributed.by_first(partial(files.set_aside, path, reason))
         say(f"warning: {path.name} is {reason} and now named {aside.name}")

@@ -110,7 +110,10 @@ def fine_tune(train_config: TrainConfig, lora_config: LoraConfig | None = None) 
     if lora_config is not None:
         resumes = train_config.resume_from_checkpoint is not None
         lora_arguments = changed(lora_config) if resumes else dataclasses.asdict(lora_config)
-    return run_fine_tuning(changed(train_config), lora_arguments, should_stop=lambda: False)
+    given = changed(train_config)
+    if train_config.extend and train_config.max_steps <= 0:  # to the default, too
+        given["num_train_epochs"] = train_config.num_train_epochs
+    return run_fine_tuning(given, lora_arguments, should_stop=lambda: False)
 
 
 def run_fine_tuning(

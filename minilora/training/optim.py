@@ -81,10 +81,11 @@ def build_scheduler(optimizer: Optimizer, config: TrainConfig, max_steps: int) -
     return LambdaLR(optimizer, share)
 
 
-def follow_schedule(scheduler: LambdaLR) -> None:
+def follow_schedule(scheduler: LRScheduler) -> None:
     """Set the rates to the schedule's at its step: those restored are of a schedule that ended
     sooner, and of its last step zero.
     """
+    assert isinstance(scheduler, LambdaLR)
     step, groups = scheduler.last_epoch, scheduler.optimizer.param_groups
     for group, peak, share in zip(groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True):
         group["lr"] = peak * share(step)

@@ -50,10 +50,8 @@ def fit_in_directory(
     config, output_dir = record.arguments, plan.output_dir
     # Again, as Trainer does: how much was drawn so far depends on the model.
     seed_all(config.seed if config.hf_parity else config.seed + distributed.rank())
-    is_begun = (output_dir / RUN_NAME).is_file
-    is_extended = plan.record is not None and record.extended != plan.record.extended
-    as_is = distributed.by_first(is_begun) and not is_extended
-    distributed.by_first(lambda: None if as_is else record.write(output_dir))
+    before = plan.record if plan.stored is None else plan.stored.record
+    is_extended = before is not None and record.extended != before.extended
     for warning in plan.warnings:
         say(f"warning: {warning}")
     if plan.stored is not None:
@@ -62,6 +60,9 @@ def fit_in_directory(
         if is_extended:
             follow_schedule(training.scheduler)
             say(f"extended from step {step} to {training.timetable.max_steps}")
+    is_begun = (output_dir / RUN_NAME).is_file
+    as_it_is = distributed.by_first(is_begun) and not is_extended
+    distributed.by_first(lambda: None if as_it_is else record.write(output_dir))
     for path, reason in plan.set_aside:
         aside = distributed.by_first(partial(files.set_aside, path, reason))
         say(f"warning: {path.name} is {reason} and now named {aside.name}")

@@ -12,8 +12,8 @@ Build, in this order:
    fsync the parent, which is where the new name stands.
 2. If anything raises on the way (a full disk), remove what was made, and raise on.
 3. `latest`: the complete checkpoint with the highest step, as a number.
-4. `rotate`: delete all but the newest. A directory is deleted file by file: rename it to a name that
-   starts with a dot first, so that no half of it bears the name of a checkpoint.
+4. `rotate`: delete all but the newest. A directory is deleted file by file: rename it first to a
+   name that starts with a dot, so that no half of it bears the name of a checkpoint.
 
 Use os.fsync, os.rename or os.replace (or pathlib's methods, which call them): the tests listen to
 them, and kill the process before each in turn.

@@ -23,7 +23,7 @@ CONFIG = {
     "task_type": "SEQ_CLS",
 }
 WEIGHTS = "adapter_model.safetensors"
-A_KEY = "base_model.model.bert.encoder.layer.0.attention.self.query.lora_A.weight"
+A_KEY = "base_model.model.bert.encoder.layer.1.attention.self.value.lora_A.weight"
 IDS = torch.tensor([[2, 7, 9, 3], [2, 5, 3, 0]])
 
 
@@ -121,14 +121,14 @@ def test_what_would_change_the_numbers_is_refused_by_name(field, tmp_path):
         read_config(tmp_path)
 
 
-@pytest.mark.parametrize("damage", ["missing", "unexpected", "another shape"])
+@pytest.mark.parametrize("damage", ["missing", "unexpected", "reshaped"])
 def test_a_file_that_does_not_fit_is_refused_and_changes_nothing(damage, tmp_path):
     written(tmp_path)
     stored, key = load_file(tmp_path / WEIGHTS), A_KEY
     if damage == "missing":
         del stored[key]
     elif damage == "unexpected":
-        key = A_KEY.replace("query", "key")
+        key = A_KEY.replace("value", "key")
         stored[key] = torch.zeros(4, 8)
     else:  # which copy_ would take: it is broadcast
         stored[key] = stored[key][:1].clone()

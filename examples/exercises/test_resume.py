@@ -5,7 +5,6 @@ new process: what your `train` does not seed or restore is not what it was.
 """
 
 import functools
-import os
 import random
 import tempfile
 from pathlib import Path
@@ -15,59 +14,40 @@ import numpy as np
 import pytest
 import torch
 from answers.ex4_resume import epoch_order, train
-from processes import Ended, in_a_process, kill_this_process
-
-# Imports much when it is called first: here, and not in every process.
-torch.optim.AdamW([torch.zeros(1, requires_grad=True)])
+from processes import Ended, in_a_process, kill_in_save, kill_this_process, scatter_generators
 
 WHAT_IT_MEANS = {
-    "step": "steps are skipped or taken twice: the position saved is not the number of steps that "
-    "the saved parameters have taken",
     "examples": "the position in the epoch, or the epoch, was not restored, or the order is not a "
     "function of SEED and the epoch alone",
-    "learning_rate": "the scheduler's state was not restored; or the optimizer's was loaded before "
-    "LambdaLR was built, which sets the rate to that of step 0",
+    "learning_rate": "the scheduler's state was not restored, or the optimizer's, which holds the "
+    "rate; or that was loaded before LambdaLR was built, which sets the rate to that of step 0",
     "loss": "the parameters, those of the frozen layer included, or a generator is not where it "
     "was. Restored too early? Whatever is built afterwards draws again",
     "mean_loss": "the sum of the losses since the last mean was not saved",
 }
-MOMENTS = (
-    "the first loss agrees and a later one does not: the optimizer's moments were not restored"
-)
+MOMENTS = "the optimizer's moments were not restored: the first update after the resume is another"
 
 
-def run(directory: Path, kill_at: int | None = None, kill_in_save: int | None = None) -> Ended:
+def run(directory: Path, kill_at: int = 0, in_save: int = 0) -> Ended:
     """`train(directory)` in another process: its rows, then parameters and next draws."""
 
     def work(report) -> None:
-        for seed in (random.seed, np.random.seed, torch.manual_seed):
-            seed(os.getpid())
-        save, saves = torch.save, 0
-
-        def save_half(value, file, *args, **kwargs) -> None:
-            nonlocal saves
-            saves += 1
-            save(value, file, *args, **kwargs)
-            if saves == kill_in_save:
-                os.truncate(getattr(file, "name", file), 500)
-                kill_this_process()
+        scatter_generators()
+        kill_in_save(in_save)
 
         def tell(row) -> None:
             report(row)
             if row["step"] == kill_at:
                 kill_this_process()
 
-        torch.save = save_half
         model = train(directory, tell)
         report({name: p.detach().numpy().copy() for name, p in model.named_parameters()})
-        report(
-            {"python": random.random(), "numpy": np.random.rand(), "torch": torch.rand(1).item()}
-        )
+        report((random.random(), np.random.rand(), torch.rand(1).item()))
 
     return in_a_process(work)
 
 
-def finished(directory: Path) -> tuple[list[dict], dict, dict]:
+def finished(directory: Path) -> tuple[list[dict], dict, tuple]:
     """(rows, parameters, draws) of a run that is left alone."""
     ended = run(directory)
     assert not ended.error, f"train raised\n{ended.error}"
@@ -75,30 +55,30 @@ def finished(directory: Path) -> tuple[list[dict], dict, dict]:
     return ended.told[:-2], *ended.told[-2:]
 
 
-def assert_resumes(directory: Path) -> None:
-    """`train` goes on in `directory`, and ends as the whole run did."""
+def assert_resumes(directory: Path, first: int) -> None:
+    """`train` goes on in `directory` with step `first`, and ends as the whole run did."""
     (rows, parameters, draws), whole = finished(directory), whole_run()
-    assert rows, "the resumed run took no step"
-    begun, last = rows[0]["step"], rows[-1]["step"]
-    where = f"resumed at step {begun}"
-    assert begun % given.SAVE_STEPS == 1, f"{where}, which is not the one after a checkpoint"
-    assert last == given.TOTAL_STEPS, (
-        f"{where}, it ended after step {last}: {WHAT_IT_MEANS['step']}"
+    steps = [row["step"] for row in rows]
+    assert steps == list(range(first, given.TOTAL_STEPS + 1)), (
+        f"the last checkpoint is of step {first - 1}; the resumed run took the steps {steps}. Is "
+        "the number of steps that are taken saved with the parameters that have taken them?"
     )
-    for row, expected in zip(rows, whole[0][begun - 1 :], strict=False):
+    for row, expected in zip(rows, whole[0][first - 1 :], strict=True):
         for key, meaning in WHAT_IT_MEANS.items():
-            is_moments = key == "loss" and row["step"] > begun
+            is_moments = key == "loss" and row["step"] > first
             assert row[key] == expected[key], (
-                f"{where}; at step {row['step']} {key} is {row[key]}, in the run that was never "
-                f"killed {expected[key]}: {MOMENTS if is_moments else meaning}"
+                f"resumed with step {first}; at step {row['step']} {key} is {row[key]}, in the run "
+                f"that was never killed {expected[key]}: {MOMENTS if is_moments else meaning}"
             )
     wrong = [name for name in parameters if not np.array_equal(parameters[name], whole[1][name])]
-    assert not wrong, f"{where}; the losses agree, but {wrong} end in other bits: {MOMENTS}"
-    assert draws == whole[2], f"{where}; the generators end elsewhere: {draws}, not {whole[2]}"
+    assert not wrong, f"resumed with step {first}, {wrong} end in other bits: {MOMENTS}"
+    assert draws == whole[2], (
+        f"python, numpy and torch draw {draws} next, and not {whole[2]}: a generator is elsewhere"
+    )
 
 
 @functools.cache
-def whole_run() -> tuple[list[dict], dict, dict]:
+def whole_run() -> tuple[list[dict], dict, tuple]:
     """The run that is never killed."""
     with tempfile.TemporaryDirectory() as directory:
         return finished(Path(directory))
@@ -141,23 +121,23 @@ def test_the_run_that_is_left_alone(tmp_path):
 def test_killed_at_a_step_it_ends_in_the_same_bits(step, tmp_path):
     killed = run(tmp_path, kill_at=step)
     assert not killed.error, killed.error
-    assert killed.killed and len(killed.told) == step
-    assert_resumes(tmp_path)
+    saved = (step - 1) // given.SAVE_STEPS * given.SAVE_STEPS
+    assert_resumes(tmp_path, first=saved + 1)
 
 
 def test_killed_again_and_again_it_ends_in_the_same_bits(tmp_path):
     for step in (3, 5, 8):
         assert not (ended := run(tmp_path, kill_at=step)).error, ended.error
-    assert_resumes(tmp_path)
+    assert_resumes(tmp_path, first=7)
 
 
 @pytest.mark.parametrize("number", [1, 2])
 def test_killed_while_it_saves_it_goes_on_from_the_save_before(number, tmp_path):
-    ended = run(tmp_path, kill_in_save=number)
+    ended = run(tmp_path, in_save=number)
     assert not ended.error, ended.error
     assert ended.killed, "no torch.save of yours was met: the test kills the process inside of it"
     try:
-        assert_resumes(tmp_path)
+        assert_resumes(tmp_path, first=(number - 1) * given.SAVE_STEPS + 1)
     except AssertionError as error:
         raise AssertionError(f"half a checkpoint bears the name of a whole one: {error}") from error
 

@@ -48,7 +48,8 @@ def outcomes_of(tests: str, basetemp: Path, answers: Path | None = None) -> dict
         os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
         gc.freeze()
         outcomes = Outcomes()
-        flags = ["-p", "no:cacheprovider", f"--basetemp={basetemp}"]
+        flags = ["-p", "no:cacheprovider", "--assert=plain", "--tb=short"]
+        flags += [f"--basetemp={basetemp}"]
         flags += [] if answers is None else [f"--answers={answers}"]
         code = pytest.main([*tests.split(), *flags], plugins=[outcomes])
         print("\n" + json.dumps(outcomes.said))
@@ -80,7 +81,7 @@ def test_the_page_says_how_to_run_them():
     page = (ROOT / "docs" / "12_exercises.md").read_text()
     commands = re.findall(r"`python -m pytest ([^`]+)`", page)
     files = [f"examples/exercises/test_{name}.py" for name in NAMES]
-    assert [command for command in commands if command in files] == files
+    assert [command for command in dict.fromkeys(commands) if command in files] == files
     assert "examples/exercises --answers examples/exercises/solutions" in commands
     for path in re.findall(r"examples/exercises[\w/.]*", " ".join(commands)):
         assert (ROOT / path).exists()
@@ -235,6 +236,32 @@ MISTAKES = [
         "ex4_resume", "    generator = torch.Generator().manual_seed(SEED + epoch)\n    return "
         "torch.randperm(EXAMPLES, generator=generator)", "    return torch.randperm(EXAMPLES)",
         "test_the_order_of_an_epoch_is_a_function_of_the_epoch", "it depends on the past",
+    ),
+    Mistake(
+        "ex4_resume", "    np.random.seed(SEED)\n", "",
+        "test_the_run_that_is_left_alone", "two runs that nobody kills differ",
+    ),
+    Mistake(
+        "ex4_resume", "    torch.manual_seed(SEED)\n    model = Model()\n",
+        "    model = Model()\n    torch.manual_seed(SEED)\n",
+        "test_the_run_that_is_left_alone", "seed first",
+    ),
+    Mistake(
+        "ex4_resume", "        tell(row)\n        if progress.step % SAVE_STEPS == 0 or "
+        "progress.step == TOTAL_STEPS:\n            save(path, progress, **parts)\n",
+        "        if progress.step % SAVE_STEPS == 0:\n            save(path, progress, **parts)\n"
+        "        tell(row)\n",
+        "test_killed_at_a_step_it_ends_in_the_same_bits[2]", "took the steps [3, 4",
+    ),
+    Mistake(
+        "ex4_resume", "        progress = restore(path, **parts)\n",
+        "        progress = restore(path, **parts)\n        optimizer.state.clear()\n",
+        "test_killed_at_a_step_it_ends_in_the_same_bits[9]", "end in other bits",
+    ),
+    Mistake(
+        "ex4_resume", "    return model\n",
+        "    torch.rand(os.getpid() % 9999)\n    return model\n",
+        "test_killed_at_a_step_it_ends_in_the_same_bits[1]", "a generator is elsewhere",
     ),
     Mistake(
         "ex4_resume", "if path.exists():", "if False:",

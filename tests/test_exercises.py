@@ -108,6 +108,46 @@ def test_a_solution_keeps_to_the_signatures(name):
     assert [s for s in signatures(exercise) if s not in solved and not s.startswith(free)] == []
 
 
+# Other ways to be right, each of them one replacement in a solution, and the tests that see it.
+AS_GOOD = [
+    (
+        "ex1_layer",
+        "",
+        "self.lora_B(self.lora_A(self.lora_dropout(x))) * self.scaling",
+        "self.lora_B(self.lora_A(self.lora_dropout(x)) * self.scaling)",
+    ),
+    (
+        "ex4_resume",
+        "::test_killed_while_it_saves_it_goes_on_from_the_save_before",
+        """    with open(temporary, "wb") as file:
+        torch.save(whole, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+""",
+        "    torch.save(whole, temporary)\n    temporary.replace(path)\n",
+    ),
+    ("ex5_commit", "", "os.rename(temporary, path)", "temporary.replace(path)"),
+    (
+        "ex6_packing",
+        "",
+        "return segments[:, None] == segments[None, :]",
+        "return (segments[:, None] - segments[None, :]) == 0",
+    ),
+]
+
+
+def test_other_right_answers_pass(tmp_path):
+    tests = []
+    for exercise, which, ours, theirs in AS_GOOD:
+        solution = (SOLUTIONS / f"{exercise}.py").read_text()
+        assert ours in solution
+        (tmp_path / f"{exercise}.py").write_text(solution.replace(ours, theirs))
+        tests.append(f"examples/exercises/test_{exercise.partition('_')[2]}.py{which}")
+    outcomes = outcomes_of(" ".join(tests), tmp_path / "base", tmp_path)
+    assert len(outcomes) > 20 and set(outcomes.values()) == {""}, outcomes
+
+
 @dataclass(frozen=True)
 class Mistake:
     exercise: str

@@ -76,8 +76,11 @@ def section(command: str) -> str:
     """A command's purpose and usage, as its module says it, and a table for each group of flags."""
     parser = parser_of(command)
     purpose, _, usage = (parser.usage or "").strip().partition("\n\n")
-    usage, _, more = usage.replace("\n    ", "\n").strip().partition("\n\n")
-    lines = [f"## {command}", "", purpose, "", "```", usage, "```"]
+    usage, _, more = usage.strip().partition("\n\n")
+    lines = [f"## {command}", "", purpose, ""]
+    for line in usage.splitlines():
+        way, *remark = re.split(" {3,}", line.strip(), maxsplit=1)
+        lines.append(f"- `{way}`" + "".join(f": {words}" for words in remark))
     lines += ["", more] if more else []
     is_train, groups = command == "train", dict[str, list[str]]()
     traits = {field.name: field.metadata for field in dataclasses.fields(TrainConfig)}

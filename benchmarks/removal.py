@@ -94,16 +94,17 @@ def values(training, is_lora: bool) -> Callable[[], Any]:
 
 PARTS = [nothing, generators, position, optimizer, scheduler, both, head, adapter]
 
+# What it is called, and what transformers 5.23 Trainer does without it.
 NAMES = {
-    "nothing": "nothing",
-    "generators": "the generators",
-    "position": "the place in the epoch",
-    "optimizer": "the optimizer",
-    "scheduler": "the scheduler",
-    "both": "optimizer and scheduler",
-    "head": "the head",
-    "adapter": "A and B",
-    "scale": "the loss scale",
+    "nothing": ("nothing", "the same"),
+    "generators": ("the generators", "resumes silently"),
+    "position": ("the place in the epoch", "the same, if asked to (`ignore_data_skip`)"),
+    "optimizer": ("the optimizer", "resumes silently, without the scheduler, too"),
+    "scheduler": ("the scheduler", "resumes silently, without the optimizer, too"),
+    "both": ("optimizer and scheduler", "resumes silently"),
+    "head": ("the head", "an exception"),
+    "adapter": ("A and B", "resumes silently"),
+    "scale": ("the loss scale", "resumes silently"),
 }
 
 
@@ -254,34 +255,33 @@ def train_in_half(directory: Path, steps: range, part=nothing) -> list[dict]:
 # ---- telling
 def tables(results: dict) -> list[str]:
     parts, half = results["parts"], results["half"]
-    lines = [
-        "| left out | first loss that differs, after the step resumed at | mean difference of the next 10 "
-        "losses | of the next 50 | final tensors off by | validation loss, accuracy at the end |",
-        "|---|---|---|---|---|---|",
-    ]
-    for name, found in parts.items():
-        if name != "true":
-            ends = f"{found['eval_loss'][-1][1]:.3f}, {found['eval_accuracy'][-1][1]:.3f}"
-            row = [NAMES[name], *differences(found, MIDDLE), f"{found['distance']:.2f}", ends]
-            lines.append(f"| {' | '.join(row)} |")
-    small = [
-        "| left out | first loss that differs, after the step resumed at | mean difference of the next 10 "
-        "losses | updates skipped, of the next 24 |",
-        "|---|---|---|---|",
-    ]
+    head = ["left out", "first step that differs", "mean difference of 10 losses", "of 50"]
+    rows = [[*head, "final tensors off by", "validation loss", "accuracy", "HF Trainer without it"]]
+    for name in (name for name in NAMES if name in parts):
+        found, (called, trainers) = parts[name], NAMES[name]
+        scores = [f"{found[score][-1][1]:.3f}" for score in ("eval_loss", "eval_accuracy")]
+        off = f"{found['distance']:.2f}" if found["distance"] else "0"
+        rows.append([called, *differences(found), off, *scores, trainers])
+    of_scale = [[*head[:3], "updates skipped in 24 steps", "HF Trainer without it"]]
     for name in ("nothing", "scale"):
-        row = [NAMES[name], *differences(half[name], HALF_MIDDLE)[:2], str(skipped(half[name]))]
-        small.append(f"| {' | '.join(row)} |")
-    return ["\n".join(lines), "\n".join(small)]
+        found, (called, trainers) = half[name], NAMES[name]
+        of_scale.append([called, *differences(found), str(skipped(found)), trainers])
+    return [markdown(rows), markdown(of_scale)]
 
 
-def differences(found: dict, middle: int) -> list[str]:
-    """In words: the first step that differs, the mean difference of the next 10 losses and 50."""
+def markdown(rows: list[list[str]]) -> str:
+    rows = [rows[0], ["---"] * len(rows[0]), *rows[1:]]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def differences(found: dict) -> list[str]:
+    """The first step that differs, the mean difference of the next 10 losses and, if there are as
+    many, 50.
+    """
     values = [value for _, value in found["difference"]]
-    if not any(values):
-        return ["none", "0", "0"]
-    means = [f"{sum(values[:count]) / count:.3f}" for count in (10, 50) if len(values) >= count]
-    return [f"{found['first_step'] - middle}", *means]
+    first = "none" if found["first_step"] is None else f"{found['first_step']}"
+    means = [sum(values[:count]) / count for count in (10, 50) if len(values) >= count]
+    return [first, *(f"{mean:.2g}" if mean else "0" for mean in means)]
 
 
 def skipped(found: dict) -> int:
@@ -294,8 +294,7 @@ def draw(axes, results: dict) -> None:
     """For each part the loss, the true run's and the resumed one's, and under it by how much they
     differ.
     """
-    grid = axes[0, 0].get_gridspec()
-    grid.set_height_ratios([1.25, 1] * (len(axes) // 2))
+    axes[0, 0].get_gridspec().set_height_ratios([1.25, 1] * 3)
     shown = [(name, results["parts"], MIDDLE, STEPS) for name in NAMES if name != "scale"]
     shown.append(("scale", results["half"], HALF_MIDDLE, HALF_STEPS))
     for number, (name, found, middle, last) in enumerate(shown):
@@ -305,8 +304,12 @@ def draw(axes, results: dict) -> None:
         if column == 0:
             upper.set_ylabel("loss")
             lower.set_ylabel("difference")
-        if row == 2:
-            lower.set_xlabel("step")
+        else:
+            upper.set_yticklabels([])
+            lower.set_yticklabels([])
+        lower.set_xlabel("step" if row == 2 else " ")
+    axes[0, 0].set_title("Nothing left out", loc="left")
+    axes[0, 0].legend(["resumed", "undisturbed"], loc="upper right", borderaxespad=0)
 
 
 def draw_part(upper, lower, name: str, found: dict, middle: int, last: int) -> None:
@@ -318,7 +321,8 @@ def draw_part(upper, lower, name: str, found: dict, middle: int, last: int) -> N
     begin = middle - (last - middle) // 4
     joined = {**{step: loss for step, loss in true.items() if step <= middle}, **resumed}
     width = 10 if last > 100 else 4
-    upper.set_title(NAMES[name][0].upper() + NAMES[name][1:], loc="left")
+    called = NAMES[name][0]
+    upper.set_title(called[0].upper() + called[1:], loc="left")
     for losses, first, style in (
         (joined, middle, {"color": colour, "linewidth": 2.2}),
         (true, begin, {"color": ink, "linewidth": 1.0}),
@@ -333,12 +337,15 @@ def draw_part(upper, lower, name: str, found: dict, middle: int, last: int) -> N
     lower.set_yticks([1e-4, 1e-2, 1], ["0.0001", "0.01", "1"])
     lower.yaxis.set_minor_locator(NullLocator())
     if not any(values):
-        middle_of = (begin + last) / 2
-        lower.text(middle_of, 1e-2, f"0 at all {len(values)} steps", ha="center", va="center")
+        lower.text(
+            (middle + last) / 2, 1e-2, f"0 at all\n{len(values)} steps", ha="center", va="center"
+        )
     for axis in (upper, lower):
         axis.axvline(middle, color=ink, linewidth=0.8, linestyle=(0, (2, 2)))
         axis.set_xlim(begin, last)
+        axis.set_xticks([middle, (middle + last) // 2, last])
     upper.set_ylim(0, 1)
+    upper.set_yticks([0, 0.5, 1])
     upper.xaxis.set_major_formatter(NullFormatter())
 
 

@@ -164,27 +164,20 @@ def middle(values: list[float]) -> float:
 
 def draw(results: dict) -> None:
     lengths = results["shown"]
-    colours = [figures.COLOURS[i % len(figures.COLOURS)] for i in range(len(lengths))]
+    width = lengths[-1]
 
     def picture(axes):
-        padded, packed = axes
-        for row, (length, colour) in enumerate(zip(lengths, colours, strict=True)):
-            padded.barh(row, length, color=colour)
-            padded.barh(row, lengths[-1] - length, left=length, color="#99999933")
-        for start, length, colour in zip(
-            [sum(lengths[:i]) for i in range(len(lengths))], lengths, colours, strict=True
-        ):
-            packed.barh(0, length, left=start, color=colour)
-        size = len(lengths) * lengths[-1]
-        padded.set_title(f"padded: {size} places, {size - sum(lengths)} of them padding (grey)")
-        packed.set_title(f"packed: {sum(lengths)} places")
-        padded.invert_yaxis()
-        for one in axes:
-            one.set_yticks([])
-            one.grid(False)
-        packed.set_xlabel("tokens")
+        for number, length in enumerate(lengths):
+            colour = figures.COLOURS[number % (len(figures.COLOURS) - 1)]
+            start, rest = number * width, width - length
+            axes.barh("padded", length, left=start, color=colour)
+            axes.barh("padded", rest, left=start + length, color="#99999955", hatch="///")
+            axes.barh("packed", length, left=sum(lengths[:number]), color=colour)
+        axes.invert_yaxis()
+        axes.grid(False)
+        axes.set_xlabel(f"places of the batch, {len(lengths)} sentences; hatched: padding")
 
-    figures.save("packing", picture, size=(7, 3.4), shape=(2, 1))
+    figures.save("packing", picture, size=(7, 1.7))
 
 
 def main() -> None:

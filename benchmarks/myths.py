@@ -156,9 +156,12 @@ def accumulation():
         "one batch of 27": (plain, plain),
         "8 + 8 + 8 + 3, weighted by examples (minilora)": (ours(parts), plain),
         "the same in float64": (ours(parts, dtype=torch.float64), in_one[0.0, torch.float64]),
+        "the same with dropout .1, against one batch with it": (
+            ours(parts, 0.1),
+            in_one[0.1, torch.float32],
+        ),
         "8 + 8 + 8 + 3, each mean divided by 4": (mean_of_means, plain),
-        "8 + 8 + 8 + 3, means added up (HF Trainer)": (ours(parts, hf_parity=True), plain),
-        "8 + 8 + 8 + 3, weighted, with dropout .1": (ours(parts, 0.1), in_one[0.1, torch.float32]),
+        "8 + 8 + 8 + 3, means added up (`--hf_parity`)": (ours(parts, hf_parity=True), plain),
     }
     found = {
         name: {
@@ -403,6 +406,8 @@ def of_accumulation(results):
     for name, row in results["accumulation"]["rows"].items():
         off = f"{row['off']:.1e}" if row["off"] else "0"
         lines.append(f"| {name} | {row['loss']:.4f} | {row['norm']:.4f} | {off} |")
+    logged = results["accumulation"]["trainer"]["8 + 8 + 8 + 3"]
+    lines.append(f"| HF Trainer's own log | {logged['loss']:.4f} | {logged['norm']:.4f} | |")
     return "\n".join(lines)
 
 

@@ -187,8 +187,8 @@ def size(path: Path) -> int:
     return sum(file.stat().st_size for file in path.iterdir())
 
 
-def measure(shape: str, directory: str | None, saves: int) -> dict:
-    """Of both sides: the seconds of each save, and a checkpoint's bytes; of the smaller model, the resume."""
+def measure(shape: str, directory: str | None, saves: int, resume: bool = False) -> dict:
+    """Of both sides: the seconds of each save, and a checkpoint's bytes; if asked, those of a resume."""
     with tempfile.TemporaryDirectory(dir=directory) as place:
         sides = {
             "trainer": Theirs(shape, Path(place, "theirs")),
@@ -208,7 +208,7 @@ def measure(shape: str, directory: str | None, saves: int) -> dict:
         gc.enable()
         for of_side in found["seconds"].values():
             del of_side[0]  # to warm up
-        return found | ({"resume_ms": resumes(sides)} if shape == "MiniLM-L6" else {})
+        return found | ({"resume_ms": resumes(sides)} if resume else {})
 
 
 def resumes(sides: dict) -> dict:
@@ -230,7 +230,9 @@ def main() -> None:
     torch.set_num_threads(2)
     results = {}
     for shape in SHAPES:
-        found = results[shape] = measure(shape, asked.directory, asked.saves)
+        found = results[shape] = measure(
+            shape, asked.directory, asked.saves, resume=shape == "MiniLM-L6"
+        )
         ms = {name: 1000 * statistics.median(of_side) for name, of_side in found["seconds"].items()}
         print(
             f"{shape:10} Trainer {ms['trainer']:.1f} ms {found['bytes']['trainer']:,} bytes; "

@@ -187,6 +187,14 @@ def library(model, train, steps, batch, max_length, targets):
     return {name: of_side[WARM_UP:] for name, of_side in seconds.items()}
 
 
+def saves(directory, saves):
+    """Saves of a checkpoint, in turn: {name: seconds of each}."""
+    from checkpoint import measure
+
+    seconds = measure("MiniLM-L6", directory, saves)["seconds"]
+    return {"minilora": seconds["minilora"], "Trainer + PEFT": seconds["trainer"]}
+
+
 def minilora_inference(adapter, texts, batch, merged=True):
     """Sorted by length, packed: what `python -m minilora.predict` does."""
     from minilora import merge_adapter, open_run, predict_texts

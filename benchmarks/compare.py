@@ -422,9 +422,7 @@ def origin(found: dict) -> str:
     return (
         f"{found['date']}, commit {found['commit']}; {machine['cpu']} ({', '.join(machine['flags'])}), "
         f"{machine['cores']} cores, load {machine['load_before']:.1f} before and {machine['load_after']:.1f} "
-        f"after; {software}; {found['texts']}; {'--quick, ' if found['quick'] else ''}medians of "
-        f"{found['repeats']} (of a save more), the least and the greatest in brackets; "
-        f"{found['seconds']} s in all."
+        f"after; {software}; {found['texts']}; {found['seconds']} s{', --quick' if found['quick'] else ''}."
     )
 
 

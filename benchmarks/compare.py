@@ -16,20 +16,18 @@ import json
 import os
 import platform
 import random
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, field
 from functools import partial
-from importlib.metadata import version
 from multiprocessing import get_context
 from pathlib import Path
 
 import measured
+from table import Row, as_json, origin, plot, tables, versions
 
 HERE = Path(__file__).resolve().parent
 QUERY_VALUE = ["query", "value"]
@@ -45,26 +43,8 @@ QUICK = {
     "repeats": 2, "fresh_repeats": 1, "steps": 5, "large_steps": 4, "large_batch": 8, "texts": 96,
     "saves": 5, "passes": 3,
 }  # fmt: skip
-PACKAGES = ("torch", "transformers", "peft", "accelerate", "minilora")
 # Of a CPU's many flags, those on which the speed of matrix products depends.
 FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16")
-
-
-@dataclass
-class Row:
-    """What was measured of minilora and of its peers: a value for each repeat."""
-
-    name: str
-    unit: str
-    better: str  # "less" or "more"
-    ours: list[float] = field(default_factory=list)
-    peers: dict[str, list[float]] = field(default_factory=dict)
-    note: str = ""
-
-    def ratio(self, peer: str) -> float:
-        """How many times as good as the peer minilora is: below 1 it loses."""
-        mine, other = statistics.median(self.ours), statistics.median(self.peers[peer])
-        return other / mine if self.better == "less" else mine / other
 
 
 class Bench:
@@ -75,6 +55,8 @@ class Bench:
     def __init__(self, asked: argparse.Namespace, work: Path) -> None:
         self.asked, self.work = asked, work
         self.sides = {name: new_process() for name in ("minilora", "peer", "both")}
+        self.small = Path(asked.model).name if asked.model_is_given else "MiniLM"
+        self.large = Path(asked.base_model).name if asked.base_model else "BERT-base's shape"
         self.settings = {
             "model": asked.model, "train": asked.train, "steps": asked.steps, "batch": 32, "accumulation": 1,
             "dtype": "float32", "max_length": min(512, positions(asked.model)), "targets": QUERY_VALUE,
@@ -135,13 +117,13 @@ def training(bench: Bench, name: str, settings: dict, note: str = "") -> Row:
 
 
 def training_rows(bench: Bench) -> Iterable[Row]:
-    yield training(bench, "training, MiniLM, float32", {})
+    yield training(bench, f"training, {bench.small}, float32", {})
     emulated = (
         not {"avx512_bf16", "amx_bf16"} & set(cpu()["flags"]) and platform.machine() == "x86_64"
     )
     note = "this CPU emulates bfloat16" if emulated else ""
-    yield training(bench, "training, MiniLM, bfloat16", {"dtype": "bfloat16"}, note)
-    name = "training, MiniLM, tags of tokens, float32"
+    yield training(bench, f"training, {bench.small}, bfloat16", {"dtype": "bfloat16"}, note)
+    name = f"training, {bench.small}, tags of tokens, float32"
     if bench.asked.ner_train is None:
         yield Row(name, "ms a step", "less", note="not measured: no --ner_train")
     else:
@@ -155,7 +137,7 @@ def same_length_rows(bench: Bench) -> Iterable[Row]:
     small = {**bench.settings, "train": texts_of(bench, "short.tsv", length), "max_length": length}
     contestants = {"minilora": ("minilora", small), TRAINER: ("trainer", small)}
     found = bench.compare(contestants)
-    name = f"training, MiniLM, all texts of {length} tokens, float32"
+    name = f"training, {bench.small}, all texts of {length} tokens, float32"
     yield row(name, "ms a step", found, "seconds_per_step", 1000)
 
     base = bench.asked.base_model or bert_base_shape(bench.asked.model, bench.work)
@@ -166,7 +148,7 @@ def same_length_rows(bench: Bench) -> Iterable[Row]:
     }  # fmt: skip
     contestants = {"minilora": ("minilora", large), TRAINER: ("trainer", large)}
     found = bench.compare(contestants, fresh=True)
-    name = f"training, BERT-base, {large['batch']} texts of {length} tokens, float32"
+    name = f"training, {bench.large}, {large['batch']} texts of {length} tokens, float32"
     yield row(name, "ms a step", found, "seconds_per_step", 1000)
     yield row("the same: peak memory", "MB", found, "peak_mb")
 
@@ -174,16 +156,15 @@ def same_length_rows(bench: Bench) -> Iterable[Row]:
 def parity_row(bench: Bench) -> Iterable[Row]:
     ours = ("minilora", {**bench.settings, "hf_parity": True})
     found = bench.compare({"minilora": ours, TRAINER: ("trainer", bench.settings)})
-    name = "training with --hf_parity, MiniLM, float32"
+    name = f"training with --hf_parity, {bench.small}, float32"
     yield row(name, "ms a step", found, "seconds_per_step", 1000)
 
 
 def library_row(bench: Bench) -> Iterable[Row]:
     names = ("model", "train", "batch", "max_length", "targets")
     settings = {name: bench.settings[name] for name in names} | {"steps": bench.asked.passes}
-    yield taken_in_turn(
-        bench, "library", settings, "add_adapter in one's own loop: forward and backward, MiniLM"
-    )
+    name = f"add_adapter in one's own loop, {bench.small}: forward and backward, float32"
+    yield taken_in_turn(bench, "library", settings, name)
 
 
 def inference_rows(bench: Bench) -> Iterable[Row]:
@@ -200,7 +181,7 @@ def inference_rows(bench: Bench) -> Iterable[Row]:
             PADDED: ("peft_inference", theirs),
             SORTED: ("peft_inference", {**theirs, "grouped": True}),
         }
-        name = f"inference, adapter {'merged' if merged else 'not merged'}, MiniLM, float32"
+        name = f"inference, adapter {'merged' if merged else 'not merged'}, {bench.small}, float32"
         yield row(name, "texts a second", bench.compare(contestants), "per_second")
 
 
@@ -341,7 +322,14 @@ def cpu() -> dict:
         known.setdefault(key.strip(), value.strip())
     flags = set(known.get("flags", "").split())
     name = known.get("model name") or platform.processor() or platform.machine()
-    return {"cpu": name, "flags": [f for f in FLAGS if f in flags], "cores": os.cpu_count()}
+    cores = os.cpu_count()
+    threads = int(os.environ.get("OMP_NUM_THREADS") or cores)
+    return {
+        "cpu": name,
+        "flags": [f for f in FLAGS if f in flags],
+        "cores": cores,
+        "threads": threads,
+    }
 
 
 def commit() -> str:
@@ -349,10 +337,6 @@ def commit() -> str:
     git = ["git", "-C", str(HERE), "describe", "--always", "--abbrev=7", "--exclude=*", "--dirty=+"]
     done = subprocess.run(git, capture_output=True, text=True)
     return done.stdout.strip() or "unknown"
-
-
-def rounded(value: float) -> float:
-    return float(f"{value:.4g}")
 
 
 def results(asked: argparse.Namespace, work: Path) -> dict:
@@ -369,91 +353,12 @@ def results(asked: argparse.Namespace, work: Path) -> dict:
         "date": datetime.date.today().isoformat(),
         "commit": commit(),
         "machine": machine,
-        "versions": {name: version(name) for name in PACKAGES},
+        "versions": versions(),
         "texts": asked.texts_are,
         "quick": asked.quick,
         "seconds": round(time.time() - start),
         "rows": [as_json(row) for row in rows],
     }
-
-
-def as_json(row: Row) -> dict:
-    short = dataclasses.replace(
-        row,
-        ours=[rounded(value) for value in row.ours],
-        peers={peer: [rounded(value) for value in values] for peer, values in row.peers.items()},
-    )
-    ratios = {peer: round(short.ratio(peer), 2) for peer in short.peers}
-    return {**dataclasses.asdict(short), "ratios": ratios}
-
-
-def rows_of(found: dict) -> list[Row]:
-    names = [of.name for of in dataclasses.fields(Row)]
-    return [Row(**{name: row[name] for name in names}) for row in found["rows"]]
-
-
-def tables(found: dict) -> list[str]:
-    """The one table, in markdown."""
-    lines = ["| | minilora | beside | | ratio |", "|---|---|---|---|---|"]
-    for row in rows_of(found):
-        title = f"{row.name}, {row.unit}" + (f" ({row.note})" if row.note else "")
-        if not row.ours:
-            lines.append(f"| {title} | | | | |")
-        for number, peer in enumerate(row.peers):
-            ours = f"{title} | {spread(row.ours)}" if number == 0 else " |"
-            lines.append(f"| {ours} | {peer} | {spread(row.peers[peer])} | {row.ratio(peer):.2f} |")
-    return ["\n".join(lines)]
-
-
-def spread(values: list[float]) -> str:
-    """The median, and in brackets the least and the greatest of several."""
-    ends = f" ({figure(min(values))} to {figure(max(values))})" if len(values) > 1 else ""
-    return figure(statistics.median(values)) + ends
-
-
-def figure(value: float) -> str:
-    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
-
-
-def origin(found: dict) -> str:
-    """Where a table comes from, in a paragraph."""
-    machine, versions = found["machine"], found["versions"]
-    software = ", ".join(f"{name} {versions[name]}" for name in PACKAGES[:-1])
-    return (
-        f"{found['date']}, commit {found['commit']}; {machine['cpu']} ({', '.join(machine['flags'])}), "
-        f"{machine['cores']} cores, load {machine['load_before']:.1f} before and {machine['load_after']:.1f} "
-        f"after; {software}; {found['texts']}; {found['seconds']} s{', --quick' if found['quick'] else ''}."
-    )
-
-
-def plot(found: dict) -> None:
-    """docs/figures/speed-light.svg and speed-dark.svg: a dot for each ratio."""
-    import figures
-
-    rows = [row for row in rows_of(found) if row.ours]
-    figures.save("speed", lambda axes: draw(axes, rows, figures.COLOURS), size=(8.0, 5.2))
-
-
-def draw(axes, rows: list[Row], colours: list[str]) -> None:
-    seen: set[str] = set()
-    for place, row in enumerate(rows):
-        for number, peer in enumerate(row.peers):
-            kind = "its texts sorted or grouped by length" if number else "as it comes"
-            label = None if kind in seen else kind
-            seen.add(kind)
-            axes.plot(row.ratio(peer), place, "so"[number == 0], color=colours[number], label=label)
-            axes.annotate(
-                f"{row.ratio(peer):.2f}", (row.ratio(peer), place), (0, 6), fontsize=8,
-                textcoords="offset points", ha="center",
-            )  # fmt: skip
-    axes.axvline(1, color=colours[6], linestyle="--")
-    axes.set_yticks(range(len(rows)), [row.name for row in rows])
-    axes.set_ylim(len(rows) - 0.5, -0.7)
-    axes.set_xscale("log")
-    axes.set_xlabel(
-        "how many times as good as PEFT or HF Trainer + PEFT (right of 1: minilora is better)"
-    )
-    axes.legend(loc="lower right", title="the peer")
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -479,7 +384,8 @@ def with_defaults(asked: argparse.Namespace, work: Path) -> argparse.Namespace:
     for name, value in (QUICK if asked.quick else FULL).items():
         if getattr(asked, name) is None:
             setattr(asked, name, value)
-    if asked.model is None:
+    asked.model_is_given = asked.model is not None
+    if not asked.model_is_given:
         from minilora.bert.load import packaged_model
 
         asked.model = str(packaged_model())

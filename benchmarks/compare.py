@@ -123,7 +123,7 @@ def training_rows(bench: Bench) -> Iterable[Row]:
     )
     note = "this CPU emulates bfloat16" if emulated else ""
     yield training(bench, f"training, {bench.small}, bfloat16", {"dtype": "bfloat16"}, note)
-    name = f"training, {bench.small}, tags of tokens, float32"
+    name = f"training, {bench.small}, tags of tokens"
     if bench.asked.ner_train is None:
         yield Row(name, "ms a step", "less", note="not measured: no --ner_train")
     else:
@@ -137,7 +137,7 @@ def same_length_rows(bench: Bench) -> Iterable[Row]:
     small = {**bench.settings, "train": texts_of(bench, "short.tsv", length), "max_length": length}
     contestants = {"minilora": ("minilora", small), TRAINER: ("trainer", small)}
     found = bench.compare(contestants)
-    name = f"training, {bench.small}, all texts of {length} tokens, float32"
+    name = f"training, {bench.small}, all texts of {length} tokens"
     yield row(name, "ms a step", found, "seconds_per_step", 1000)
 
     base = bench.asked.base_model or bert_base_shape(bench.asked.model, bench.work)
@@ -148,7 +148,7 @@ def same_length_rows(bench: Bench) -> Iterable[Row]:
     }  # fmt: skip
     contestants = {"minilora": ("minilora", large), TRAINER: ("trainer", large)}
     found = bench.compare(contestants, fresh=True)
-    name = f"training, {bench.large}, {large['batch']} texts of {length} tokens, float32"
+    name = f"training, {bench.large}, {large['batch']} texts of {length} tokens"
     yield row(name, "ms a step", found, "seconds_per_step", 1000)
     yield row("the same: peak memory", "MB", found, "peak_mb")
 
@@ -156,14 +156,14 @@ def same_length_rows(bench: Bench) -> Iterable[Row]:
 def parity_row(bench: Bench) -> Iterable[Row]:
     ours = ("minilora", {**bench.settings, "hf_parity": True})
     found = bench.compare({"minilora": ours, TRAINER: ("trainer", bench.settings)})
-    name = f"training with --hf_parity, {bench.small}, float32"
+    name = f"training, {bench.small}, --hf_parity"
     yield row(name, "ms a step", found, "seconds_per_step", 1000)
 
 
 def library_row(bench: Bench) -> Iterable[Row]:
     names = ("model", "train", "batch", "max_length", "targets")
     settings = {name: bench.settings[name] for name in names} | {"steps": bench.asked.passes}
-    name = f"add_adapter in one's own loop, {bench.small}: forward and backward, float32"
+    name = f"add_adapter in one's own loop, {bench.small}"
     yield taken_in_turn(bench, "library", settings, name)
 
 
@@ -181,7 +181,7 @@ def inference_rows(bench: Bench) -> Iterable[Row]:
             PADDED: ("peft_inference", theirs),
             SORTED: ("peft_inference", {**theirs, "grouped": True}),
         }
-        name = f"inference, adapter {'merged' if merged else 'not merged'}, {bench.small}, float32"
+        name = f"inference, {bench.small}, adapter {'merged' if merged else 'not merged'}"
         yield row(name, "texts a second", bench.compare(contestants), "per_second")
 
 
@@ -203,13 +203,13 @@ def start_rows(bench: Bench) -> Iterable[Row]:
     ours, theirs = (bench.work / side / "checkpoint-2" for side in ("ours", "theirs"))
     calls = {"minilora": lambda: our_start(bench), TRAINER: lambda: their_start(bench)}
     found = in_turn(calls, bench.asked.fresh_repeats)
-    yield row("start: from the command to the end of the first step", "s", found, "seconds")
+    yield row("start: command to end of first step", "s", found, "seconds")
     calls = {
         "minilora": lambda: our_start(bench, ours),
         TRAINER: lambda: their_start(bench, theirs),
     }
     found = in_turn(calls, bench.asked.fresh_repeats)
-    yield row("resume: from the command to the end of its first step", "s", found, "seconds")
+    yield row("resume: command to end of first step", "s", found, "seconds")
 
 
 ROWS = (

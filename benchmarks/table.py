@@ -5,6 +5,7 @@ import statistics
 from dataclasses import dataclass, field
 from importlib.metadata import version
 
+SIZE = (8.5, 5.6)  # of the plot, in inches
 PACKAGES = ("torch", "transformers", "peft", "accelerate")
 
 
@@ -88,7 +89,7 @@ def plot(results: dict) -> None:
     import figures
 
     rows = [row for row in rows_of(results) if row.ours]
-    figures.save("speed", lambda axes: draw(axes, rows, figures.COLOURS), size=(9.0, 5.4))
+    figures.save("speed", lambda axes: draw(axes, rows, figures.COLOURS), size=SIZE)
 
 
 def draw(axes, rows: list[Row], colours: list[str]) -> None:
@@ -99,9 +100,9 @@ def draw(axes, rows: list[Row], colours: list[str]) -> None:
         axes.plot(ratios, places, "os"[number], color=colours[number], label=kind)
         for ratio, place in zip(ratios, places, strict=True):
             how = {"textcoords": "offset points", "ha": "center", "fontsize": 8}
-            axes.annotate(f"{ratio:.2f}", (ratio, place), (0, 6), **how)
+            axes.annotate(f"{ratio:.2f}", (ratio, place), (0, (6, -13)[number]), **how)
     axes.axvline(1, color=colours[-1], linestyle="--")
     axes.set_yticks(range(len(rows)), [row.name for row in rows])
     axes.set_ylim(len(rows) - 0.5, -0.8)
     axes.set_xlabel("minilora is so many times as good; left of 1 it loses")
-    axes.legend(loc="lower right", title="beside PEFT, or HF Trainer + PEFT,")
+    axes.legend(loc="lower right", title="beside PEFT, or HF Trainer + PEFT")

@@ -1,4 +1,4 @@
-"""The one table of benchmarks/compare.py: its arithmetic; what is published is what was measured."""
+"""The one table of benchmarks/compare.py: its arithmetic, and that it is published as measured."""
 
 import importlib
 import json

@@ -13,9 +13,9 @@ from tests.forked import run_forked
 from tests.pages import ROOT, Block, agrees, blocks_of, numbers_of, prose_of, run_page
 
 DOCS = ROOT / "docs"
-PAGES = sorted(DOCS.glob("*.md"))
+PAGES = [ROOT / "README.md", *sorted(DOCS.glob("*.md"))]
 TWINS = sorted((DOCS / "zh").glob("*.md"))
-ALL = [ROOT / "README.md", *PAGES, *TWINS, *ROOT.glob("*/README.md"), *ROOT.glob("CON*.md")]
+ALL = [*PAGES, *TWINS, ROOT / "CONTRIBUTING.md", *sorted((ROOT / "benchmarks").glob("*.md"))]
 FIGURES = sorted((DOCS / "figures").glob("*.json"))
 SLOW_PAGES = [page for page in PAGES if any(block.language == "bash" for block in blocks_of(page))]
 

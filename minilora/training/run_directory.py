@@ -49,13 +49,13 @@ def fit_in_directory(
     config, output_dir = record.arguments, plan.output_dir
     # Again, as Trainer does: how much was drawn so far depends on the model.
     seed_all(config.seed if config.hf_parity else config.seed + distributed.rank())
-    is_begun = (output_dir / RUN_NAME).is_file
-    distributed.by_first(lambda: None if is_begun() else record.write(output_dir))
     for warning in plan.warnings:
         say(f"warning: {warning}")
     if plan.stored is not None:
         step = restore(plan.stored, training).global_step
         say(f"resuming {plan.stored.path} at step {step}")
+    is_begun = (output_dir / RUN_NAME).is_file
+    distributed.by_first(lambda: None if is_begun() else record.write(output_dir))
     for path, reason in plan.set_aside:
         aside = distributed.by_first(partial(files.set_aside, path, reason))
         say(f"warning: {path.name} is {reason} and now named {aside.name}")

@@ -1,8 +1,8 @@
 """minilora beside peft and HF Trainer + PEFT: one table, rows where minilora loses like the others.
 
-    python benchmarks/compare.py --quick          the packaged sentences and model; about two minutes
-    python benchmarks/compare.py --train train.tsv --validation dev.tsv --ner_train train.conll     under 20
-    python benchmarks/compare.py --table benchmarks/results/NAME.json --plot                 measures nothing
+    python benchmarks/compare.py --quick                        the packaged sentences and model; some minutes
+    python benchmarks/compare.py --train train.tsv --validation dev.tsv --ner_train train.conll     the full one
+    python benchmarks/compare.py --table benchmarks/results/NAME.json --plot                   measures nothing
 
 The first two files are headerless `text<TAB>label` lines, the third a CoNLL file. Every row is measured in turn:
 one contestant after the other, then all of them again in the opposite order, so that a machine whose speed drifts
@@ -277,8 +277,9 @@ def positions(model: str) -> int:
 def bert_base_shape(like: str, work: Path) -> str:
     """A BERT-base with random weights, and the tokenizer of `like`."""
     import torch
-    from transformers import AutoTokenizer, BertConfig, BertModel
+    from transformers import AutoTokenizer, BertConfig, BertModel, logging
 
+    logging.disable_progress_bar()
     tokenizer = AutoTokenizer.from_pretrained(like)
     torch.manual_seed(0)
     BertModel(BertConfig(vocab_size=len(tokenizer))).save_pretrained(work / "bert-base-shape")

@@ -56,7 +56,7 @@ def origin(results: dict) -> str:
     software = ", ".join(f"{name} {number}" for name, number in results["versions"].items())
     return (
         f"{results['date']}, commit {results['commit']}. {machine['cpu']} ({', '.join(machine['flags'])}), "
-        f"{machine['cores']} cores, {machine['threads']} threads, load {machine['load_before']:.1f} before and "
+        f"{machine['cores']} cores, {machine['threads']} in use, load {machine['load_before']:.1f} before and "
         f"{machine['load_after']:.1f} after; {software}; {results['texts']}; {results['seconds']} s{how}."
     )
 
@@ -105,4 +105,5 @@ def draw(axes, rows: list[Row], colours: list[str]) -> None:
     axes.set_yticks(range(len(rows)), [row.name for row in rows])
     axes.set_ylim(len(rows) - 0.5, -0.8)
     axes.set_xlabel("minilora is so many times as good; left of 1 it loses")
-    axes.legend(loc="lower right", title="beside PEFT, or HF Trainer + PEFT")
+    title = "the peer: PEFT, or HF Trainer + PEFT"
+    axes.figure.legend(loc="outside lower right", ncols=2, title=title)

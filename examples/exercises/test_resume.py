@@ -13,7 +13,7 @@ import ex4_given as given
 import numpy as np
 import pytest
 import torch
-from answers.ex4_resume import epoch_order, train
+from answers import ex4_resume as answer
 from processes import Ended, in_a_process, kill_in_save, kill_this_process, scatter_generators
 
 WHAT_IT_MEANS = {
@@ -34,13 +34,23 @@ def run(directory: Path, kill_at: int = 0, in_save: int = 0) -> Ended:
     def work(report) -> None:
         scatter_generators()
         kill_in_save(in_save)
+        sums: list[float] = []  # of the batches of the step under way
+        loss_sum = given.loss_sum
+
+        def overheard(model, indices):
+            total = loss_sum(model, indices)
+            sums.append(total.item())
+            return total
+
+        answer.loss_sum = given.loss_sum = overheard
 
         def tell(row) -> None:
-            report(row)
+            report({**row, "sum": sum(sums)})
+            sums.clear()
             if row["step"] == kill_at:
                 kill_this_process()
 
-        model = train(directory, tell)
+        model = answer.train(directory, tell)
         report({name: p.detach().numpy().copy() for name, p in model.named_parameters()})
         report((random.random(), np.random.rand(), torch.rand(1).item()))
 
@@ -85,11 +95,13 @@ def whole_run() -> tuple[list[dict], dict, tuple]:
 
 
 def test_the_order_of_an_epoch_is_a_function_of_the_epoch():
-    first, state = epoch_order(0), torch.get_rng_state()
+    first, state = answer.epoch_order(0), torch.get_rng_state()
     python, numpy = random.getstate(), np.random.get_state()[1].tolist()
     assert sorted(first) == list(range(given.EXAMPLES)), "every example once: 0 to EXAMPLES - 1"
-    assert epoch_order(1) != first, "every epoch has the same order"
-    assert epoch_order(0) == first, "asked again, epoch 0 has another order: it depends on the past"
+    assert answer.epoch_order(1) != first, "every epoch has the same order"
+    assert answer.epoch_order(0) == first, (
+        "asked again, epoch 0 has another order: it depends on the past"
+    )
     untouched = torch.equal(state, torch.get_rng_state()) and python == random.getstate()
     assert untouched and numpy == np.random.get_state()[1].tolist(), (
         "it draws from a global generator; use torch.Generator().manual_seed(SEED + epoch)"
@@ -99,12 +111,19 @@ def test_the_order_of_an_epoch_is_a_function_of_the_epoch():
 def test_the_run_that_is_left_alone(tmp_path):
     rows, parameters, _ = whole_run()
     assert [row["step"] for row in rows] == list(range(1, given.TOTAL_STEPS + 1))
-    order = [index for epoch in range(given.EPOCHS) for index in epoch_order(epoch)]
+    order = [index for epoch in range(given.EPOCHS) for index in answer.epoch_order(epoch)]
     assert [index for row in rows for index in row["examples"]] == order, "not epoch_order's order"
     assert [len(row["examples"]) for row in rows] == [4, 4, 3] * given.EPOCHS
     rates = [given.LEARNING_RATE * given.share_of_peak(step) for step in range(given.TOTAL_STEPS)]
-    assert [row["learning_rate"] for row in rows] == pytest.approx(rates), "not the schedule's"
+    assert [row["learning_rate"] for row in rows] == pytest.approx(rates), (
+        "not the schedule's: a step's rate is read before scheduler.step()"
+    )
     for row in rows:
+        count = len(row["examples"])
+        assert row["loss"] == pytest.approx(row["sum"] / count, rel=1e-5), (
+            f"step {row['step']}: loss is {row['loss']}; its {count} examples' mean is "
+            f"{row['sum'] / count}. The last step of an epoch has fewer examples"
+        )
         losses = [other["loss"] for other in rows[max(0, row["step"] - 4) : row["step"]]]
         mean = None if row["step"] % given.LOGGING_STEPS else sum(losses) / len(losses)
         assert row["mean_loss"] == (mean and pytest.approx(mean)), f"mean_loss in {row}"
@@ -139,7 +158,10 @@ def test_killed_while_it_saves_it_goes_on_from_the_save_before(number, tmp_path)
     try:
         assert_resumes(tmp_path, first=(number - 1) * given.SAVE_STEPS + 1)
     except AssertionError as error:
-        raise AssertionError(f"half a checkpoint bears the name of a whole one: {error}") from error
+        raise AssertionError(
+            f"killed inside of save {number}, where half a checkpoint must not bear the name of a "
+            f"whole one: {error}"
+        ) from error
 
 
 def test_a_run_that_has_ended_takes_no_step(tmp_path):

@@ -13,9 +13,11 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
+from minilora import config_file
 from minilora.errors import MiniloraError, harmless
 from minilora.options import NO_TEXT
 
@@ -33,16 +35,24 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, command: str, usage: str | None) -> None:
         super().__init__(f"python -m minilora.{command}", usage=usage, allow_abbrev=False)
+        help_text = "flags, in JSON or YAML, or a run.json; those given here win"
+        self.add_argument("--config", metavar="FILE", help=help_text)
 
     def parse_known_args(self, args: list[str], namespace: Any = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         for word in filter(NO_TEXT.search, args):
             self.error(f"{word!r} is not UTF-8: give another name")
         # Up to a "=": the dashes of a value stay.
         spelt = [re.sub("(?<=^--)[^=]+", lambda flag: flag[0].replace("-", "_"), w) for w in args]
+        scout = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+        scout.add_argument("--config", nargs="?")
+        if path := scout.parse_known_args(spelt)[0].config:
+            config_file.set_defaults(self, Path(path))
         return super().parse_known_args(spelt, namespace)
 
     def error(self, message: str) -> NoReturn:
-        raise SystemExit(_complain(f"{message} (see --help)"))
+        unknown = re.search(r"unrecognized arguments: (--\w+)", message)
+        hint = config_file.nearest(unknown[1], self._option_string_actions) if unknown else ""
+        raise SystemExit(_complain(f"{message}{hint} (see --help)"))
 
 
 def add_run_arguments(parser: argparse.ArgumentParser, *columns: str) -> None:

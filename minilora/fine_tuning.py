@@ -88,7 +88,8 @@ class Pieces:
         if self.config.hf_parity:
             draw_loader_seed()
         size, device = self.config.per_device_eval_batch_size, self.start.model.device
-        collate, shown = self.forward.collate, f"evaluating {split}"
+        collate = self.forward.collate
+        shown = "" if self.config.disable_tqdm else f"evaluating {split}"
         examples = varied(self.task, self.examples[split], None)
         batches = batches_in_order(examples, size, collate, device, shown)
         scorer = self.task.scorer(self.splits.rows[split], examples)
@@ -110,7 +111,10 @@ def fine_tune(train_config: TrainConfig, lora_config: LoraConfig | None = None) 
     if lora_config is not None:
         resumes = train_config.resume_from_checkpoint is not None
         lora_arguments = changed(lora_config) if resumes else dataclasses.asdict(lora_config)
-    return run_fine_tuning(changed(train_config), lora_arguments, should_stop=lambda: False)
+    given = changed(train_config)
+    if train_config.extend and train_config.max_steps <= 0:  # to the default, too
+        given["num_train_epochs"] = train_config.num_train_epochs
+    return run_fine_tuning(given, lora_arguments, should_stop=lambda: False)
 
 
 def run_fine_tuning(
@@ -162,7 +166,8 @@ def train(plan: resume.ResumePlan, should_stop: Callable[[], bool]) -> TrainResu
     starting_model.check_new_modules(start.new_modules, lora, output_dir)
     inputs = (splits.labels, splits.has_pairs(), splits.fingerprints, start.sha256)
     world_size = plan.record.world_size if plan.record else distributed.world_size()
-    record = RunRecord(config, lora, *inputs, environment(config.device), world_size=world_size)
+    began = {"world_size": world_size, "extended": plan.extended()}
+    record = RunRecord(config, lora, *inputs, environment(config.device), **began)
     resume.check_same_inputs(plan, record)
     examples = tokenize_all(config, splits, task, start)
     resume.check_ranks(plan, record, len(examples["train"]))

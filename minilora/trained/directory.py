@@ -43,6 +43,7 @@ class Directory:
             self.settings = RunRecord.read(path).to_json()
             names = [checkpoint.name for checkpoint in sorted_checkpoints(path)]
             self.position = {"finished": "result" in self.settings, "checkpoints": names}
+            self.position |= {"extended": self.settings["extended"]}
             lines = read_bytes(metrics).splitlines() if metrics.is_file() else []
             self.log = [parse_json(line, metrics) for line in lines]
             for row in self.log:

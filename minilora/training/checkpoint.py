@@ -56,6 +56,9 @@ class Stored:
         lacks = [name for name in REQUIRED if name not in self.parts]
         return lacks if generators_in(self.parts) else [*lacks, RNG_NAME]
 
+    def stopped_early(self) -> bool:
+        return self.manifest is not None and self.manifest.state["stopped_early"]
+
     def generators(self) -> Any:
         """The states of this process's generators; None where as many processes did not save."""
         names = generators_in(self.parts)

@@ -74,6 +74,7 @@ class TrainConfig:
 
     output_dir: str | None = free(None, "new or empty; by default runs/<date-time>", group="output")
     resume_from_checkpoint: str | None = free(None, "a run or its checkpoint; needs no other flag")
+    extend: bool = free(False, "resume, and train to a higher max_steps or num_train_epochs")
     allow_inexact_resume: bool = free(False, "take a checkpoint of HF Trainer's that lacks a part")
     save_strategy: str = free("epoch", "when to write a checkpoint", choices=STRATEGIES)
     save_steps: int = free(500, "with save_strategy steps, optimizer steps between them", least=1)
@@ -110,6 +111,7 @@ class TrainConfig:
     hf_parity: bool = option(
         False, "HF Trainer + PEFT's losses, bit for bit: their random draws, their sums of means",
         tasks=LABELLED)
+    disable_tqdm: bool = free(False, "no bars, but a line every half minute, as without a terminal")
     ddp_timeout: int = free(
         1800, "with torchrun, seconds that processes wait for each other", least=1)
     device: str | None = free(None, "cpu, cuda, cuda:1, ...; by default cuda where there is one")
@@ -165,12 +167,20 @@ def train_config_from_dict(values: dict[str, Any], place: str) -> TrainConfig:
 
 
 def reconcile(recorded: TrainConfig, given: dict[str, Any]) -> TrainConfig:
-    """The recorded arguments with the `given` ones; those that would bend the run are refused."""
+    """The recorded arguments with the `given` ones; those that would bend the run are refused. With
+    `extend` the end may be a later one, or the same, so that the command can be repeated.
+    """
     fields = dataclasses.fields(TrainConfig)
     fixed = {field.name for field in fields if not field.metadata.get("is_free")}
     if recorded.hf_parity or recorded.best_metric():
         # There evaluation draws from the generators, or chooses the end.
         fixed |= {"eval_strategy", "eval_steps"}
+    if given.get("extend"):
+        end = "max_steps" if recorded.max_steps > 0 else "num_train_epochs"
+        if given.get(end, 0) < getattr(recorded, end):
+            advice = f"the run ends by {end} {getattr(recorded, end)}: give --{end} above it"
+            raise MiniloraError(f"extend: {advice}")
+        fixed -= {end}
     refuse_bending(differences(recorded, {name: given[name] for name in fixed & given.keys()}))
     return dataclasses.replace(recorded, **given)
 
@@ -179,6 +189,8 @@ def refuse_bending(changes: list[str]) -> None:
     """Refuse to resume with `changes`, a list of "NAME: OLD -> NEW", unless it is empty."""
     if changes:
         advice = "leave these out to go on as before, or start a new run in another --output_dir"
+        if any(change.startswith(("max_steps", "num_train_epochs")) for change in changes):
+            advice += "; --extend trains longer"
         raise MiniloraError(f"a resumed run cannot change {', '.join(changes)}: {advice}")
 
 
@@ -191,6 +203,8 @@ def _relations(c: TrainConfig) -> list[tuple[Any, str]]:
          f"metric_for_best_model is {c.metric_for_best_model!r}; it must not be a timing"),
         (c.num_train_epochs <= 0 and c.max_steps <= 0,
          f"num_train_epochs is {c.num_train_epochs}; it must be above 0 unless max_steps is"),
+        (c.extend and c.resume_from_checkpoint is None,
+         "extend is for a run that is resumed: give --resume_from_checkpoint"),
         (c.adam_epsilon <= 0, f"adam_epsilon is {c.adam_epsilon}; it must be above 0"),
         (c.validation_split and c.validation_file,
          "validation_split and validation_file are both given: leave one out"),

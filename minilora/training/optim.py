@@ -81,6 +81,17 @@ def build_scheduler(optimizer: Optimizer, config: TrainConfig, max_steps: int) -
     return LambdaLR(optimizer, share)
 
 
+def follow_schedule(scheduler: LRScheduler) -> None:
+    """Set the rates to the schedule's at its step: those restored are of a schedule that ended
+    sooner, and of its last step zero.
+    """
+    assert isinstance(scheduler, LambdaLR)
+    step, groups = scheduler.last_epoch, scheduler.optimizer.param_groups
+    for group, peak, share in zip(groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True):
+        group["lr"] = peak * share(step)
+    scheduler._last_lr = [group["lr"] for group in groups]
+
+
 # The arithmetic, order included, of transformers 5.23 `optimization.py`: a different association
 # would give different last bits.
 def _share_of_peak(step: int, *, schedule: str, warmup: int, total: int) -> float:

@@ -11,7 +11,7 @@ import json
 import platform
 import re
 import typing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +61,7 @@ class RunRecord:
     environment: dict[str, Any]  # what it ran on
     result: dict[str, Any] | None = None  # the final metrics of a finished run
     world_size: int = 1  # processes that it began with: a step has their batches, whoever trains it
+    extended: list[int] = field(default_factory=list)  # the steps at which its end was moved
 
     def to_json(self) -> dict[str, Any]:
         """The object that is written, its paths absolute."""
@@ -70,6 +71,7 @@ class RunRecord:
                 arguments[name] = str(Path(arguments[name]).resolve())
         # Where the run lies and what it was resumed from is known to whoever resumes it.
         arguments["output_dir"] = arguments["resume_from_checkpoint"] = None
+        arguments["extend"] = False  # it is asked anew each time
         values = vars(self) | {"arguments": arguments, "lora": dataclasses.asdict(self.lora)}
         return {name: value for name, value in values.items() if name != "result" or value}
 
@@ -87,7 +89,8 @@ class RunRecord:
     def from_json(values: dict[str, Any], place: str) -> "RunRecord":
         """What `to_json` returned, whichever version wrote it."""
         hints = typing.get_type_hints(RunRecord) | {"arguments": dict, "lora": dict}
-        absent = {"labels": None, "pairs": None, "environment": {}, "result": None, "world_size": 1}
+        absent = {"labels": None, "pairs": None, "environment": {}, "result": None}
+        absent |= {"world_size": 1, "extended": []}
         found = {**absent, **{name: values[name] for name in hints.keys() & values.keys()}}
         check_like(hints, found, f"{place} does not record a run")
         arguments = train_config_from_dict(found.pop("arguments"), place)

@@ -3,6 +3,7 @@
 `plan_resume` finds it out and changes nothing: `train` carries the plan out, `inspect` prints it.
 """
 
+import contextlib
 import dataclasses
 import itertools
 from dataclasses import dataclass, field
@@ -37,6 +38,15 @@ class ResumePlan:
     set_aside: list[tuple[Path, str]] = field(default_factory=list)
     refusals: list[str] = field(default_factory=list)  # every reason found to refuse it
     warnings: list[str] = field(default_factory=list)
+
+    def extended(self) -> list[int]:
+        """The steps at which the end of the run was moved, the one of this resume included."""
+        if self.record is None or self.config is None:
+            return []
+        old, new = self.record.arguments, self.config
+        moved = (old.max_steps, old.num_train_epochs) != (new.max_steps, new.num_train_epochs)
+        step = self.stored.progress["global_step"] if self.stored is not None else 0
+        return [*self.record.extended, *[step] * moved]
 
 
 def directories(path: Path, asked: str | None) -> tuple[Path | None, Path]:
@@ -97,6 +107,11 @@ def plan_resume(
     manifest, record = (stored.manifest, stored.record) if stored is not None else (None, None)
     if manifest is None and own is not None and (own / RUN_NAME).is_file():
         record = RunRecord.read(own)
+    elif record is not None and own is not None:
+        with contextlib.suppress(MiniloraError):  # which the checkpoint can do without
+            written = RunRecord.read(own)
+            # A run that was extended and killed before it saved.
+            record = written if len(written.extended) > len(record.extended) else record
     if stored is None and record is None:
         raise MiniloraError(f"resume_from_checkpoint {str(path)!r} {NOTHING}")
     config, lora, refusals = None, None, []
@@ -156,8 +171,12 @@ def _arguments(
         told = recorded_arguments(stored.progress, stored.parts, stored.path)
     if record is not None:
         config, lora = reconcile(record.arguments, train_arguments), record.lora
+        if config.extend and stored is not None and stored.stopped_early():
+            raise MiniloraError(f"extend: {stored.path} is where the run stopped early")
     elif stored is not None and told:
         config = TrainConfig(**{**told, **train_arguments})
+        if config.extend:
+            raise MiniloraError(f"extend: {stored.path} is HF Trainer's: resume it first")
         lora = dataclasses.replace(stored.adapter.config, inference_mode=False)
     else:
         advice = "load_checkpoint restores it there"

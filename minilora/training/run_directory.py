@@ -19,6 +19,7 @@ from minilora.training import distributed
 from minilora.training.checkpoint import restore, save_checkpoint, sorted_checkpoints
 from minilora.training.evaluation import Batch
 from minilora.training.loop import Callbacks, Training, fit, is_finished, log
+from minilora.training.optim import follow_schedule
 from minilora.training.progress import TrainingBar, say
 from minilora.training.record import RUN_NAME, RunRecord
 from minilora.training.resume import ResumePlan
@@ -49,23 +50,29 @@ def fit_in_directory(
     config, output_dir = record.arguments, plan.output_dir
     # Again, as Trainer does: how much was drawn so far depends on the model.
     seed_all(config.seed if config.hf_parity else config.seed + distributed.rank())
+    before = plan.record if plan.stored is None else plan.stored.record
+    is_extended = before is not None and record.extended != before.extended
     for warning in plan.warnings:
         say(f"warning: {warning}")
     if plan.stored is not None:
         step = restore(plan.stored, training).global_step
         say(f"resuming {plan.stored.path} at step {step}")
+        if is_extended:
+            follow_schedule(training.scheduler)
+            say(f"extended from step {step} to {training.timetable.max_steps}")
     is_begun = (output_dir / RUN_NAME).is_file
-    distributed.by_first(lambda: None if is_begun() else record.write(output_dir))
+    as_it_is = distributed.by_first(is_begun) and not is_extended
+    distributed.by_first(lambda: None if as_it_is else record.write(output_dir))
     for path, reason in plan.set_aside:
         aside = distributed.by_first(partial(files.set_aside, path, reason))
         say(f"warning: {path.name} is {reason} and now named {aside.name}")
     state = training.state
     metrics = MetricsFile(output_dir / METRICS_NAME, state.log_history)
     saver = Saver(output_dir, training, record)
-    with contextlib.closing(TrainingBar(training.timetable.max_steps, state.global_step)) as bar:
-        callbacks = Callbacks(
-            batches, evaluate, metrics.append, saver.save, should_stop, bar.advance
-        )
+    counts = (training.timetable.max_steps, state.global_step)
+    with contextlib.closing(TrainingBar(*counts, config.disable_tqdm)) as bar:
+        save = bar.doing("saving")(saver.save)
+        callbacks = Callbacks(batches, evaluate, metrics.append, save, should_stop, bar.advance)
         # The packaged sentences show what training adds.
         at_start = config.eval_on_start or config.train_file is None
         if evaluate is not None and at_start and state.global_step == 0:

@@ -72,7 +72,11 @@ def flip_a_bit(path):
 def test_a_run_is_described(finished_run, tiny_model):
     found = inspect_directory(finished_run)
     assert (found["kind"], found["verified"], found["problems"]) == ("run", True, [])
-    assert found["position"] == {"finished": True, "checkpoints": ["checkpoint-6", "checkpoint-3"]}
+    assert found["position"] == {
+        "finished": True,
+        "checkpoints": ["checkpoint-6", "checkpoint-3"],
+        "extended": [],
+    }
     assert found["labels"] == ["negative", "positive"] and found["arguments"]["max_steps"] == 6
     assert found["config"]["r"] == 4 and found["log"]["last"]["step"] == 6
     assert found["resume"]["refuses"] == []

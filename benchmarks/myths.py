@@ -3,7 +3,7 @@
     python benchmarks/myths.py [--tables] [--quick] [--part NAME ...]
 
 Parts: memory, accumulation, runs, merging. Each contestant is a fresh process. About ten
-minutes on two busy cores; --quick takes tiny models and writes nothing. Writes docs/figures/myths.json and its pictures;
+minutes on two busy cores; --quick takes tiny models, 6 steps, and writes nothing. Writes docs/figures/myths.json and its pictures;
 --tables prints what is there. Needs the [demo] and [bench] extras.
 """
 

@@ -168,7 +168,7 @@ def draw(results: dict) -> None:
                 markeredgewidth=2,
             )
         axes.set_yticks(range(len(runs)), list(runs))
-        axes.invert_yaxis()
+        axes.set_ylim(len(runs) - 0.4, -0.6)
         axes.set_xlabel("accuracy: a dot for each seed, a line for their mean")
 
     save("lora_settings", dots, size=(8, 1 + 0.28 * len(runs)))

@@ -23,7 +23,7 @@ FLOORS = [
     ["fine_tuning"],
     ["config_file"],
     ["command"],
-    ["train", "evaluate", "predict", "merge", "inspect", "env"],
+    ["train", "evaluate", "predict", "merge", "inspect", "report", "env"],
     ["__main__"],
 ]
 FLOOR_OF = {name: floor for floor, names in enumerate(FLOORS) for name in names}

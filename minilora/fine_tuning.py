@@ -88,7 +88,8 @@ class Pieces:
         if self.config.hf_parity:
             draw_loader_seed()
         size, device = self.config.per_device_eval_batch_size, self.start.model.device
-        collate, shown = self.forward.collate, f"evaluating {split}"
+        collate = self.forward.collate
+        shown = "" if self.config.disable_tqdm else f"evaluating {split}"
         examples = varied(self.task, self.examples[split], None)
         batches = batches_in_order(examples, size, collate, device, shown)
         scorer = self.task.scorer(self.splits.rows[split], examples)

@@ -1,8 +1,13 @@
 """`python -m minilora.train` as a user meets it: its output, its files, its complaints."""
 
+import contextlib
 import json
+import os
+import re
 import subprocess
 import sys
+import termios
+import threading
 
 import peft
 import pytest
@@ -13,6 +18,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 import minilora
 from minilora import LoraConfig, TrainConfig, fine_tune, train
 from tests.conftest import read_rows, write_sentences
+from tests.forked import run_forked
 
 
 def run(*flags, cwd=None):
@@ -58,8 +64,10 @@ def test_it_says_where_the_adapter_is_and_how_to_go_on(finished):
 
 def test_progress_goes_to_stderr_and_names_what_trains(finished):
     _, result = finished
-    assert "training: 100%" in result.stderr and "examples/s" in result.stderr
-    assert "evaluating validation" in result.stderr
+    assert re.search(
+        r"step 4 of 4: loss [.\d]+, lr .*, \d+ examples/s, \d+ tokens/s, 00:00 left", result.stderr
+    )
+    assert "training:" not in result.stderr and "evaluating" not in result.stderr  # no terminal
     # PEFT's own line, for the same adapter: 2 x 2 x (8 x 32 + 32 x 8) + a head of 66, kept twice.
     assert "trainable params: 2,114 || all params: 23,620 || trainable%: 8.9500" in result.stderr
 
@@ -352,3 +360,33 @@ def test_the_bare_command_reaches_its_promised_accuracy(tmp_path):
 @pytest.mark.parametrize("flag", ["--r", "--lora_r", "--lora-r"])
 def test_the_rank_has_two_names(flag):
     assert train.parse_arguments([flag, "4"]) == ({}, {"r": 4})
+
+
+@pytest.mark.parametrize(("flags", "is_shown"), [((), True), (("--disable_tqdm",), False)])
+def test_on_a_terminal_there_is_a_bar_unless_it_is_disabled(
+    flags, is_shown, tiny_model, sentences, tmp_path
+):
+    """The bar of training, with what it is doing, and that of evaluation."""
+    terminal, end = os.openpty()
+    termios.tcsetwinsize(terminal, (24, 200))
+    seen = []
+
+    def listen() -> None:
+        with contextlib.suppress(OSError):
+            while data := os.read(terminal, 10_000):
+                seen.append(data.decode(errors="replace"))
+
+    listener = threading.Thread(target=listen)
+    listener.start()
+    files = ("--train_file", sentences[0], "--validation_file", sentences[1])
+    settings = ("--model_name_or_path", tiny_model, "--max_steps", 3, "--device", "cpu")
+
+    how = {"prepare": lambda: os.dup2(end, 2)}
+    done = run_forked("train", *files, *settings, *flags, "--output_dir", tmp_path / "run", **how)
+    os.close(end)
+    listener.join()
+    told = "".join(seen)
+    assert done.code == 0 and "trainable params" in told
+    for shown in ("training:  ", "tokens/s]", "saving", "evaluating validation"):
+        assert (shown in told) == is_shown, shown
+    assert ("step 3 of 3: loss" in told) != is_shown

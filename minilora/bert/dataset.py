@@ -48,7 +48,7 @@ def tokenize(
         chunks = []
         starts = range(0, len(rows), TOKENIZE_CHUNK)
         # A bar only where there is something to wait for (delay: seconds).
-        for start in tqdm(starts, desc="tokenizing", unit="k", leave=False, delay=1):
+        for start in tqdm(starts, desc="tokenizing", unit="k", leave=False, delay=1, disable=None):
             chunk = rows[start : start + TOKENIZE_CHUNK]
             chunks.append(task.encode(chunk, tokenizer, max_length, place))
             chunks[-1]["row"] += start
@@ -143,10 +143,15 @@ def epoch_batches(
 
 
 def batches_in_order(
-    examples: Examples, batch_size: int, collate: Collate, device: torch.device, description: str
+    examples: Examples,
+    batch_size: int,
+    collate: Collate,
+    device: torch.device,
+    description: str = "",
 ) -> Iterator[Batch]:
-    """Every example once, in the file's order, with a progress bar."""
-    with tqdm(total=len(examples), desc=description, unit=" examples", leave=False) as bar:
+    """Every example once, in the file's order; on a terminal with a bar, if it is described."""
+    settings = {"unit": " examples", "leave": False, "disable": None if description else True}
+    with tqdm(total=len(examples), desc=description, **settings) as bar:
         for start in range(0, len(examples), batch_size):
             indices = np.arange(start, min(start + batch_size, len(examples)))
             yield to_device(collate(examples, indices), device)

@@ -77,7 +77,8 @@ def predict_windows(
     """The same for rows, by window: predictions, and how many texts were too long, and cut."""
     size = batch_size or run.record.arguments.per_device_eval_batch_size
     total, done = len(rows) if isinstance(rows, list) else None, 0
-    with tqdm(total=total, desc="predicting", unit=" texts", leave=False, delay=1) as bar:
+    looks = {"unit": " texts", "leave": False, "delay": 1, "disable": None}
+    with tqdm(total=total, desc="predicting", **looks) as bar:
         for window in _windows(rows):
             check_pairs(run, window)
             how = (run.task, run.tokenizer, run.max_length)

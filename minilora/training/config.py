@@ -111,6 +111,7 @@ class TrainConfig:
     hf_parity: bool = option(
         False, "HF Trainer + PEFT's losses, bit for bit: their random draws, their sums of means",
         tasks=LABELLED)
+    disable_tqdm: bool = free(False, "no bars, but a line every half minute, as without a terminal")
     ddp_timeout: int = free(
         1800, "with torchrun, seconds that processes wait for each other", least=1)
     device: str | None = free(None, "cpu, cuda, cuda:1, ...; by default cuda where there is one")

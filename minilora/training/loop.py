@@ -107,7 +107,9 @@ class Callbacks:
     log: Callable[[dict[str, Any]], None]  # takes a row of metrics.jsonl
     save: Callable[[], None]  # writes a checkpoint
     should_stop: Callable[[], bool]  # asked before each step; if true, the loop saves and ends
-    progress: Callable[[int, float, float], None]  # told (examples, loss, learning rate)
+    progress: Callable[
+        [list[Batch], float, float], None
+    ]  # told of each step, with its loss and rate
 
 
 def fit(training: Training, config: TrainConfig, run: Callbacks) -> None:
@@ -137,8 +139,7 @@ def fit(training: Training, config: TrainConfig, run: Callbacks) -> None:
             for loss in losses:
                 # In float32, as Trainer sums: the logged means then agree to the last bit.
                 state.loss_sum = float(np.float32(state.loss_sum) + np.float32(loss))
-            examples = distributed.summed(sum(len(batch["example"]) for batch in batches))
-            run.progress(int(examples), sum(losses), learning_rate)
+            run.progress(batches, sum(losses), learning_rate)
             if is_due(timetable.logging_steps, state):
                 log_loss(training, run, grad_norm, learning_rate)
             if is_due(timetable.eval_steps, state):

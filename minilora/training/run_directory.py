@@ -69,10 +69,10 @@ def fit_in_directory(
     state = training.state
     metrics = MetricsFile(output_dir / METRICS_NAME, state.log_history)
     saver = Saver(output_dir, training, record)
-    with contextlib.closing(TrainingBar(training.timetable.max_steps, state.global_step)) as bar:
-        callbacks = Callbacks(
-            batches, evaluate, metrics.append, saver.save, should_stop, bar.advance
-        )
+    counts = (training.timetable.max_steps, state.global_step)
+    with contextlib.closing(TrainingBar(*counts, config.disable_tqdm)) as bar:
+        save = bar.doing("saving")(saver.save)
+        callbacks = Callbacks(batches, evaluate, metrics.append, save, should_stop, bar.advance)
         # The packaged sentences show what training adds.
         at_start = config.eval_on_start or config.train_file is None
         if evaluate is not None and at_start and state.global_step == 0:

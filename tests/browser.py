@@ -4,6 +4,7 @@ import base64
 import contextlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import urllib.request
@@ -28,7 +29,7 @@ class Browser:
         arguments += ["--no-sandbox"] if os.getuid() == 0 else []
         options = {
             "goog:chromeOptions": {"binary": shutil.which("chromium"), "args": arguments},
-            "goog:loggingPrefs": {"browser": "ALL", "performance": "ALL"},
+            "goog:loggingPrefs": {"browser": "ALL"},
         }
         created = self.call("POST", "/session", {"capabilities": {"alwaysMatch": options}})
         self.address += f"/session/{created['sessionId']}"
@@ -66,7 +67,9 @@ class Browser:
         self.act("pointer", [{"type": "pointerMove", "x": x, "y": y}])
 
     def press(self, *keys: str) -> None:
-        downs_and_ups = [{"type": f"key{way}", "value": key} for key in keys for way in ("Down", "Up")]
+        downs_and_ups = [
+            {"type": f"key{way}", "value": key} for key in keys for way in ("Down", "Up")
+        ]
         self.act("key", downs_and_ups)
 
     def act(self, kind: str, actions: list[dict]) -> None:
@@ -85,18 +88,16 @@ class Browser:
 
 @contextlib.contextmanager
 def open_browser() -> Iterator[Browser]:
-    driver = subprocess.Popen(
-        ["chromedriver", "--port=0"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
-    )
-    try:
-        assert driver.stdout is not None
-        started = next(line for line in driver.stdout if "started successfully on port" in line)
-        port = started.rsplit(" ", 1)[1].strip(" .\n")
-        browser = Browser(f"http://127.0.0.1:{port}")
+    with subprocess.Popen(
+        ["chromedriver", "--port=0"], stdout=subprocess.PIPE, text=True
+    ) as driver:
         try:
-            yield browser
+            assert driver.stdout is not None
+            line = next(line for line in driver.stdout if "started successfully on port" in line)
+            browser = Browser("http://127.0.0.1:" + re.findall(r"port (\d+)", line)[0])
+            try:
+                yield browser
+            finally:
+                browser.call("DELETE", "")
         finally:
-            browser.call("DELETE", "")
-    finally:
-        driver.terminate()
-        driver.wait()
+            driver.terminate()

@@ -166,10 +166,8 @@ def train(plan: resume.ResumePlan, should_stop: Callable[[], bool]) -> TrainResu
     starting_model.check_new_modules(start.new_modules, lora, output_dir)
     inputs = (splits.labels, splits.has_pairs(), splits.fingerprints, start.sha256)
     world_size = plan.record.world_size if plan.record else distributed.world_size()
-    ran_on = environment(config.device)
-    record = RunRecord(
-        config, lora, *inputs, ran_on, world_size=world_size, extended=plan.extended()
-    )
+    began = {"world_size": world_size, "extended": plan.extended()}
+    record = RunRecord(config, lora, *inputs, environment(config.device), **began)
     resume.check_same_inputs(plan, record)
     examples = tokenize_all(config, splits, task, start)
     resume.check_ranks(plan, record, len(examples["train"]))

@@ -89,7 +89,7 @@ def test_a_sweep_killed_ten_times_ends_with_the_undisturbed_table(
     given = flags(tiny_model, sentences, *HALVED, "--output_dir", tmp_path / "out")
     kills = 0
     for _ in range(200):
-        seconds = 0.5 + 0.13 * kills
+        seconds = 0.35 + 0.03 * kills
         if kills == 10:
             seconds = 120
         ended = run_forked("sweep", *given, seconds=seconds)

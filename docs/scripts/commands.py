@@ -15,8 +15,10 @@ from minilora.command import Parser
 from minilora.training.config import TASKS, TrainConfig
 
 PAGE = Path(__file__).parents[1] / "commands.md"
-COMMANDS = ("train", "evaluate", "predict", "merge", "inspect")
+COMMANDS = ("train", "evaluate", "predict", "merge", "inspect", "sweep", "env")
 DEFAULT = re.compile(r"(.*?)(?: \(default: (.*)\))?")
+
+AS_OF_TRAIN = "as of train"  # of sweep: all of train's flags, which one table lists
 
 MARK = "<!-- From here on: python docs/scripts/commands.py -->\n"
 
@@ -89,7 +91,7 @@ def section(command: str) -> str:
         is_own = group in (parser._positionals, parser._optionals)
         rows = groups.setdefault("" if is_own else f"### {command}: {group.title}", [])
         for action in group._group_actions:
-            if action.dest != "help":
+            if action.dest != "help" and action.help != AS_OF_TRAIN:
                 rows.append(row_of(action, traits.get(action.dest, {}) if is_train else None))
     for title, rows in groups.items():
         if rows:

@@ -118,7 +118,7 @@ def page_of(runs: list[Run]) -> str:
         "runs": "\n".join(f"<button disabled>{name}</button>" for name in told),
         "figures": "\n".join(figure(name, runs) for name in names),
         "final": table(["metric", *labels], final_rows(runs)),
-        "differing": table(["argument", *labels], differing),
+        "differing": table(["argument", *labels], differing) if differing else "none",
         "all": table(["argument", *labels], rows),
         "data": json_text(data).replace("<", "\\u003c"),
     }

@@ -360,6 +360,21 @@ def test_the_values_at_a_step_are_shown_to_the_mouse_and_told_to_the_keyboard(br
 
 @pytest.mark.slow
 @needs_chromium
+def test_curves_without_a_range_have_axes_too(browser, finished_run, tmp_path):
+    """Flat ones, ones that differ in the last bit, one point, numbers at the ends of their type."""
+    steps, values = (1, 2, 2**53), {"a": 1.0, "b": 0.0, "c": 5e-324, "d": -9e299, "e": 2**62}
+    log = [{"step": step, **{f"eval_{k}": v for k, v in values.items()}} for step in steps]
+    log += [{"step": 2**53, "eval_a": 1.0 + 2**-52, "eval_d": 9e299, "eval_point": 3}]
+    page = page_of(copy_of(finished_run, tmp_path / "a", log))
+    browser.open(tmp_path / "report.html", 1200, 800)
+    ticks = browser.run("return [...document.querySelectorAll('.y')].map(y => y.children.length)")
+    assert len(ticks) == len(page.data["curves"]) == 6 and all(2 <= count <= 9 for count in ticks)
+    assert "NaN" not in browser.run("return document.body.innerHTML.replace(/<script.*/s, '')")
+    assert browser.complaints() == []
+
+
+@pytest.mark.slow
+@needs_chromium
 def test_without_its_script_the_page_still_tells_everything_in_tables(browser, page):
     page.write_text(page.read_text().replace("sha256-", "sha256-A"))
     browser.open(page, 360, 800)

@@ -131,8 +131,8 @@ def figure(name: str, runs: list[Run]) -> str:
     for run in runs:
         if points := [(value, step) for step, value in run.curves.get(name, [])]:
             chosen = (points[0], min(points), max(points), points[-1])
-            rows.append([run.label, *(f"{value:.4g} at step {step}" for value, step in chosen)])
-    numbers = table(["run", "first", "lowest", "highest", "last"], rows)
+            rows.append([run.label, *(f"{value:.4g} ({step})" for value, step in chosen)])
+    numbers = table(["value (step)", "first", "lowest", "highest", "last"], rows)
     return f"""<figure>
 <figcaption><b>{escaped(name)}</b> <small>{direction(name)}</small></figcaption>
 <details open><summary>in numbers</summary>{numbers}</details>

@@ -89,8 +89,8 @@ def test_each_curve_is_told_in_numbers(finished_run, tmp_path):
         {"step": step, "loss": loss} for step, loss in ((1, 0.5), (2, 0.25), (3, 0.75), (4, 0.5))
     ]
     page = page_of(copy_of(finished_run, tmp_path / "a", log))
-    told = page.table("run")["a"]
-    assert told == ["0.5 at step 1", "0.25 at step 2", "0.75 at step 3", "0.5 at step 4"]
+    told = page.table("value (step)")["a"]
+    assert told == ["0.5 (1)", "0.25 (2)", "0.75 (3)", "0.5 (4)"]
 
 
 def test_the_best_is_the_highest_or_of_errors_the_lowest(finished_run, tmp_path):
@@ -380,4 +380,4 @@ def test_without_its_script_the_page_still_tells_everything_in_tables(browser, p
     browser.open(page, 360, 800)
     assert any("Content Security Policy" in told for told in browser.complaints())
     assert not browser.run("return document.querySelector('.plot')")
-    assert "at step 40" in browser.run("return document.querySelector('details table').innerText")
+    assert "(40)" in browser.run("return document.querySelector('details table').innerText")

@@ -171,7 +171,8 @@ def table(head: list[str], rows: list[list[str]]) -> str:
         rest = "".join(f"<td>{escaped(cell)}</td>" for cell in cells)
         lines.append(f'<th scope="row">{escaped(first)}</th>{rest}')
     body = "\n".join(f"<tr>{line}</tr>" for line in lines)
-    return f'<div class="scroll" tabindex="0"><table>{body}</table></div>'
+    region = f'class="scroll" tabindex="0" role="region" aria-label="by {escaped(head[0])}"'
+    return f"<div {region}><table>{body}</table></div>"
 
 
 def escaped(text: str) -> str:

@@ -244,7 +244,8 @@ def parse_json(path: Path, line: int, text: str) -> Any:
 
 def _find_columns(path: Path, records: Records, asked: Columns, labelled: bool) -> dict[str, str]:
     names = list(dict.fromkeys(name for _, record in records for name in record))
-    listed, lower = ", ".join(names), {name.lower(): name for name in reversed(names)}
+    first, lower = records[0][1], {name.lower(): name for name in reversed(names)}
+    listed = ", ".join(f"{n} ({str(first.get(n))[:20]})" if n.isdecimal() else n for n in names)
     found, taken = {}, {asked.text, asked.pair, asked.label, *asked.labels}
     if lacking := [repr(name) for name in asked.labels if name not in names]:
         raise MiniloraError(f"{path} has no column {lacking[0]} (--label_columns); it has {listed}")

@@ -155,10 +155,14 @@ def test_where_a_run_was_extended_or_became_inexact_is_marked(finished_run, tmp_
     assert "step 6; extended at step 3; inexact from step 4" in page.text
 
 
-def test_checkpoints_are_shown_beside_runs(finished_run, tmp_path):
-    page = page_of(copy_of(finished_run, tmp_path / "a"), finished_run / "checkpoint-3")
-    assert page.data["labels"] == ["a", "checkpoint-3"]
-    assert [len(points) for points in page.data["curves"][0]] == [6, 3]
+def test_checkpoints_are_shown_beside_runs_trainers_too(finished_run, trainers, tmp_path):
+    run = copy_of(finished_run, tmp_path / "a")
+    page = page_of(run, finished_run / "checkpoint-3", trainers)
+    assert page.data["labels"] == ["a", "checkpoint-3", "checkpoint-2"]
+    names = re.findall("<figcaption><b>(.*?)</b>", page.text)
+    logged = dict(zip(names, page.data["curves"], strict=True))
+    assert [len(points) for points in logged["loss"]] == [6, 3, 2]
+    assert page.table("argument")["seed"] == ["42", "42", "7"]
 
 
 def test_what_files_say_shows_and_does_nothing(finished_run, tmp_path):

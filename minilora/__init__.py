@@ -25,6 +25,7 @@ if TYPE_CHECKING:  # the public names, for editors, type checkers, and `_ROOM_OF
     from minilora.trained.merge import write_merged_model
     from minilora.trained.opened import TrainedRun, open_run
     from minilora.trained.predict import predict_texts
+    from minilora.trained.report import write_report
     from minilora.trained.score import Scores, evaluate_file
     from minilora.training.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
     from minilora.training.config import TrainConfig

@@ -19,6 +19,7 @@ from pathlib import Path
 import minilora.trained.compare
 import minilora.trained.merge
 import minilora.trained.predict
+import minilora.trained.report
 import minilora.trained.score  # noqa: F401
 from minilora.command import run_command
 from tests.conftest import Finished

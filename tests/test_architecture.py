@@ -24,7 +24,7 @@ FLOORS = [
     ["sweeping"],
     ["config_file"],
     ["command"],
-    ["train", "evaluate", "predict", "merge", "inspect", "env"],
+    ["train", "evaluate", "predict", "merge", "inspect", "report", "env"],
     ["sweep"],
     ["__main__"],
 ]
@@ -33,7 +33,7 @@ COMMANDS = [*FLOORS[-3], *FLOORS[-2]]
 FORBIDDEN_NAMES = ("utils", "util", "common", "helpers", "helper", "misc", "base", "manager")
 
 # Budgets: lines of minilora/, and of the core that README names.
-LINES, CORE_LINES = 10_073, 2_260
+LINES, CORE_LINES = 10_286, 2_260
 LINES_OF_A_FILE, LINES_OF_A_FUNCTION, PARAMETERS = 300, 50, 6
 
 

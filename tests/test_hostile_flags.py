@@ -19,7 +19,7 @@ from minilora.command import Parser
 from tests.conftest import Finished
 from tests.forked import run_forked
 
-COMMANDS = ("train", "evaluate", "predict", "merge", "inspect")
+COMMANDS = ("train", "evaluate", "predict", "merge", "inspect", "report")
 
 # Values as an argument can hold them: no NUL can be passed to a program, a lone surrogate stands
 # for a byte that is not UTF-8.
@@ -118,9 +118,10 @@ def words(command: str, flag: str, given: list[str], value: str, run: Path) -> l
         "predict": [run, *(["--text", "good"] if flag not in ("file", "stdin") else [])],
         "merge": [run, "--output_dir", "merged"],
         "inspect": [run],
+        "report": [run],
     }  # fmt: skip
     base = flags[command]
-    if flag in ("path", "adapter", "diff"):
+    if flag in ("path", "adapter", "diff", "runs"):
         base = base[1:]
     if (command, flag) == ("merge", "weights"):
         base = ["--adapter", run, run, *base[1:], *given, value, value]

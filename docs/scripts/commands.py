@@ -15,7 +15,7 @@ from minilora.command import Parser
 from minilora.training.config import TASKS, TrainConfig
 
 PAGE = Path(__file__).parents[1] / "commands.md"
-COMMANDS = ("train", "evaluate", "predict", "merge", "inspect", "sweep", "env")
+COMMANDS = ("train", "evaluate", "predict", "merge", "inspect", "sweep", "report", "env")
 DEFAULT = re.compile(r"(.*?)(?: \(default: (.*)\))?")
 
 AS_OF_TRAIN = "as of train"  # of sweep: all of train's flags, which one table lists

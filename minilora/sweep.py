@@ -41,12 +41,17 @@ def main() -> int:
     with command.stop_signals() as received:
         with command.without_collection():  # the slow imports: torch and transformers
             from minilora import sweeping
+            from minilora.trained.report import write_report
         output_dir = Path(asked.resume_from_checkpoint or asked.output_dir)
         if asked.resume_from_checkpoint:
             sweep = sweeping.Sweep.read(output_dir)
         else:
             sweep = sweeping.begin(output_dir, combinations, asked.halving)
         is_done = sweeping.run_sweep(sweep, output_dir, asked.jobs, lambda: bool(received))
+    if is_done:
+        places = [output_dir / run.name for run, _, score in sweep.table() if score is not None]
+        if places:
+            write_report(places, output_dir / "report.html")
     print_summary(sweep, output_dir, is_done)
     return command.INTERRUPTED + received[0] if received else 0
 
@@ -147,6 +152,8 @@ def print_summary(sweep: "Sweep", output_dir: Path, is_done: bool) -> None:
         go_on = f"--resume_from_checkpoint {shlex.quote(str(output_dir))}"
         print(f"stopped; nothing is lost: python -m minilora.sweep {go_on}")
     best = str(output_dir / table[0][0].name) if table else None
+    if is_done and best:
+        print(f"side by side: {output_dir / 'report.html'}")
     told = {"finished": is_done, "runs": len(sweep.runs), "metric": metric, "best": best}
     print(json_text({**told, "output_dir": str(output_dir)}))
 

@@ -63,8 +63,9 @@ def test_the_table_names_each_run_its_score_and_what_sets_it_apart(halved):
     out, done = halved
     lines = done.out.splitlines()
     assert lines[0].split() == ["run", "rung", "eval_loss", "settings"]
-    assert len(lines) == 11 and all("learning_rate" in line for line in lines[1:-1])
-    assert [line.split()[1] for line in lines[1:-1]] == ["3", "2", "2", *["1"] * 6]
+    assert len(lines) == 12 and all("learning_rate" in line for line in lines[1:-2])
+    assert lines[-2] == f"side by side: {out / 'report.html'}" and "run-008" in report_of(out)
+    assert [line.split()[1] for line in lines[1:-2]] == ["3", "2", "2", *["1"] * 6]
     best = Sweep.read(out).table()[0]
     assert f"{best[2]:.4f}" == lines[1].split()[2]
 
@@ -75,6 +76,10 @@ def test_a_score_at_a_pause_is_what_evaluate_says_there(halved):
     name = next(name for name in found.scores[0] if name not in found.scores[1])
     done = run_forked("evaluate", out / name / "checkpoint-3", "--file", validation_of(found))
     assert done.summary()["eval_loss"] == found.scores[0][name]
+
+
+def report_of(out) -> str:
+    return (out / "report.html").read_text()
 
 
 def validation_of(found: Sweep) -> str:
@@ -99,7 +104,7 @@ def test_a_sweep_killed_ten_times_ends_with_the_undisturbed_table(
             break
         kills += 1
     assert kills == 10 and ended.code == 0, ended.err
-    assert ended.out.splitlines()[:-1] == done.out.splitlines()[:-1]
+    assert ended.out.splitlines()[:-2] == done.out.splitlines()[:-2]
     found = (tmp_path / "out" / "sweep.json").read_text()
     assert json.loads(found)["scores"] == json.loads((out / "sweep.json").read_text())["scores"]
     for place in out.glob("run-*"):

@@ -68,11 +68,12 @@ def in_float64(losses: Path):
         starting_model.choose_forward = doubled
         advance = TrainingBar.advance
 
-        def written(self, examples, loss, learning_rate):
+        def written(self, batches, loss, learning_rate):
+            before = self.examples
+            advance(self, batches, loss, learning_rate)
             if rank == 0:
                 with losses.open("a") as file:
-                    file.write(f"{examples} {loss!r}\n")
-            advance(self, examples, loss, learning_rate)
+                    file.write(f"{self.examples - before} {loss!r}\n")
 
         TrainingBar.advance = written
 

@@ -204,9 +204,9 @@ def train(plan: resume.ResumePlan, should_stop: Callable[[], bool]) -> TrainResu
 
 def read_data(config: TrainConfig) -> Splits:
     """Read every file of the run."""
-    if config.train_file is None and config.task != TrainConfig.task:
+    if (config.train_file or config.dataset_name) is None and config.task != TrainConfig.task:
         packaged = f"the packaged sentences are for {TrainConfig.task}"
-        raise MiniloraError(f"{packaged}, not {config.task}: give --train_file")
+        raise MiniloraError(f"{packaged}, not {config.task}: give --train_file or --dataset_name")
     splits = read_splits(config)
     evaluates = config.eval_strategy not in (None, "no") or config.threshold == "best"
     if (evaluates or config.best_metric()) and "validation" not in splits.rows:

@@ -33,7 +33,8 @@ def model_card(name: str, base: str, merged: str | None, record: RunRecord) -> s
     """
     result, lora, labels = record.result or {}, record.lora, record.labels
     metrics = {hub: result[ours] for ours, hub in METRICS.items() if ours in result}
-    validation, train = record.arguments.validation_file, record.arguments.train_file
+    arguments = record.arguments
+    validation, train = arguments.validation_file, arguments.train_file or arguments.dataset_name
     held_out = "minilora's own sentences" if train is None else f"a part of {Path(train).name}"
     data = held_out if validation is None else Path(validation).name
     hub_id, task = base_id(base), build_task(record.arguments, labels)

@@ -33,7 +33,7 @@ COMMANDS = [*FLOORS[-3], *FLOORS[-2]]
 FORBIDDEN_NAMES = ("utils", "util", "common", "helpers", "helper", "misc", "base", "manager")
 
 # Budgets: lines of minilora/, and of the core that README names.
-LINES, CORE_LINES = 10_293, 2_260
+LINES, CORE_LINES = 10_405, 2_260
 LINES_OF_A_FILE, LINES_OF_A_FUNCTION, PARAMETERS = 300, 50, 6
 
 
@@ -81,8 +81,8 @@ def test_training_does_not_know_transformers():
 
 def test_the_package_imports_nothing_but_its_core_dependencies():
     allowed = {"torch", "transformers", "safetensors", "numpy", "tqdm", "minilora"}
-    # Comes with transformers; imported where it is used.
-    allowed_late = {"huggingface_hub", "tokenizers", "yaml"}
+    # Come with transformers, or with an extra; imported where they are used.
+    allowed_late = {"huggingface_hub", "tokenizers", "yaml", "datasets", "pyarrow"}
     for path in ROOMS:
         at_the_top = {
             name for node in ast.parse(path.read_text()).body for name in imports_of_node(node)

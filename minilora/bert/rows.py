@@ -1,9 +1,9 @@
-"""Labelled text files read into rows: csv, tsv, json, jsonl. Every complaint names file and line.
+"""Labelled data read into rows. Every complaint names file and line.
 
     csv          comma-separated, RFC 4180 quoting
     tsv          tab-separated, no quoting: a quotation mark is a quotation mark
-    json         an array of objects
-    jsonl        one object per line
+    json, jsonl  an array of objects; one object per line
+    parquet      a table of objects; a split of a data set is one, too (`tables`)
 
 csv and tsv may lack a header; their columns are then called "0", "1", ... The first line is a
 header if it contains the columns asked for by name, or, when none is asked for, if its label field
@@ -22,11 +22,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from minilora.bert.tables import OBJECTS, Records, Source, Table, read_parquet
 from minilora.errors import MiniloraError
 from minilora.options import unique_keys
 from minilora.reading import read_bytes
-
-OBJECTS = (".json", ".jsonl")
 
 # Where data sets keep their columns (GLUE, the Hub's), tried in order when none is given. The kind
 # is optional; it splits the accuracy in the summary: "negation", "irony", ...
@@ -64,10 +63,9 @@ class Columns:
 
 USUAL = Columns()
 Lines = list[tuple[int, list[str]]]  # (line, its fields)
-Records = list[tuple[int, dict[str, Any]]]  # (line, value by column)
 
 
-def one_label(path: Path, line: int, value: Any) -> str:
+def one_label(path: Source, line: int, value: Any) -> str:
     """The label of a row that has one."""
     label = text_of(path, line, "label", value).strip()
     if label.lower() in ("", "nan"):
@@ -76,17 +74,17 @@ def one_label(path: Path, line: int, value: Any) -> str:
 
 
 def read_rows(
-    path: Path,
+    path: Source,
     columns: Columns = USUAL,
     labelled: bool = True,
-    label_of: Callable[[Path, int, Any], Any] = one_label,
+    label_of: Callable[[Source, int, Any], Any] = one_label,
 ) -> list[Row]:
     """All rows of a file, in its order, each label as `label_of` makes it of file, line and value,
     with `columns.labels` of each one's. If not `labelled`, no label is looked for, and a headerless
     file has its text first and its second text, if any, next.
     """
     suffix = check_suffix(path, (".csv", ".tsv", *OBJECTS))
-    if suffix in OBJECTS:
+    if isinstance(path, Table) or suffix in OBJECTS:
         records = read_objects(path)
     else:
         text = read_text(path)
@@ -106,14 +104,14 @@ def read_rows(
     return rows
 
 
-def read_texts(path: Path, arguments: Any, labelled: bool) -> list[Row]:
+def read_texts(path: Source, arguments: Any, labelled: bool) -> list[Row]:
     """The same, with the columns named in a run's arguments."""
     label = arguments.label_column if labelled else None
     columns = Columns(arguments.text_column, arguments.text_pair_column, label)
     return read_rows(path, columns, labelled)
 
 
-def check_suffix(path: Path, allowed: tuple[str, ...]) -> str:
+def check_suffix(path: Source, allowed: tuple[str, ...]) -> str:
     """The suffix of a file, which must be one of those."""
     suffix = path.suffix.lower()
     if suffix not in allowed:
@@ -121,13 +119,14 @@ def check_suffix(path: Path, allowed: tuple[str, ...]) -> str:
     return suffix
 
 
-def bad(path: Path | str, line: int, what: str) -> MiniloraError:
+def bad(path: Source | str, line: int, what: str) -> MiniloraError:
     """The error that something is wrong there."""
     return MiniloraError(f"{path}, line {line}: {what}")
 
 
-def read_text(path: Path) -> str:
+def read_text(path: Source) -> str:
     """The text of a file of UTF-8."""
+    assert isinstance(path, Path)  # a table is none
     data = read_bytes(path)
     try:
         return data.decode("utf-8-sig")  # Excel writes a byte order mark
@@ -217,8 +216,10 @@ def _by_number(path: Path, width: int, asked: Columns, labelled: bool) -> Column
     return Columns(text, pair, label, asked.labels)
 
 
-def read_objects(path: Path) -> Records:
-    """The objects of a .json array, numbered, or else of each line that is not blank."""
+def read_objects(path: Source) -> Records:
+    """The objects of an array or a table, numbered, or else of each line that is not blank."""
+    if path.suffix.lower() == ".parquet":
+        return path.records if isinstance(path, Table) else read_parquet(path)
     text = read_text(path)
     if path.suffix.lower() == ".json":
         array = parse_json(path, 1, text)
@@ -234,7 +235,7 @@ def read_objects(path: Path) -> Records:
     return records
 
 
-def parse_json(path: Path, line: int, text: str) -> Any:
+def parse_json(path: Source, line: int, text: str) -> Any:
     """What the JSON says that begins in this line of a file."""
     try:
         return json.loads(text, object_pairs_hook=unique_keys)
@@ -242,7 +243,7 @@ def parse_json(path: Path, line: int, text: str) -> Any:
         raise bad(path, line, f"not valid JSON: {error}") from None
 
 
-def _find_columns(path: Path, records: Records, asked: Columns, labelled: bool) -> dict[str, str]:
+def _find_columns(path: Source, records: Records, asked: Columns, labelled: bool) -> dict[str, str]:
     names = list(dict.fromkeys(name for _, record in records for name in record))
     first, lower = records[0][1], {name.lower(): name for name in reversed(names)}
     listed = ", ".join(f"{n} ({str(first.get(n))[:20]})" if n.isdecimal() else n for n in names)
@@ -277,7 +278,7 @@ def _find_columns(path: Path, records: Records, asked: Columns, labelled: bool) 
     return found
 
 
-def row_of(path: Path, line: int, record: dict[str, Any], columns: dict[str, str]) -> Row:
+def row_of(path: Source, line: int, record: dict[str, Any], columns: dict[str, str]) -> Row:
     """A row of what a record has in the columns: of its "text", "pair", "label" and "kind"."""
     values = {}
     for role, column in columns.items():
@@ -290,7 +291,7 @@ def row_of(path: Path, line: int, record: dict[str, Any], columns: dict[str, str
     return Row(values["text"], values.get("pair"), None, values.get("kind"), line)
 
 
-def text_of(path: Path, line: int, role: str, value: Any) -> str:
+def text_of(path: Source, line: int, role: str, value: Any) -> str:
     """A value of a file as text: a number's, too."""
     if value is None or isinstance(value, dict | list):
         raise bad(path, line, f"the {role} is {value!r}; it must be text or a number")

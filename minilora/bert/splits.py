@@ -1,12 +1,14 @@
 """The data of a run: its files read together, and what their labels mean."""
 
 import hashlib
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from minilora.bert.rows import Row
+from minilora.bert.tables import Source, Table, read_dataset
 from minilora.bert.tasks import Arguments, task_class
 from minilora.errors import MiniloraError
 
@@ -22,7 +24,7 @@ class Splits:
 
     rows: dict[str, list[Row]]
     files: dict[str, str]
-    fingerprints: dict[str, str]  # SHA-256 of each split's file
+    fingerprints: dict[str, str]  # SHA-256 of what each split was read from
     labels: list[str] | None  # what the task's ids mean; None where they are no names
 
     def has_pairs(self) -> bool:
@@ -31,17 +33,24 @@ class Splits:
 
 
 def read_splits(arguments: Arguments) -> Splits:
-    """Read every file of a run, by default the packaged sentences, and fix what its labels mean."""
+    """Read all data of a run, by default the packaged sentences, and fix what its labels mean."""
     task, held_out = task_class(arguments.task), arguments.validation_split
     files = {split: getattr(arguments, f"{split}_file") for split in SPLITS}
-    if files["train"] is None:
+    dataset = arguments.dataset_name
+    if files["train"] is None and dataset is None:
         files = {**files, "train": str(SENTENCES / "train.tsv")}
         files["validation"] = files["validation"] or str(SENTENCES / "validation.tsv")
-    given = {split: path for split, path in files.items() if path is not None}
-    rows = {split: task.read_rows(Path(path), arguments, True) for split, path in given.items()}
+    sources: dict[str, Source] = {s: Path(file) for s, file in files.items() if file is not None}
+    if dataset is not None:
+        left = [s for s in SPLITS if files[s] is None and not (held_out and s == "validation")]
+        asked = {split: getattr(arguments, f"{split}_split_name") for split in left}
+        sources |= read_dataset(dataset, arguments.dataset_config_name, asked)
+    rows = {split: task.read_rows(source, arguments, True) for split, source in sources.items()}
+    fingerprints = {split: file_fingerprint(source) for split, source in sources.items()}
+    given = {split: str(source) for split, source in sources.items()}
     if held_out > 0:
         rows["train"], rows["validation"] = hold_out(rows["train"], held_out, arguments.seed)
-        given["validation"] = given["train"]
+        given["validation"], fingerprints["validation"] = given["train"], fingerprints["train"]
     for split, path in given.items():
         has_pairs = rows[split][0].pair is not None
         if has_pairs != (rows["train"][0].pair is not None):
@@ -49,7 +58,6 @@ def read_splits(arguments: Arguments) -> Splits:
             disagree = f"{path} has {one} a row, {given['train']} has {other}"
             raise MiniloraError(f"{disagree}: name --text_pair_column")
     labels = task.find_labels(rows["train"], given["train"])
-    fingerprints = {split: file_fingerprint(Path(path)) for split, path in given.items()}
     return Splits(rows, given, fingerprints, labels)
 
 
@@ -64,7 +72,9 @@ def hold_out(rows: list[Row], share: float, seed: int) -> tuple[list[Row], list[
     return train, [row for index, row in enumerate(rows) if index in chosen]
 
 
-def file_fingerprint(path: Path) -> str:
-    """SHA-256 of a file's bytes."""
+def file_fingerprint(path: Source) -> str:
+    """SHA-256 of a file's bytes, or of a data set's rows: its files differ from place to place."""
+    if isinstance(path, Table):
+        return hashlib.sha256(json.dumps(path.records).encode()).hexdigest()
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

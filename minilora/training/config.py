@@ -19,6 +19,13 @@ LABELLED = tuple(task for task in TASKS if task != "masked_lm")
 ONE_CLASS = ("sequence_classification", "token_classification")
 SEVERAL = ("multi_label_classification",)
 WHOLE_TEXTS = ("sequence_classification", "regression", *SEVERAL)
+# Of each two, one may be given.
+EITHER = (
+    ("train_file", "dataset_name"), ("validation_file", "validation_split_name"),
+    ("test_file", "test_split_name"), ("validation_split", "validation_file"),
+    ("validation_split", "validation_split_name"), ("label_column", "label_columns"),
+    ("class_weights", "label_smoothing_factor"),
+)  # fmt: skip
 TRAINER_LACKS = ("head_learning_rate", "loraplus_lr_ratio", "class_weights", "stride")
 SCHEDULES = ("linear", "cosine", "constant", "constant_with_warmup")
 STRATEGIES = ("no", "steps", "epoch")
@@ -47,10 +54,16 @@ class TrainConfig:
     task: str = option("sequence_classification", "what the head predicts", choices=TASKS)
 
     train_file: str | None = free(
-        None, "csv, tsv, json, jsonl, CoNLL, txt; by default packaged sentences", group="data")
+        None, "csv, tsv, json, parquet, CoNLL or txt; by default packaged sentences", group="data")
     validation_file: str | None = free(None, "the same, for evaluation during training")
     test_file: str | None = free(None, "the same, evaluated once after training")
-    validation_split: float = option(0.0, "share of train_file to hold out", least=0, below=1)
+    dataset_name: str | None = free(None, "instead: a hub id, or a directory that `datasets` reads")
+    dataset_config_name: str | None = free(None, "which of its configurations")
+    # Called as in transformers' run_classification.py; validation_split is a share.
+    train_split_name: str | None = free(None, "which of its splits; by default train")
+    validation_split_name: str | None = free(None, "the same; by default validation, if there")
+    test_split_name: str | None = free(None, "the same; by default none")
+    validation_split: float = option(0.0, "share of the training set to hold out", least=0, below=1)
     text_column: str | None = option(None, "the text's name, or number from 0 without a header")
     text_pair_column: str | None = option(
         None, "the same for the second text of a pair", tasks=LABELLED)
@@ -206,8 +219,9 @@ def _relations(c: TrainConfig) -> list[tuple[Any, str]]:
         (c.extend and c.resume_from_checkpoint is None,
          "extend is for a run that is resumed: give --resume_from_checkpoint"),
         (c.adam_epsilon <= 0, f"adam_epsilon is {c.adam_epsilon}; it must be above 0"),
-        (c.validation_split and c.validation_file,
-         "validation_split and validation_file are both given: leave one out"),
+        (c.dataset_name is None and (c.dataset_config_name or c.train_split_name
+         or c.validation_split_name or c.test_split_name),
+         "dataset_config_name and the names of splits are for a dataset_name: give it"),
         (c.hf_parity and c.label_smoothing_factor and c.gradient_accumulation_steps > 1,
          "hf_parity with label_smoothing_factor needs gradient_accumulation_steps 1: only smoothed "
          "losses does Trainer divide by the labels of a whole step"),
@@ -241,11 +255,10 @@ def _relations_of_tasks(c: TrainConfig) -> list[tuple[Any, str]]:
         (c.threshold == "best" and evaluates != "epoch",
          f"threshold best is chosen as an epoch ends; eval_strategy is {evaluates}: leave it out"),
         (not c.label_separator, "label_separator is empty; it must be a character or more"),
-        (c.label_column and c.label_columns,
-         "label_column and label_columns are both given: leave one out"),
-        (c.class_weights and c.label_smoothing_factor,
-         "class_weights and label_smoothing_factor are both given: leave one out"),
     ]  # fmt: skip
+    for one, other in EITHER:
+        both = getattr(c, one) and getattr(c, other)
+        checks.append((both, f"{one} and {other} are both given: leave one out"))
     for field in dataclasses.fields(TrainConfig):
         tasks, is_given = field.metadata.get("tasks"), getattr(c, field.name) != field.default
         if tasks is not None and c.task not in tasks:

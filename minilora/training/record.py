@@ -42,7 +42,7 @@ PARTS = (WEIGHTS_NAME, CONFIG_NAME, *REQUIRED, STATE_NAME)
 # Of a `TrainState`, all but the log, which trainer_state.json holds.
 STATE = {n: hint for n, hint in typing.get_type_hints(TrainState).items() if n != "log_history"}
 
-PATHS = ("train_file", "validation_file", "test_file", "model_name_or_path")
+PATHS = ("train_file", "validation_file", "test_file", "dataset_name", "model_name_or_path")
 
 # The parts of `environment` on which a run's bits depend; the others are for the reader.
 EXACTNESS = ("torch", "cpu_capability", "num_threads", "cuda", "world_size")

@@ -133,8 +133,9 @@ def plan_resume(
 
 def changed_inputs(record: RunRecord, data_sha256: dict[str, str]) -> list[str]:
     """Which of a run's files are not what it began with, told by their fingerprints."""
+    given = record.arguments
     return [
-        f"{split} file ({getattr(record.arguments, f'{split}_file') or 'packaged'})"
+        f"{split} file ({getattr(given, f'{split}_file') or given.dataset_name or 'packaged'})"
         for split, digest in record.data_sha256.items()
         if data_sha256.get(split) != digest
     ]

@@ -74,7 +74,7 @@ def fit_in_directory(
         save = bar.doing("saving")(saver.save)
         callbacks = Callbacks(batches, evaluate, metrics.append, save, should_stop, bar.advance)
         # The packaged sentences show what training adds.
-        at_start = config.eval_on_start or config.train_file is None
+        at_start = config.eval_on_start or (config.train_file or config.dataset_name) is None
         if evaluate is not None and at_start and state.global_step == 0:
             log(training, callbacks, evaluate())
         fit(training, config, callbacks)

@@ -8,7 +8,6 @@ walks through it.
 
 import importlib
 import pkgutil
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch.nn.functional as F
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from minilora.bert.examples import NO_LABEL, Arrays, Batch, Examples, Logits, LogitsOf, Tokenizer
 from minilora.bert.rows import Row, bad
+from minilora.bert.tables import Source
 from minilora.errors import MiniloraError
 
 Arguments = Any  # the run's `TrainConfig`, which stands above this folder
@@ -60,7 +60,7 @@ class Task(Protocol):
 
     # The rows of a file, by the readers of `rows`; without labels where they are to be predicted.
     @staticmethod
-    def read_rows(path: Path, arguments: Arguments, labelled: bool) -> list[Row]: ...
+    def read_rows(path: Source, arguments: Arguments, labelled: bool) -> list[Row]: ...
 
     # What the labels of the training rows mean.
     @staticmethod

@@ -8,7 +8,6 @@ M masked tokens of a batch; V words of the tokenizer.
 """
 
 import dataclasses
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,6 +18,7 @@ from transformers import AutoModelForMaskedLM
 
 from minilora.bert.examples import NO_LABEL, Arrays, Batch, Examples, Logits, Tokenizer
 from minilora.bert.rows import Columns, Row, lines_of, read_rows, read_text
+from minilora.bert.tables import Source
 from minilora.bert.tasks import Arguments, Predictions
 from minilora.bert.texts import tokenized
 from minilora.errors import MiniloraError
@@ -45,7 +45,7 @@ class MaskedLm:
         self.seed = arguments.seed
 
     @staticmethod
-    def read_rows(path: Path, arguments: Arguments, labelled: bool) -> list[Row]:
+    def read_rows(path: Source, arguments: Arguments, labelled: bool) -> list[Row]:
         """The lines of a .txt file, or a column of the others. Where masks are to be drawn, rows
         have the label True, and blank texts are left out.
         """

@@ -5,7 +5,6 @@ each label. An empty list or field is a text without a label.
 """
 
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,6 +16,7 @@ from transformers import AutoModelForSequenceClassification
 from minilora.bert.examples import Arrays, Batch, Examples, Logits, Tokenizer
 from minilora.bert.metrics import best_threshold, precision_recall_f1, scores_by_class
 from minilora.bert.rows import Columns, Row, bad, read_rows, text_of
+from minilora.bert.tables import Source
 from minilora.bert.tasks import Arguments, Predictions, set_labels, unknown_label
 from minilora.bert.texts import WholeTexts, encode_texts, of_whole_texts
 from minilora.errors import MiniloraError
@@ -44,7 +44,7 @@ class MultiLabelClassification:
         self.threshold = None if arguments.threshold == "best" else arguments.threshold
 
     @staticmethod
-    def read_rows(path: Path, arguments: Arguments, labelled: bool) -> list[Row]:
+    def read_rows(path: Source, arguments: Arguments, labelled: bool) -> list[Row]:
         """Each label is {name: 0 or 1} of those that the row names."""
         label = arguments.label_column if labelled else None
         asked = tuple(arguments.label_columns or []) if labelled else ()
@@ -141,7 +141,7 @@ class LabelScorer:
         return scores_by_class(self.names, *self.counts)
 
 
-def _names_of(path: Path, line: int, value: Any, separator: str) -> dict[str, int]:
+def _names_of(path: Source, line: int, value: Any, separator: str) -> dict[str, int]:
     if not isinstance(value, list):
         text = text_of(path, line, "label", value).strip()
         value = text.split(separator) if text else []
@@ -152,7 +152,7 @@ def _names_of(path: Path, line: int, value: Any, separator: str) -> dict[str, in
     return dict.fromkeys(names, 1)
 
 
-def _values_of(path: Path, line: int, value: dict[str, Any]) -> dict[str, int]:
+def _values_of(path: Source, line: int, value: dict[str, Any]) -> dict[str, int]:
     if wrong := [name for name, one in value.items() if str(one).strip().lower() not in VALUES]:
         shown = f"column {wrong[0]!r} is {value[wrong[0]]!r}"
         raise bad(path, line, f"{shown}; a column of --label_columns is 0 or 1")

@@ -12,7 +12,6 @@ answer. B windows of a batch; T tokens, P of them of the passage.
 import dataclasses
 from collections.abc import Iterator
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -35,6 +34,7 @@ from minilora.bert.rows import (
     read_text,
     row_of,
 )
+from minilora.bert.tables import Source
 from minilora.bert.tasks import Arguments, Predictions, set_labels
 from minilora.bert.texts import arrays_of, token_spans, whole_encodings, windows
 from minilora.errors import MiniloraError
@@ -66,7 +66,7 @@ class QuestionAnswering:
         self.hf_parity = arguments.hf_parity
 
     @staticmethod
-    def read_rows(path: Path, arguments: Arguments, labelled: bool) -> list[Row]:
+    def read_rows(path: Source, arguments: Arguments, labelled: bool) -> list[Row]:
         """Questions, numbered by line, or in a .json file from 1."""
         is_squad = check_suffix(path, OBJECTS) == ".json" and read_text(path).lstrip()[:1] == "{"
         records = _of_squad(path) if is_squad else read_objects(path)
@@ -218,7 +218,7 @@ def _places(row: Row, spans: np.ndarray) -> tuple[int, int]:
     return (inside[start].item(), inside[end].item()) if is_whole else (0, 0)
 
 
-def _of_squad(path: Path) -> Records:
+def _of_squad(path: Source) -> Records:
     """The questions of SQuAD's json, numbered, each with its passage."""
     squad = parse_json(path, 1, read_text(path))
     try:
@@ -231,7 +231,7 @@ def _of_squad(path: Path) -> Records:
 
 
 def _row(
-    path: Path, line: int, record: dict[str, Any], arguments: Arguments, labelled: bool
+    path: Source, line: int, record: dict[str, Any], arguments: Arguments, labelled: bool
 ) -> Row:
     question, passage = arguments.text_column or "question", arguments.text_pair_column or "context"
     row = row_of(path, line, record, {"text": question, "pair": passage})
@@ -242,7 +242,7 @@ def _row(
     return dataclasses.replace(row, label=label, fields=fields)
 
 
-def _answers(path: Path, row: Row, record: dict[str, Any], column: str) -> list[tuple[int, str]]:
+def _answers(path: Source, row: Row, record: dict[str, Any], column: str) -> list[tuple[int, str]]:
     """Where each right answer starts, and its words; nothing if the question has none."""
     match record.get(column, record):
         case {"text": list(texts), "answer_start": list(starts)} if len(texts) == len(starts):

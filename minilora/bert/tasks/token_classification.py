@@ -8,7 +8,6 @@ is tagged O, in the metrics, too.
 import re
 from collections import Counter
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -29,6 +28,7 @@ from minilora.bert.rows import (
     read_texts,
     text_of,
 )
+from minilora.bert.tables import Source
 from minilora.bert.tasks import (
     Arguments,
     Predictions,
@@ -63,9 +63,9 @@ class TokenClassification:
         self.label_all_tokens = arguments.label_all_tokens
 
     @staticmethod
-    def read_rows(path: Path, arguments: Arguments, labelled: bool) -> list[Row]:
+    def read_rows(path: Source, arguments: Arguments, labelled: bool) -> list[Row]:
         """Columns, of which the first is the token and the last the tag, or objects with tokens and
-        tags; to be predicted, also texts.
+        tags, or ner_tags; to be predicted, also texts.
         """
         suffix = check_suffix(path, COLUMNS + OBJECTS) if labelled else path.suffix.lower()
         found = _sentences(path, labelled) if suffix in COLUMNS else []
@@ -186,7 +186,7 @@ class EntityScorer:
         return scores_by_class(names, *([count[name] for name in names] for count in counts))
 
 
-def _sentences(path: Path, labelled: bool) -> Iterator[Row]:
+def _sentences(path: Source, labelled: bool) -> Iterator[Row]:
     tokens, tags, start = [], [], 1
     for line, text in [*lines_of(read_text(path)), (0, "")]:
         text = text.removeprefix("\ufeff")  # of a file that was appended to another
@@ -203,9 +203,11 @@ def _sentences(path: Path, labelled: bool) -> Iterator[Row]:
             tags.append(fields[-1])
 
 
-def _objects(path: Path, arguments: Arguments, labelled: bool) -> Iterator[Row]:
-    names = [arguments.text_column or "tokens", arguments.label_column or "tags"]
+def _objects(path: Source, arguments: Arguments, labelled: bool) -> Iterator[Row]:
     records = read_objects(path)
+    are_hubs = any("ner_tags" in record and "tags" not in record for _, record in records)
+    usual = "ner_tags" if are_hubs else "tags"
+    names = [arguments.text_column or "tokens", arguments.label_column or usual]
     if not labelled and not any(isinstance(record.get(names[0]), list) for _, record in records):
         return  # they are texts
     for line, record in records:
@@ -216,7 +218,7 @@ def _objects(path: Path, arguments: Arguments, labelled: bool) -> Iterator[Row]:
         yield _row(path, line, lists[0], lists[1] if labelled else None)
 
 
-def _row(path: Path, line: int, tokens: list[str], tags: list[str] | None) -> Row:
+def _row(path: Source, line: int, tokens: list[str], tags: list[str] | None) -> Row:
     tokens = [text_of(path, line, "token", token) for token in tokens]
     if not tokens:
         raise bad(path, line, "the sentence has no token")

@@ -90,8 +90,7 @@ def read_rows(
         text = read_text(path)
         tab_separated = [(n, line.rstrip("\r").split("\t")) for n, line in lines_of(text)]
         lines = _csv_lines(path, text) if suffix == ".csv" else tab_separated
-        lines = _without_blank(lines, labelled)
-        records, columns = _by_column(path, lines, columns, labelled)
+        records, columns = _by_column(path, _without_blank(lines, labelled), columns, labelled)
     if not records:
         raise MiniloraError(f"{path} is empty: it holds no example")
     found = _find_columns(path, records, columns, labelled)

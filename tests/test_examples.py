@@ -1,6 +1,8 @@
 """The examples for clusters, run under bash with stand-ins for the cluster's commands."""
 
+import json
 import os
+import runpy
 import signal
 import subprocess
 import sys
@@ -121,3 +123,34 @@ def test_a_job_whose_time_is_up_saves_and_is_queued_again(tmp_path, tiny_model, 
     assert (tmp_path / "requeued").read_text() == "7\n"
     losses = [row["step"] for row in read_rows(rows.parent) if "loss" in row]
     assert losses == list(range(1, 121))
+
+
+FOLLOW = EXAMPLES / "follow_metrics.py"
+
+
+def test_a_finished_run_is_followed_to_its_end(finished_run):
+    command = [sys.executable, FOLLOW, finished_run]
+    out = subprocess.run(command, capture_output=True, text=True, timeout=20).stdout
+    assert [int(line.split()[0]) for line in out.splitlines()] == [
+        row["step"] for row in read_rows(finished_run)
+    ]
+
+
+def test_a_run_that_is_cut_and_goes_on_is_told_once(finished_run, tmp_path, monkeypatch):
+    """Between two looks: rows appear, the last half of one; a resume cuts and repeats them."""
+    namespace = runpy.run_path(str(FOLLOW))
+    rows = (finished_run / "metrics.jsonl").read_bytes().splitlines(keepends=True)
+    begun = {**json.loads((finished_run / "run.json").read_text())}
+    result = begun.pop("result")
+    looks = [rows[:1], [*rows[:5], rows[5][:9]], rows[:3], rows[:4], rows]
+
+    def next_look(_):
+        (tmp_path / "metrics.jsonl").write_bytes(b"".join(looks.pop(0)))
+        (tmp_path / "run.json").write_text(
+            json.dumps(begun if looks else {**begun, "result": result})
+        )
+
+    monkeypatch.setattr(time, "sleep", lambda seconds: next_look(seconds) if looks else None)
+    told = []
+    namespace["follow"](tmp_path, lambda values, step: told.append({"step": step, **values}))
+    assert told == [json.loads(row) for row in rows]

@@ -94,6 +94,7 @@ class TrainConfig:
     save_total_limit: int | None = free(None, "checkpoints kept, newest and best always", least=1)
     logging_steps: int | None = free(
         None, "steps between rows of metrics.jsonl; by default 10, with hf_parity 500", least=1)
+    report_to: str = free("none", "tensorboard: those rows as curves, too, in output_dir/runs")
 
     num_train_epochs: float = option(3.0, "passes over the training set", group="training")
     max_steps: int = option(-1, "optimizer steps in all; above 0, it overrides num_train_epochs")
@@ -216,6 +217,9 @@ def _relations(c: TrainConfig) -> list[tuple[Any, str]]:
          f"metric_for_best_model is {c.metric_for_best_model!r}; it must not be a timing"),
         (c.num_train_epochs <= 0 and c.max_steps <= 0,
          f"num_train_epochs is {c.num_train_epochs}; it must be above 0 unless max_steps is"),
+        (c.report_to not in ("none", "tensorboard"),
+         f"report_to is {c.report_to!r}; it must be none or tensorboard: into any other tracker "
+         "examples/follow_metrics.py takes metrics.jsonl"),
         (c.extend and c.resume_from_checkpoint is None,
          "extend is for a run that is resumed: give --resume_from_checkpoint"),
         (c.adam_epsilon <= 0, f"adam_epsilon is {c.adam_epsilon}; it must be above 0"),

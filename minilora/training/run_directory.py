@@ -24,6 +24,7 @@ from minilora.training.progress import TrainingBar, say
 from minilora.training.record import RUN_NAME, RunRecord
 from minilora.training.resume import ResumePlan
 from minilora.training.rng import seed_all
+from minilora.training.tensorboard import Curves
 
 METRICS_NAME = "metrics.jsonl"
 
@@ -67,7 +68,8 @@ def fit_in_directory(
         aside = distributed.by_first(partial(files.set_aside, path, reason))
         say(f"warning: {path.name} is {reason} and now named {aside.name}")
     state = training.state
-    metrics = MetricsFile(output_dir / METRICS_NAME, state.log_history)
+    curves = Curves(output_dir, record, state.log_history)
+    metrics = MetricsFile(output_dir / METRICS_NAME, state.log_history, curves)
     saver = Saver(output_dir, training, record)
     counts = (training.timetable.max_steps, state.global_step)
     with contextlib.closing(TrainingBar(*counts, config.disable_tqdm)) as bar:
@@ -91,11 +93,11 @@ class MetricsFile:
     A row that cannot be written (disk full) is not lost: the next one writes the whole file anew.
     """
 
-    def __init__(self, path: Path, log_history: list[dict[str, Any]]) -> None:
+    def __init__(self, path: Path, log_history: list[dict[str, Any]], curves: Curves) -> None:
         """Begin with a checkpoint's rows: those that a killed run wrote after it are dropped. Of
         several processes, the first writes.
         """
-        self.path, self.rows, self.has_failed = path, log_history, False
+        self.path, self.rows, self.has_failed, self.curves = path, log_history, False, curves
         self.append()
 
     def append(self, row: dict[str, Any] | None = None) -> None:
@@ -112,6 +114,8 @@ class MetricsFile:
                 reason = f"cannot be written ({error.strerror}); the rows are kept for later"
                 say(f"warning: {self.path} {reason}")
             self.has_failed = True
+        if row is not None:
+            self.curves.append(row)
 
     def write_all(self) -> None:
         """Write every row, durably. An `OSError` means that rows in no checkpoint would be lost."""

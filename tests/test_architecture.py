@@ -31,7 +31,7 @@ COMMANDS = FLOORS[-2]
 FORBIDDEN_NAMES = ("utils", "util", "common", "helpers", "helper", "misc", "base", "manager")
 
 # Budgets: lines of minilora/, and of the core that README names.
-LINES, CORE_LINES = 10_260, 2_230
+LINES, CORE_LINES = 10_299, 2_230
 LINES_OF_A_FILE, LINES_OF_A_FUNCTION, PARAMETERS = 300, 50, 6
 
 

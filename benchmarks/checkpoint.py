@@ -187,30 +187,28 @@ def size(path: Path) -> int:
     return sum(file.stat().st_size for file in path.iterdir())
 
 
-def compare(shape: str, directory: Path, saves: int) -> dict:
-    sides = {
-        "trainer": Theirs(shape, directory / "theirs"),
-        "minilora": Ours(shape, directory / "ours"),
-    }
-    (directory / "ours").mkdir()
-    for side in sides.values():
-        side.prepare()
-    seconds: dict[str, list[float]] = {name: [] for name in sides}
-    sizes = {}
-    gc.disable()
-    for step in range(1, saves + 2):
-        for name, side in sides.items():
-            start = time.perf_counter()
-            path = side.save(step)
-            seconds[name].append(time.perf_counter() - start)
-            sizes[name] = size(path)
-    gc.enable()
-    found: dict = {f"{name}_ms": 1000 * statistics.median(seconds[name][1:]) for name in sides}
-    found |= {f"{name}_bytes": sizes[name] for name in sides}
-    found["ratio"] = found["minilora_ms"] / found["trainer_ms"]
-    if shape == "MiniLM-L6":
-        found["resume_ms"] = resumes(sides)
-    return found
+def measure(shape: str, directory: str | None, saves: int, resume: bool = False) -> dict:
+    """Of both sides: the seconds of each save, and a checkpoint's bytes; if asked, those of a resume."""
+    with tempfile.TemporaryDirectory(dir=directory) as place:
+        sides = {
+            "trainer": Theirs(shape, Path(place, "theirs")),
+            "minilora": Ours(shape, Path(place, "ours")),
+        }
+        Path(place, "ours").mkdir()
+        for side in sides.values():
+            side.prepare()
+        found: dict = {"seconds": {name: [] for name in sides}, "bytes": {}}
+        gc.disable()
+        for step in range(1, saves + 2):
+            for name, side in sides.items():
+                start = time.perf_counter()
+                path = side.save(step)
+                found["seconds"][name].append(time.perf_counter() - start)
+                found["bytes"][name] = size(path)
+        gc.enable()
+        for of_side in found["seconds"].values():
+            del of_side[0]  # to warm up
+        return found | ({"resume_ms": resumes(sides)} if resume else {})
 
 
 def resumes(sides: dict) -> dict:
@@ -232,12 +230,14 @@ def main() -> None:
     torch.set_num_threads(2)
     results = {}
     for shape in SHAPES:
-        with tempfile.TemporaryDirectory(dir=asked.directory) as directory:
-            found = results[shape] = compare(shape, Path(directory), asked.saves)
+        found = results[shape] = measure(
+            shape, asked.directory, asked.saves, resume=shape == "MiniLM-L6"
+        )
+        ms = {name: 1000 * statistics.median(of_side) for name, of_side in found["seconds"].items()}
         print(
-            f"{shape:10} Trainer {found['trainer_ms']:.1f} ms {found['trainer_bytes']:,} bytes; "
-            f"minilora {found['minilora_ms']:.1f} ms {found['minilora_bytes']:,} bytes; "
-            f"ratio of times {found['ratio']:.2f}"
+            f"{shape:10} Trainer {ms['trainer']:.1f} ms {found['bytes']['trainer']:,} bytes; "
+            f"minilora {ms['minilora']:.1f} ms {found['bytes']['minilora']:,} bytes; "
+            f"ratio of times {ms['minilora'] / ms['trainer']:.2f}"
         )
         for name, value in found.get("resume_ms", {}).items():
             print(f"{shape:10} first step after a resume: {name}: {value:.0f} ms")

@@ -1,200 +1,285 @@
-"""minilora beside PEFT and HF Trainer: the same data, model and hyper-parameters, fresh processes in turn.
+"""minilora beside peft and HF Trainer + PEFT: one table, rows where minilora loses like the others.
 
-    python benchmarks/compare.py --train train.tsv --validation dev.tsv          some 20 minutes
-    python benchmarks/compare.py --train train.tsv --validation dev.tsv --quick  under 3, one repeat, fewer rows
+    python benchmarks/compare.py --quick                        the packaged sentences and model; some minutes
+    python benchmarks/compare.py --train train.tsv --validation dev.tsv --ner_train train.conll     the full one
+    python benchmarks/compare.py --table benchmarks/results/NAME.json --plot                   measures nothing
 
-Both files are headerless `text<TAB>label` lines, of which SST-2's were used for the tables in README.md.
-Each row starts every contestant once, then again, `--repeats` times over, so that a machine whose speed
-drifts drifts for all; it prints medians, their spread, and ratios. Rows where minilora loses are printed
-like the others. The last line is JSON.
+The first two files are headerless `text<TAB>label` lines, the third a CoNLL file. Every row is measured in turn:
+one contestant after the other, then all of them again in the opposite order, so that a machine whose speed drifts
+drifts for all. The table goes to stdout and, with machine and versions, as JSON to `--output`.
 """
 
 import argparse
+import dataclasses
+import datetime
 import json
 import os
+import platform
 import random
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Iterable
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 
-HERE = Path(__file__).parent
+import measured
+from table import Row, as_json, origin, plot, tables, versions
+
+HERE = Path(__file__).resolve().parent
 QUERY_VALUE = ["query", "value"]
-ALL_ATTENTION = ["query", "key", "value", "attention.output.dense"]
+TRAINER, GROUPED = "Trainer + PEFT", "Trainer + PEFT, grouped by length"
+PADDED, SORTED = "PEFT, padded", "PEFT, sorted by length, padded"
+# Repeats of a row, and of one that starts fresh processes; optimizer steps of a block (measured.WARM_UP of them are
+# not timed), the same of the large model, and its batch; texts to predict; saves; passes of the library alone.
+FULL = {
+    "repeats": 3, "fresh_repeats": 3, "steps": 14, "large_steps": 5, "large_batch": 16, "texts": 1000,
+    "saves": 15, "passes": 20,
+}  # fmt: skip
+QUICK = {
+    "repeats": 2, "fresh_repeats": 1, "steps": 5, "large_steps": 4, "large_batch": 8, "texts": 96,
+    "saves": 5, "passes": 3,
+}  # fmt: skip
+# Of a CPU's many flags, those on which the speed of matrix products depends.
+FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16")
 
 
-def measured(name: str, settings: dict) -> dict:
-    """One process of `measured.py`."""
-    command = [sys.executable, str(HERE / "measured.py"), name, json.dumps(settings)]
-    result = subprocess.run(command, capture_output=True, text=True)
-    if result.returncode != 0:
-        raise SystemExit(f"{name} {settings} failed:\n{result.stderr[-2000:]}")
-    return json.loads(result.stdout.splitlines()[-1])
+class Bench:
+    """What the rows share: what was asked, the files, and the processes that take turns: minilora's, which
+    never imports peft, and the peers', which never import minilora. A third has both.
+    """
 
+    def __init__(self, asked: argparse.Namespace, work: Path) -> None:
+        self.asked, self.work = asked, work
+        self.sides = {name: new_process() for name in ("minilora", "peer", "both")}
+        self.small = Path(asked.model).name if asked.model_is_given else "MiniLM"
+        self.large = Path(asked.base_model).name if asked.base_model else "BERT-base's shape"
+        self.settings = {
+            "model": asked.model, "train": asked.train, "steps": asked.steps, "batch": 32, "accumulation": 1,
+            "dtype": "float32", "max_length": min(512, positions(asked.model)), "targets": QUERY_VALUE,
+        }  # fmt: skip
 
-def in_turn(contestants: dict, repeats: int) -> dict[str, list[dict]]:
-    """Every contestant's results: {label: (name, settings)} to {label: one result per repeat}."""
-    found: dict[str, list[dict]] = {label: [] for label in contestants}
-    for _ in range(repeats):
+    def run(self, name: str, settings: dict, side: str = "") -> dict:
+        """What a function of measured.py finds in its side's process, or without a side in a fresh one."""
+        process = self.sides.get(side) or new_process()
+        found = process.submit(measured.measure, name, settings).result()
+        if not side:
+            process.shutdown()
+        return found
+
+    def compare(self, contestants: dict, fresh: bool = False) -> dict[str, list[dict]]:
+        """Of contestants that take turns {label: results}, given {label: (function of measured.py, settings)}."""
+        calls = {}
         for label, (name, settings) in contestants.items():
-            found[label].append(measured(name, settings))
+            side = "minilora" if name.startswith("minilora") else "peer"
+            calls[label] = partial(self.run, name, settings, "" if fresh else side)
+        return in_turn(calls, self.asked.fresh_repeats if fresh else self.asked.repeats)
+
+
+def in_turn(calls: dict[str, Callable[[], dict]], repeats: int) -> dict[str, list[dict]]:
+    """The results of each call, one per repeat; every second time in the opposite order."""
+    found: dict[str, list[dict]] = {label: [] for label in calls}
+    for repeat in range(repeats):
+        for label in list(calls) if repeat % 2 == 0 else reversed(calls):
+            found[label].append(calls[label]())
     return found
 
 
-def median(results: list[dict], key: str) -> float:
-    return statistics.median(result[key] for result in results)
+def new_process() -> ProcessPoolExecutor:
+    return ProcessPoolExecutor(1, get_context("spawn"))
 
 
-def show(title: str, found: dict[str, list[dict]], key: str, unit: str, scale: float) -> dict:
-    """Print one row of the table, the first contestant being minilora; return its numbers."""
-    print(f"\n{title}")
-    row: dict = {}
-    (ours, first), *_ = found.items()
-    more_is_better = key == "per_second"
-    for label, results in found.items():
-        values = [result[key] * scale for result in results]
-        middle, mine = statistics.median(values), median(first, key) * scale
-        ratio = mine / middle if more_is_better else middle / mine
-        spread = f"{min(values):.4g} to {max(values):.4g}"
-        against = "" if label == ours else f"   minilora is {ratio:.2f} x as fast"
-        if key == "peak_mb":
-            against = "" if label == ours else f"   minilora needs {mine / middle:.2f} of it"
-        print(f"  {label:34} {middle:9.4g} {unit}  ({spread}){against}", flush=True)
-        row[label] = {"median": middle, "all": values, "ratio": ratio}
-    return row
-
-
-def training_rows(asked: argparse.Namespace, work: Path, steps: dict[str, int]) -> dict:
-    """Seconds per optimizer step, and peak memory."""
-    mini, base = asked.model, bert_base_shape(asked.model, work)
-    long_text = concatenated(asked.train, work / "long.tsv", 40, 380)
-    fixed = concatenated(asked.train, work / "fixed.tsv", 150, 200)
-    common = {
-        "model": mini, "train": asked.train, "batch": 32, "accumulation": 1, "dtype": "float32",
-        "max_length": 512, "targets": QUERY_VALUE,
-    }  # fmt: skip
-    sentences = {**common, "steps": steps["sentences"]}
-    half = {**sentences, "dtype": "bfloat16"}
-    ragged = {**common, "train": long_text, "batch": 8, "steps": steps["long"]}
-    wide = {**sentences, "targets": ALL_ATTENTION}
-    accumulated = {**sentences, "batch": 8, "accumulation": 4, "steps": steps["accumulated"]}
-    large = {
-        **common, "model": base, "train": fixed, "batch": 16, "max_length": 128, "steps": steps["base"],
-    }  # fmt: skip
-    large_half = {**large, "dtype": "bfloat16"}
-
-    def against_trainer(settings):
-        return {
-            "minilora": ("minilora", settings),
-            "Trainer + PEFT": ("trainer", settings),
-            "Trainer + PEFT, grouped by length": ("trainer", {**settings, "grouped": True}),
-            "matrix products alone": ("floor", {**settings, "steps": settings["steps"] + 6}),
-        }
-
-    def against_loop(settings):
-        return {
-            "minilora": ("minilora", settings),
-            "PEFT in a bare loop": ("peft_loop", settings),
-            "matrix products alone": ("floor", settings),
-        }
-
-    rows = {
-        "SST-2, MiniLM, batch 32, float32": against_trainer(sentences),
-        "SST-2, MiniLM, batch 32, bfloat16": against_trainer(half),
+def row(name: str, unit: str, found: dict[str, list[dict]], key: str, scale: float = 1) -> Row:
+    """A row of what was found, the first contestant being minilora."""
+    values = {
+        label: [result[key] * scale for result in results] for label, results in found.items()
     }
-    if not asked.quick:
-        rows |= {
-            "BERT-base shape, 16 x 128 tokens, float32": against_loop(large),
-            "BERT-base shape, 16 x 128 tokens, bfloat16": against_loop(large_half),
-            "BERT-base shape, 16 x 128 tokens, float32, beside Trainer": {
-                "minilora": ("minilora", large),
-                "Trainer + PEFT": ("trainer", large),
-            },
-            "long ragged text (40 to 512 tokens), MiniLM, batch 8": against_trainer(ragged),
-            "SST-2, LoRA on all attention projections": against_trainer(wide),
-            "SST-2, 4 accumulated batches of 8": against_trainer(accumulated),
-            "SST-2, --hf_parity": {
-                "minilora --hf_parity": ("minilora", {**sentences, "hf_parity": True}),
-                "Trainer + PEFT": ("trainer", sentences),
-            },
-        }
-    table = {}
-    for title, contestants in rows.items():
-        if asked.only not in title:
-            continue
-        found = in_turn(contestants, asked.repeats)
-        table[title] = show(title, found, "seconds_per_step", "ms/step", 1000)
-        if title.startswith("BERT-base"):
-            found.pop("matrix products alone", None)
-            table[f"{title}: peak memory"] = show("  peak memory", found, "peak_mb", "MB", 1)
-    return table
+    (_, ours), *peers = values.items()
+    return Row(name, unit, "more" if key == "per_second" else "less", ours, dict(peers))
 
 
-def inference_row(asked: argparse.Namespace, work: Path) -> dict:
-    """Sentences per second with an adapter that minilora trained."""
-    title = "inference on the validation sentences, float32"
-    if asked.only not in title:
-        return {}
-    adapter, texts = work / "adapter", work / "texts.txt"
-    command(asked, adapter, "--max_steps", "20", "--save_strategy", "no")
-    lines = Path(asked.validation).read_text(encoding="utf-8").splitlines()
-    texts.write_text("\n".join(line.split("\t")[0] for line in lines) + "\n", encoding="utf-8")
-    common = {
-        "model": asked.model, "adapter": str(adapter), "texts": str(texts), "batch": 32, "dtype": "float32",
-    }  # fmt: skip
+# The rows, in the order of the table.
+
+
+def training(bench: Bench, name: str, settings: dict, note: str = "") -> Row:
+    """Milliseconds of an optimizer step against Trainer, by default and grouped by length."""
+    settings = {**bench.settings, **settings}
     contestants = {
-        "minilora": ("minilora_inference", common),
-        "minilora, adapter not merged": ("minilora_inference", {**common, "merged": False}),
-        "PEFT, padded": ("peft_inference", common),
-        "PEFT, padded and sorted": ("peft_inference", {**common, "grouped": True}),
+        "minilora": ("minilora", settings),
+        TRAINER: ("trainer", settings),
+        GROUPED: ("trainer", {**settings, "grouped": True}),
     }
-    found = in_turn(contestants, asked.repeats)
-    return {title: show(title, found, "per_second", "sentences/s", 1)}
+    found = bench.compare(contestants)
+    return dataclasses.replace(row(name, "ms a step", found, "seconds_per_step", 1000), note=note)
 
 
-def start_row(asked: argparse.Namespace, work: Path) -> dict:
-    """Seconds from the command to the end of the first optimizer step, caches warm."""
-    title = "from the command to the end of the first step"
-    if asked.only not in title:
-        return {}
-    settings = {
-        "model": asked.model, "train": asked.train, "batch": 32, "accumulation": 1, "dtype": "float32",
-        "max_length": 512, "targets": QUERY_VALUE, "steps": 3,
+def training_rows(bench: Bench) -> Iterable[Row]:
+    yield training(bench, f"training, {bench.small}, float32", {})
+    emulated = (
+        not {"avx512_bf16", "amx_bf16"} & set(cpu()["flags"]) and platform.machine() == "x86_64"
+    )
+    note = "this CPU emulates bfloat16" if emulated else ""
+    yield training(bench, f"training, {bench.small}, bfloat16", {"dtype": "bfloat16"}, note)
+    name = f"training, {bench.small}, tags of tokens"
+    if bench.asked.ner_train is None:
+        yield Row(name, "ms a step", "less", note="not measured: no --ner_train")
+    else:
+        tags = {"train": bench.asked.ner_train, "task": "token_classification"}
+        yield training(bench, name, tags)
+
+
+def same_length_rows(bench: Bench) -> Iterable[Row]:
+    """Where there is no padding to leave out; of the large model the peak of memory, too."""
+    length = min(32, bench.settings["max_length"])
+    small = {**bench.settings, "train": texts_of(bench, "short.tsv", length), "max_length": length}
+    contestants = {"minilora": ("minilora", small), TRAINER: ("trainer", small)}
+    found = bench.compare(contestants)
+    name = f"training, {bench.small}, all texts of {length} tokens"
+    yield row(name, "ms a step", found, "seconds_per_step", 1000)
+
+    base = bench.asked.base_model or bert_base_shape(bench.asked.model, bench.work)
+    length = min(128, positions(base))
+    large = {
+        **bench.settings, "model": base, "train": texts_of(bench, "long.tsv", length), "max_length": length,
+        "batch": bench.asked.large_batch, "steps": bench.asked.large_steps,
     }  # fmt: skip
-    command(asked, work / "warm", "--max_steps", "1", "--save_strategy", "no")
-    found: dict[str, list[dict]] = {"minilora": [], "Trainer + PEFT": []}
-    for repeat in range(asked.repeats):
-        output_dir, start = work / f"start-{repeat}", time.time()
-        command(
-            asked, output_dir, "--max_steps", "1", "--logging_steps", "1", "--save_strategy", "no"
-        )
-        # The row of the first step is the last thing written to this file.
-        seconds = (output_dir / "metrics.jsonl").stat().st_mtime - start
-        found["minilora"].append({"seconds": seconds})
-        start = time.time()
-        seconds = measured("trainer", settings)["first_step_at"] - start
-        found["Trainer + PEFT"].append({"seconds": seconds})
-    return {title: show(title, found, "seconds", "s", 1)}
+    contestants = {"minilora": ("minilora", large), TRAINER: ("trainer", large)}
+    found = bench.compare(contestants, fresh=True)
+    name = f"training, {bench.large}, {large['batch']} texts of {length} tokens"
+    yield row(name, "ms a step", found, "seconds_per_step", 1000)
+    yield row("the same: peak memory", "MB", found, "peak_mb")
 
 
-def command(asked: argparse.Namespace, output_dir: Path, *flags: str) -> None:
+def parity_row(bench: Bench) -> Iterable[Row]:
+    ours = ("minilora", {**bench.settings, "hf_parity": True})
+    found = bench.compare({"minilora": ours, TRAINER: ("trainer", bench.settings)})
+    name = f"training, {bench.small}, --hf_parity"
+    yield row(name, "ms a step", found, "seconds_per_step", 1000)
+
+
+def library_row(bench: Bench) -> Iterable[Row]:
+    names = ("model", "train", "batch", "max_length", "targets")
+    settings = {name: bench.settings[name] for name in names} | {"steps": bench.asked.passes}
+    name = f"add_adapter in one's own loop, {bench.small}"
+    yield taken_in_turn(bench, "library", settings, name)
+
+
+def inference_rows(bench: Bench) -> Iterable[Row]:
+    """With the adapter of `prepare`."""
+    texts = bench.work / "texts.txt"
+    lines = Path(bench.asked.validation).read_text(encoding="utf-8").splitlines()
+    lines = [line.split("\t")[0] for line in lines[: bench.asked.texts]]
+    texts.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    for merged in (True, False):
+        ours = {"adapter": f"{bench.work}/ours", "texts": str(texts), "batch": 32, "merged": merged}
+        theirs = {**ours, "model": bench.asked.model}
+        contestants = {
+            "minilora": ("minilora_inference", ours),
+            PADDED: ("peft_inference", theirs),
+            SORTED: ("peft_inference", {**theirs, "grouped": True}),
+        }
+        name = f"inference, {bench.small}, adapter {'merged' if merged else 'not merged'}"
+        yield row(name, "texts a second", bench.compare(contestants), "per_second")
+
+
+def save_row(bench: Bench) -> Iterable[Row]:
+    settings = {"directory": str(bench.work), "saves": bench.asked.saves}
+    yield taken_in_turn(bench, "saves", settings, "save of a checkpoint, MiniLM")
+
+
+def taken_in_turn(bench: Bench, function: str, settings: dict, name: str) -> Row:
+    """Of both in one process, which takes them in turn: {label: seconds}, minilora first."""
+    found = bench.run(function, settings, "both")
+    found.pop("peak_mb")
+    (_, ours), *peers = ((label, [1000 * each for each in of]) for label, of in found.items())
+    return Row(name, "ms", "less", ours, dict(peers))
+
+
+def start_rows(bench: Bench) -> Iterable[Row]:
+    """From the command to the end of the first step: of a new run, and of one that is resumed."""
+    ours, theirs = (bench.work / side / "checkpoint-2" for side in ("ours", "theirs"))
+    calls = {"minilora": lambda: our_start(bench), TRAINER: lambda: their_start(bench)}
+    found = in_turn(calls, bench.asked.fresh_repeats)
+    yield row("start: command to end of first step", "s", found, "seconds")
+    calls = {
+        "minilora": lambda: our_start(bench, ours),
+        TRAINER: lambda: their_start(bench, theirs),
+    }
+    found = in_turn(calls, bench.asked.fresh_repeats)
+    yield row("resume: command to end of first step", "s", found, "seconds")
+
+
+ROWS = (
+    training_rows, same_length_rows, parity_row, library_row, inference_rows, save_row, start_rows,
+)  # fmt: skip
+
+
+def prepare(bench: Bench) -> None:
+    """Three steps of both, a checkpoint after two; the files that this reads are then in the system's cache."""
+    flags = ("--save_strategy", "steps", "--save_steps", "2")
+    our_command(bench, bench.work / "ours", 3, *flags)
+    kept = {"output_dir": f"{bench.work}/theirs", "save_strategy": "steps", "save_steps": 2}
+    bench.run("trainer", {**bench.settings, "steps": 3, **kept}, "peer")
+
+
+def our_command(bench: Bench, output_dir: Path, steps: int, *flags: str) -> None:
     """`python -m minilora.train` on the training file."""
     arguments = [
-        "--model_name_or_path", asked.model, "--train_file", asked.train, "--output_dir", str(output_dir),
-        "--per_device_train_batch_size", "32", "--device", "cpu", *flags,
+        "--model_name_or_path", bench.asked.model, "--train_file", bench.asked.train, "--device", "cpu",
+        "--output_dir", str(output_dir), "--per_device_train_batch_size", "32", "--logging_steps", "1",
+        "--max_steps", str(steps), *flags,
     ]  # fmt: skip
-    subprocess.run(
-        [sys.executable, "-m", "minilora.train", *arguments], check=True, capture_output=True
-    )
+    command([sys.executable, "-m", "minilora.train", *arguments])
+
+
+def our_start(bench: Bench, resumed: Path | None = None) -> dict:
+    """Seconds until the first step's row is written, which is the last thing that comes to that file."""
+    with tempfile.TemporaryDirectory(dir=bench.work) as directory:
+        output_dir, start = Path(directory, "out"), time.time()
+        if resumed is None:
+            our_command(bench, output_dir, 1, "--save_strategy", "no")
+        else:
+            flags = ["--resume_from_checkpoint", str(resumed), "--output_dir", str(output_dir)]
+            command([sys.executable, "-m", "minilora.train", *flags])
+        return {"seconds": (output_dir / "metrics.jsonl").stat().st_mtime - start}
+
+
+def their_start(bench: Bench, resumed: Path | None = None) -> dict:
+    settings = {**bench.settings, "steps": 1}
+    if resumed is not None:
+        settings |= {"steps": 3, "resume_from_checkpoint": str(resumed)}
+    start = time.time()
+    printed = command([sys.executable, str(HERE / "measured.py"), "trainer", json.dumps(settings)])
+    return {"seconds": json.loads(printed.splitlines()[-1])["first_step_at"] - start}
+
+
+def command(words: list[str]) -> str:
+    """What a command prints."""
+    done = subprocess.run(words, capture_output=True, text=True)
+    if done.returncode != 0:
+        raise SystemExit(f"{' '.join(words)} failed:\n{done.stderr[-2000:]}")
+    return done.stdout
+
+
+# Texts and models.
+
+
+def positions(model: str) -> int:
+    """The longest text that a model takes, in tokens."""
+    from transformers import AutoConfig
+
+    return AutoConfig.from_pretrained(model).max_position_embeddings
 
 
 def bert_base_shape(like: str, work: Path) -> str:
     """A BERT-base with random weights, and the tokenizer of `like`."""
     import torch
-    from transformers import AutoTokenizer, BertConfig, BertModel
+    from transformers import AutoTokenizer, BertConfig, BertModel, logging
 
+    logging.disable_progress_bar()
     tokenizer = AutoTokenizer.from_pretrained(like)
     torch.manual_seed(0)
     BertModel(BertConfig(vocab_size=len(tokenizer))).save_pretrained(work / "bert-base-shape")
@@ -202,50 +287,135 @@ def bert_base_shape(like: str, work: Path) -> str:
     return str(work / "bert-base-shape")
 
 
-def concatenated(source: str, path: Path, least: int, most: int) -> str:
-    """The lines of `source` joined to texts of `least` to `most` words, evenly spread."""
-    draw = random.Random(0)
-    lines = [line.split("\t") for line in Path(source).read_text(encoding="utf-8").splitlines()]
-    texts, words = [], []
-    wanted = draw.randint(least, most)
-    for text, label in lines:
-        words += text.split()
-        if len(words) >= wanted:
-            texts.append(f"{' '.join(words)}\t{label}")
-            words, wanted = [], draw.randint(least, most)
-    path.write_text("\n".join(texts) + "\n", encoding="utf-8")
-    return str(path)
+def texts_of(bench: Bench, name: str, words: int) -> str:
+    """A file of 512 texts of `words` words, so of as many tokens and more, joined from the training lines."""
+    draw, joined, label = random.Random(0), [], ""
+    lines = [line.split("\t") for line in Path(bench.asked.train).read_text("utf-8").splitlines()]
+    texts = []
+    while len(texts) < 512:
+        text, label = draw.choice(lines)
+        joined += text.split()
+        if len(joined) >= words:
+            texts.append(f"{' '.join(joined[:words])}\t{label}")
+            joined = []
+    (bench.work / name).write_text("\n".join(texts) + "\n", encoding="utf-8")
+    return str(bench.work / name)
 
 
-def main() -> None:
+def packaged_texts(split: str, work: Path) -> str:
+    """The packaged sentences without their header."""
+    from minilora.bert.splits import SENTENCES
+
+    lines = (SENTENCES / f"{split}.tsv").read_text(encoding="utf-8").splitlines()[1:]
+    texts = ["\t".join(line.split("\t")[:2]) for line in lines]
+    (work / f"{split}.tsv").write_text("\n".join(texts) + "\n", encoding="utf-8")
+    return str(work / f"{split}.tsv")
+
+
+# What a result needs to say of where it comes from.
+
+
+def cpu() -> dict:
+    """The processor's name, the flags that matter, cores."""
+    info, known = Path("/proc/cpuinfo"), {}
+    for line in info.read_text().splitlines() if info.exists() else []:
+        key, _, value = line.partition(":")
+        known.setdefault(key.strip(), value.strip())
+    flags = set(known.get("flags", "").split())
+    name = known.get("model name") or platform.processor() or platform.machine()
+    cores = os.cpu_count()
+    threads = int(os.environ.get("OMP_NUM_THREADS") or cores)
+    return {
+        "cpu": name,
+        "flags": [f for f in FLAGS if f in flags],
+        "cores": cores,
+        "threads": threads,
+    }
+
+
+def commit() -> str:
+    """The source's, with a + where it was changed since; unknown outside of a git checkout."""
+    git = ["git", "-C", str(HERE), "describe", "--always", "--abbrev=7", "--exclude=*", "--dirty=+"]
+    done = subprocess.run(git, capture_output=True, text=True)
+    return done.stdout.strip() or "unknown"
+
+
+def results(asked: argparse.Namespace, work: Path) -> dict:
+    """Everything measured, as it is written to JSON."""
+    machine, start = {**cpu(), "load_before": os.getloadavg()[0]}, time.time()
+    bench, rows = Bench(asked, work), []
+    prepare(bench)
+    for measure in ROWS:
+        for new in measure(bench):
+            rows.append(new)
+            print(f"{time.time() - start:4.0f} s  {new.name}", file=sys.stderr, flush=True)
+    machine["load_after"] = os.getloadavg()[0]
+    return {
+        "date": datetime.date.today().isoformat(),
+        "commit": commit(),
+        "machine": machine,
+        "versions": versions(),
+        "texts": asked.texts_are,
+        "quick": asked.quick,
+        "seconds": round(time.time() - start),
+        "rows": [as_json(row) for row in rows],
+    }
+
+
+def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--train", required=True)
-    parser.add_argument("--validation", required=True)
+    parser.add_argument("--train", help="by default the packaged sentences")
+    parser.add_argument("--validation", help="texts for inference; by default packaged, too")
+    parser.add_argument("--ner_train", help="CoNLL; without it, tags of tokens are not measured")
     parser.add_argument("--model", help="a directory; by default the packaged MiniLM")
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--only", default="", help="rows whose title holds this text")
-    asked = parser.parse_args()
-    if asked.quick:
-        asked.repeats = 1
-    if asked.model is None:
+    parser.add_argument("--base_model", help="a directory; by default random weights of BERT-base")
+    parser.add_argument("--quick", action="store_true", help="fewer steps and repeats")
+    for name, value in FULL.items():
+        parser.add_argument(f"--{name}", type=int, help=f"by default {value}, quick {QUICK[name]}")
+    parser.add_argument(
+        "--output", type=Path, default=HERE / "results", help="directory of the JSON"
+    )
+    parser.add_argument("--plot", action="store_true", help="draw docs/figures/speed-*.svg, too")
+    parser.add_argument("--table", type=Path, help="print an earlier JSON's, and measure nothing")
+    return parser.parse_args()
+
+
+def with_defaults(asked: argparse.Namespace, work: Path) -> argparse.Namespace:
+    """Everything that was not given, filled in."""
+    for name, value in (QUICK if asked.quick else FULL).items():
+        if getattr(asked, name) is None:
+            setattr(asked, name, value)
+    asked.model_is_given = asked.model is not None
+    if not asked.model_is_given:
         from minilora.bert.load import packaged_model
 
         asked.model = str(packaged_model())
-    asked.train, asked.validation = (
-        str(Path(asked.train).resolve()),
-        str(Path(asked.validation).resolve()),
-    )
-    steps = {"sentences": 9, "base": 4, "long": 5, "accumulated": 7}
-    print(f"{os.cpu_count()} cores, {asked.repeats} repeats")
-    start = time.time()
-    with tempfile.TemporaryDirectory() as directory:
-        work = Path(directory)
-        table = training_rows(asked, work, steps) | inference_row(asked, work)
-        if not asked.quick:
-            table |= start_row(asked, work)
-    print(f"\n{time.time() - start:.0f} s in all")
-    print(json.dumps(table))
+    own = asked.train and "/".join(Path(asked.train).resolve().parts[-2:])
+    asked.texts_are = own or "the packaged sentences"
+    asked.train = asked.train or packaged_texts("train", work)
+    asked.validation = asked.validation or packaged_texts("validation", work)
+    for name in ("train", "validation", "ner_train"):
+        if getattr(asked, name) is not None:
+            setattr(asked, name, str(Path(getattr(asked, name)).resolve()))
+    return asked
+
+
+def main() -> None:
+    asked = parse_arguments()
+    if asked.table is not None:
+        found = json.loads(asked.table.read_text(encoding="utf-8"))
+    else:
+        with tempfile.TemporaryDirectory() as work:
+            found = results(with_defaults(asked, Path(work)), Path(work))
+        kind = "quick" if found["quick"] else "full"
+        place = asked.output / f"{found['date']}-{found['commit'].rstrip('+')}-{kind}.json"
+        asked.output.mkdir(parents=True, exist_ok=True)
+        place.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        print(f"written: {place}", file=sys.stderr)
+    print(f"{origin(found)}\n")
+    print(*tables(found), sep="\n\n")
+    if asked.plot:
+        plot(found)
 
 
 if __name__ == "__main__":

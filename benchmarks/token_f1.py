@@ -18,6 +18,7 @@ import time
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
+from measured import first_tokens, sentences, tagged_rows
 from seqeval.metrics import f1_score
 
 from minilora.bert.load import locate
@@ -25,21 +26,6 @@ from minilora.training.config import LORA_DEFAULTS, TrainConfig
 
 DEFAULTS = TrainConfig()
 R = 8
-
-
-def sentences(path: str) -> tuple[list[list[str]], list[list[str]]]:
-    """The words and the tags of each sentence; a line without a tag is none."""
-    words: list[list[str]] = [[]]
-    tags: list[list[str]] = [[]]
-    for line in Path(path).read_text(encoding="utf-8-sig").split("\n"):
-        word, _, tag = line.strip().partition("\t")
-        if tag:
-            words[-1].append(word)
-            tags[-1].append(tag)
-        elif words[-1]:
-            words.append([])
-            tags.append([])
-    return [w for w in words if w], [t for t in tags if t]
 
 
 def minilora(asked: argparse.Namespace, seed: int) -> list[list[str]]:
@@ -60,12 +46,6 @@ def minilora(asked: argparse.Namespace, seed: int) -> list[list[str]]:
         return [json.loads(row)["tags"] for row in rows]
 
 
-def first_tokens(row) -> dict[int, int]:
-    """Each word's first sub-token in a tokenised sentence; some characters are no token at all."""
-    places = reversed(list(enumerate(row.word_ids())))
-    return {word: place for place, word in places if word is not None}
-
-
 def trainer_peft(asked: argparse.Namespace, seed: int) -> list[list[str]]:
     """The same of HF Trainer + PEFT, as their documentation shows it, nothing tuned."""
     from peft import LoraConfig, get_peft_model
@@ -81,18 +61,7 @@ def trainer_peft(asked: argparse.Namespace, seed: int) -> list[list[str]]:
     set_seed(seed)
     base = locate(None).location
     tokenizer = AutoTokenizer.from_pretrained(base)
-    words, tags = sentences(asked.train)
-    names = sorted({tag for of_sentence in tags for tag in of_sentence})
-
-    def tokenized(words: list[list[str]]) -> list:
-        how = {"is_split_into_words": True, "truncation": True, "max_length": asked.max_length}
-        return [tokenizer(sentence, **how) for sentence in words]
-
-    def labelled(row, tags: list[str]) -> dict:
-        labels = [-100] * len(row["input_ids"])
-        for word, place in first_tokens(row).items():
-            labels[place] = names.index(tags[word])
-        return {**row, "labels": labels}
+    train, names = tagged_rows(asked.train, tokenizer, asked.max_length)
 
     model = AutoModelForTokenClassification.from_pretrained(base, num_labels=len(names))
     with tempfile.TemporaryDirectory() as directory:
@@ -105,16 +74,17 @@ def trainer_peft(asked: argparse.Namespace, seed: int) -> list[list[str]]:
         trainer = Trainer(
             get_peft_model(model, LoraConfig(task_type="TOKEN_CLS", r=R, **LORA_DEFAULTS)),
             arguments,
-            train_dataset=[labelled(*pair) for pair in zip(tokenized(words), tags, strict=True)],
+            train_dataset=train,
             data_collator=DataCollatorForTokenClassification(tokenizer),
         )
         trainer.train()
         words = sentences(asked.validation)[0]
-        rows = tokenized(words)
+        how = {"is_split_into_words": True, "truncation": True, "max_length": asked.max_length}
+        rows = [tokenizer(sentence, **how) for sentence in words]
         best = trainer.predict([dict(row) for row in rows]).predictions.argmax(-1)
     predicted = [["O"] * len(sentence) for sentence in words]
     for sentence, row, found in zip(predicted, rows, best, strict=True):
-        for word, place in first_tokens(row).items():
+        for word, place in first_tokens(row.word_ids()).items():
             sentence[word] = names[found[place]]
     return predicted
 

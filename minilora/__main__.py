@@ -1,6 +1,6 @@
 """Every command under one name: `minilora COMMAND ...` is `python -m minilora.COMMAND ...`.
 
-minilora train | evaluate | predict | merge | inspect | env
+minilora train | evaluate | predict | merge | inspect | sweep | env
 minilora COMMAND --help
 minilora --version
 """
@@ -13,7 +13,7 @@ from minilora.command import run_command
 from minilora.config_file import nearest
 from minilora.errors import MiniloraError
 
-COMMANDS = ("train", "evaluate", "predict", "merge", "inspect", "env")
+COMMANDS = ("train", "evaluate", "predict", "merge", "inspect", "sweep", "env")
 
 
 def main() -> None:

@@ -3,6 +3,7 @@
 python -m minilora.env
 """
 
+import argparse
 import os
 import platform
 import sys
@@ -12,7 +13,7 @@ from minilora.files import json_text
 
 
 def main() -> None:
-    command.Parser("env", usage=__doc__).parse_args(sys.argv[1:])
+    parse_arguments(sys.argv[1:])
     with command.without_collection():  # the slow import: torch
         from minilora.training.record import environment
 
@@ -20,6 +21,10 @@ def main() -> None:
     for name, value in found.items():
         print(f"{name:<16}{'-' if value is None else value}")
     print(json_text(found))
+
+
+def parse_arguments(arguments: list[str]) -> argparse.Namespace:
+    return command.Parser("env", usage=__doc__).parse_args(arguments)
 
 
 if __name__ == "__main__":

@@ -166,8 +166,8 @@ def train(plan: resume.ResumePlan, should_stop: Callable[[], bool]) -> TrainResu
     starting_model.check_new_modules(start.new_modules, lora, output_dir)
     inputs = (splits.labels, splits.has_pairs(), splits.fingerprints, start.sha256)
     world_size = plan.record.world_size if plan.record else distributed.world_size()
-    how = (environment(config.device), None, world_size, plan.extended())
-    record = RunRecord(config, lora, *inputs, *how)
+    began = {"world_size": world_size, "extended": plan.extended()}
+    record = RunRecord(config, lora, *inputs, environment(config.device), **began)
     resume.check_same_inputs(plan, record)
     distributed.by_first(lambda: starting_model.keep_merged(start, config, output_dir / BASE_NAME))
     examples = tokenize_all(config, splits, task, start)

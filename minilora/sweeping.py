@@ -24,7 +24,7 @@ import torch
 from minilora import files
 from minilora.bert.splits import SENTENCES
 from minilora.errors import MiniloraError
-from minilora.fine_tuning import run_fine_tuning
+from minilora.fine_tuning import read_data, run_fine_tuning
 from minilora.reading import check_like, read_json
 from minilora.trained.opened import open_run
 from minilora.trained.score import evaluate_file
@@ -32,6 +32,7 @@ from minilora.training.checkpoint import latest_checkpoint
 from minilora.training.config import TrainConfig
 from minilora.training.progress import say
 from minilora.training.record import RUN_NAME, RunRecord
+from minilora.training.run_directory import holding
 
 SWEEP_NAME = "sweep.json"
 PACKAGED = SENTENCES / "validation.tsv"
@@ -98,7 +99,8 @@ class Sweep:
 
     def ranked(self, runs: list[Run], scores: Scores) -> list[tuple[str, ...]]:
         """The candidates among these runs, the best mean first, one that failed last."""
-        sign = -1 if best_is_greatest(self.config(), self.metric()) else 1
+        config = dataclasses.replace(self.config(), metric_for_best_model=self.metric())
+        sign = -1 if config.best_is_greatest() else 1
 
         def worth(candidate: tuple[str, ...]) -> float:
             own = [scores[run.name] for run in runs if run.candidate() == candidate]
@@ -109,9 +111,25 @@ class Sweep:
         # In the order of the grid where equal.
         return sorted(dict.fromkeys(run.candidate() for run in runs), key=worth)
 
+    def table(self) -> list[tuple[Run, int, float | None]]:
+        """Every run that has been scored with its last rung and score, the best first."""
+        found: dict[str, tuple[Run, int, float | None]] = {}
+        for rung, scores in reversed(list(enumerate(self.scores))):
+            runs = [run for run in self.left(rung) if run.name in scores]
+            ranked = self.ranked(runs, scores)
+            for run in sorted(runs, key=lambda run: ranked.index(run.candidate())):
+                found.setdefault(run.name, (run, rung, scores[run.name]))
+        return list(found.values())
 
-def best_is_greatest(config: TrainConfig, metric: str) -> bool:
-    return dataclasses.replace(config, metric_for_best_model=metric).best_is_greatest()
+
+def begin(output_dir: Path, combinations: list[Any], halving: int | None) -> Sweep:
+    """A new sweep of these runs (train, lora, axes) in a new directory."""
+    runs = [Run(f"run-{number:03}", *parts) for number, parts in enumerate(combinations)]
+    sweep = Sweep(runs, halving)
+    read_data(sweep.config())  # what is wrong with a file is said before anything is written
+    with holding(output_dir, is_new=True):
+        sweep.write(output_dir)
+    return sweep
 
 
 def run_sweep(sweep: Sweep, output_dir: Path, jobs: int, should_stop: Callable[[], bool]) -> bool:

@@ -21,17 +21,19 @@ FLOORS = [
     ["starting_model", "model_card"],
     ["trained"],
     ["fine_tuning"],
+    ["sweeping"],
     ["config_file"],
     ["command"],
     ["train", "evaluate", "predict", "merge", "inspect", "env"],
+    ["sweep"],
     ["__main__"],
 ]
 FLOOR_OF = {name: floor for floor, names in enumerate(FLOORS) for name in names}
-COMMANDS = FLOORS[-2]
+COMMANDS = [*FLOORS[-3], *FLOORS[-2]]
 FORBIDDEN_NAMES = ("utils", "util", "common", "helpers", "helper", "misc", "base", "manager")
 
 # Budgets: lines of minilora/, and of the core that README names.
-LINES, CORE_LINES = 10_299, 2_230
+LINES, CORE_LINES = 10_282, 2_260
 LINES_OF_A_FILE, LINES_OF_A_FUNCTION, PARAMETERS = 300, 50, 6
 
 

@@ -2,8 +2,7 @@
 
     csv          comma-separated, RFC 4180 quoting
     tsv          tab-separated, no quoting: a quotation mark is a quotation mark
-    json, jsonl  an array of objects; one object per line
-    parquet      a table of objects; a split of a data set is one, too (`tables`)
+    json, jsonl  an array of objects; one object per line; parquet, a table of them (`tables`)
 
 csv and tsv may lack a header; their columns are then called "0", "1", ... The first line is a
 header if it contains the columns asked for by name, or, when none is asked for, if its label field
@@ -245,7 +244,8 @@ def parse_json(path: Source, line: int, text: str) -> Any:
 
 def _find_columns(path: Source, records: Records, asked: Columns, labelled: bool) -> dict[str, str]:
     names = list(dict.fromkeys(name for _, record in records for name in record))
-    listed, lower = ", ".join(names), {name.lower(): name for name in reversed(names)}
+    first, lower = records[0][1], {name.lower(): name for name in reversed(names)}
+    listed = ", ".join(f"{n} ({str(first.get(n))[:20]})" if n.isdecimal() else n for n in names)
     found, taken = {}, {asked.text, asked.pair, asked.label, *asked.labels}
     if lacking := [repr(name) for name in asked.labels if name not in names]:
         raise MiniloraError(f"{path} has no column {lacking[0]} (--label_columns); it has {listed}")

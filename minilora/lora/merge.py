@@ -3,7 +3,7 @@
 While merged, the `base_layer` of an adapted module holds a new Parameter for each one that an
 adapter changes, and no update is computed; a merged adapter's head is in use. The original
 Parameters are kept aside, so that unmerging restores W bitwise in every dtype, which subtracting
-B A would not do. docs/exactness.md lists the variables that change.
+B A would not do. docs/08_merging.md lists the variables that change.
 """
 
 from collections.abc import Iterable

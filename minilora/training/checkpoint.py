@@ -1,9 +1,9 @@
 """A checkpoint directory, complete or absent: saved, read once, restored.
 
-README lists its files. minilora resumes from all of them, HF Trainer from all but minilora.json,
-which is written last. A file's bytes are read once, hashed, and parsed from memory: what was
-verified is what is used. Not here: PEFT's keys (lora/peft_files), what each state must look like
-(optim, rng), where a resume begins (resume).
+docs/04_checkpoint.md lists its files. minilora resumes from all of them, HF Trainer from all but
+minilora.json, which is written last. A file's bytes are read once, hashed, and parsed from memory:
+what was verified is what is used. Not here: PEFT's keys (lora/peft_files), what each state must
+look like (optim, rng), where a resume begins (resume).
 """
 
 import contextlib

@@ -148,7 +148,9 @@ def test_a_column_that_is_not_there_is_refused_with_those_that_are(tmp_path):
     with pytest.raises(MiniloraError, match=r"no column 'body' \(--text_column\).*text, label"):
         read_rows(path, Columns(text="body"))
     path = write(tmp_path, "a.tsv", "a\t1\nb\t0\n")
-    with pytest.raises(MiniloraError, match=r"no column 'body' \(--text_column\).* 0, 1"):
+    with pytest.raises(
+        MiniloraError, match=r"no column 'body' \(--text_column\).* 0 \(a\), 1 \(1\)"
+    ):
         read_rows(path, Columns(text="body"))
 
 

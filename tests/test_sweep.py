@@ -1,0 +1,213 @@
+"""python -m minilora.sweep: many runs, the worst paused for good, the best as if alone."""
+
+import json
+import shutil
+
+import pytest
+
+from minilora import MiniloraError, sweep, sweeping
+from minilora.sweeping import Run, Sweep
+from tests.conftest import read_rows
+from tests.forked import TIMED_OUT, run_forked
+
+NAME = "adapter_model.safetensors"
+
+
+def flags(tiny_model, sentences, *more) -> list:
+    return [
+        "--model_name_or_path", tiny_model, "--train_file", sentences[0],
+        "--validation_file", sentences[1], "--per_device_train_batch_size", 8,
+        "--logging_steps", 1, "--device", "cpu", *more,
+    ]  # fmt: skip
+
+
+HALVED = ["--learning_rate", 1e-3, 1e-2, 3e-2, "--r", 2, 4, 8, "--max_steps", 9, "--halving", 3]
+
+
+@pytest.fixture(scope="module")
+def halved(tmp_path_factory, tiny_model, sentences):
+    """A finished sweep of nine runs in three rungs, and what it printed."""
+    out = tmp_path_factory.mktemp("sweeps") / "out"
+    given = flags(tiny_model, sentences, *HALVED, "--output_dir", out)
+    done = run_forked("sweep", *given, seconds=120)
+    assert done.code == 0, done.err
+    return out, done
+
+
+def test_the_best_third_goes_on_after_each_third_of_the_steps(halved):
+    out, done = halved
+    found = Sweep.read(out)
+    assert found.pauses() == [3, 6, None]
+    assert [len(scores) for scores in found.scores] == [9, 3, 1]
+    kept = sorted(found.scores[0], key=lambda name: found.scores[0][name])[:3]
+    assert set(found.scores[1]) == set(kept)
+    steps = [max(row["step"] for row in read_rows(out / f"run-{n:03}")) for n in range(9)]
+    assert sorted(steps) == [3, 3, 3, 3, 3, 3, 6, 6, 9]
+    assert done.summary()["best"] == str(out / f"run-{steps.index(9):03}")
+
+
+def test_a_survivor_has_the_bits_of_a_run_that_was_never_paused(
+    halved, tmp_path, tiny_model, sentences
+):
+    out, done = halved
+    best = out / done.summary()["best"].rpartition("/")[2]
+    run = next(run for run in Sweep.read(out).runs if run.name == best.name)
+    given = flags(tiny_model, sentences, "--max_steps", 9, "--output_dir", tmp_path / "alone")
+    apart = [word for flag, value in run.axes.items() for word in (f"--{flag}", value)]
+    assert run_forked("train", *given, *apart).code == 0
+    assert (best / NAME).read_bytes() == (tmp_path / "alone" / NAME).read_bytes()
+    assert read_rows(best) == read_rows(tmp_path / "alone")
+
+
+def test_the_table_names_each_run_its_score_and_what_sets_it_apart(halved):
+    out, done = halved
+    lines = done.out.splitlines()
+    assert lines[0].split() == ["run", "rung", "eval_loss", "settings"]
+    assert len(lines) == 11 and all("learning_rate" in line for line in lines[1:-1])
+    assert [line.split()[1] for line in lines[1:-1]] == ["3", "2", "2", *["1"] * 6]
+    best = Sweep.read(out).table()[0]
+    assert f"{best[2]:.4f}" == lines[1].split()[2]
+
+
+def test_a_score_at_a_pause_is_what_evaluate_says_there(halved):
+    out, _ = halved
+    found = Sweep.read(out)
+    name = next(name for name in found.scores[0] if name not in found.scores[1])
+    done = run_forked("evaluate", out / name / "checkpoint-3", "--file", validation_of(found))
+    assert done.summary()["eval_loss"] == found.scores[0][name]
+
+
+def validation_of(found: Sweep) -> str:
+    return found.config().validation_file
+
+
+@pytest.mark.slow
+def test_a_sweep_killed_ten_times_ends_with_the_undisturbed_table(
+    halved, tmp_path, tiny_model, sentences
+):
+    out, done = halved
+    given = flags(tiny_model, sentences, *HALVED, "--output_dir", tmp_path / "out")
+    kills = 0
+    for _ in range(200):
+        seconds = 0.35 + 0.03 * kills
+        if kills == 10:
+            seconds = 120
+        ended = run_forked("sweep", *given, seconds=seconds)
+        if (tmp_path / "out" / "sweep.json").exists():
+            given = ["--resume_from_checkpoint", tmp_path / "out"]
+        if ended.code != TIMED_OUT:
+            break
+        kills += 1
+    assert kills == 10 and ended.code == 0, ended.err
+    assert ended.out.splitlines()[:-1] == done.out.splitlines()[:-1]
+    found = (tmp_path / "out" / "sweep.json").read_text()
+    assert json.loads(found)["scores"] == json.loads((out / "sweep.json").read_text())["scores"]
+    for place in out.glob("run-*"):
+        assert read_rows(place) == read_rows(tmp_path / "out" / place.name)
+
+
+def test_a_sweep_that_is_stopped_says_how_to_go_on(tmp_path, tiny_model, sentences):
+    given = flags(tiny_model, sentences, "--r", 2, 4, "--max_steps", 5000)
+    done = run_forked("sweep", *given, "--output_dir", tmp_path / "out", stop_after=4)
+    assert done.code == 143
+    assert f"python -m minilora.sweep --resume_from_checkpoint {tmp_path / 'out'}" in done.out
+    assert done.summary()["finished"] is False
+
+
+def test_several_processes_find_the_same(halved, tmp_path, tiny_model, sentences, monkeypatch):
+    out, _ = halved
+    copy = tmp_path / "out"
+    shutil.copytree(out, copy)
+    found = Sweep.read(copy)
+    for scores in found.scores[1:]:
+        scores.clear()
+    for name in list(found.scores[0])[:2]:
+        del found.scores[0][name]
+        shutil.rmtree(copy / name)
+    assert sweeping.run_sweep(found, copy, 2, lambda: False)
+    assert found.scores == Sweep.read(out).scores
+
+
+def run(name: str, **axes: str) -> Run:
+    return Run(name, {"max_steps": 9}, {}, axes)
+
+
+def test_candidates_are_judged_by_the_mean_of_their_seeds():
+    runs = [run("a", r="1", seed="1"), run("b", r="1", seed="2")]
+    runs += [run("c", r="2", seed="1"), run("d", r="2", seed="2")]
+    found = Sweep(runs, 2, [{"a": 0.1, "b": 0.9, "c": 0.4, "d": 0.4}])
+    assert [kept.name for kept in found.left(1)] == ["c", "d"]
+    assert [row[0].name for row in found.table()] == ["c", "d", "a", "b"]
+
+
+def test_of_accuracies_the_greatest_is_the_best_and_one_that_failed_the_last():
+    runs = [
+        Run(name, {"max_steps": 9, "metric_for_best_model": "accuracy"}, {}, {"r": name})
+        for name in "abc"
+    ]
+    found = Sweep(runs, 3, [{"a": None, "b": 0.5, "c": 0.6}])
+    assert [row[0].name for row in found.table()] == ["c", "b", "a"]
+    assert [kept.name for kept in found.left(1)] == ["c"]
+
+
+def grid(tiny_model, sentences, *more):
+    given = [str(word) for word in flags(tiny_model, sentences, *more, "--output_dir", "x")]
+    return sweep.grid(sweep.parse_arguments(given))
+
+
+def test_a_list_is_one_value_unless_several_are_quoted(tiny_model, sentences):
+    (one,) = grid(tiny_model, sentences, "--target_modules", "query", "value")
+    assert one[1]["target_modules"] == ["query", "value"] and one[2] == {}
+    two = grid(tiny_model, sentences, "--target_modules", "query", "query value")
+    assert [lora["target_modules"] for _, lora, _ in two] == [["query"], ["query", "value"]]
+    assert [axes for *_, axes in two] == [
+        {"target_modules": "query"}, {"target_modules": "query value"}
+    ]  # fmt: skip
+
+
+def test_trials_are_of_the_grid_and_the_same_each_time(tiny_model, sentences):
+    asked = ("--r", *range(1, 9), "--lora_alpha", 1, 2, 3, "--trials", 5)
+    drawn = grid(tiny_model, sentences, *asked)
+    pairs = {(lora["r"], lora["lora_alpha"]) for _, lora, _ in drawn}
+    assert len(pairs) == 5 and drawn == grid(tiny_model, sentences, *asked)
+
+
+def test_seeds_are_runs_of_their_own(tiny_model, sentences):
+    found = grid(tiny_model, sentences, "--r", 2, 4, "--seeds", 3, "--seed", 7)
+    assert [train["seed"] for train, _, _ in found] == [7, 8, 9, 7, 8, 9]
+    assert found[1][2] == {"r": "2", "seed": "8"}
+
+
+@pytest.mark.parametrize(
+    ("more", "fault"),
+    [
+        (["--r", 2, 0], "r is 0"),
+        (["--learning_rate", 1e-3, "fast"], "invalid float value"),
+        (["--seed", 1, 2, "--seeds", 2], "both given"),
+        (["--halving", 3], "needs one --max_steps"),
+        (["--halving", 3, "--max_steps", 2], "needs one --max_steps"),
+        (["--eval_strategy", "no"], "compares evaluations"),
+        (["--task", "regression", "sequence_classification"], "cannot be compared"),
+        (["--halving", 1], "--halving is 1"),
+        (["--learning_rat", 1], "did you mean --learning_rate?"),
+    ],
+)
+def test_a_bad_grid_is_refused_before_anything_trains(
+    command, tiny_model, sentences, tmp_path, more, fault
+):
+    done = command("sweep", *flags(tiny_model, sentences), *more, "--output_dir", tmp_path / "out")
+    assert done.code == 2 and fault in done.err and not (tmp_path / "out").exists()
+
+
+def test_a_run_that_fails_is_named_and_the_others_go_on(tmp_path, tiny_model, sentences, command):
+    asked = ("--learning_rate", 1e-3, 1e30, "--max_steps", 4, "--output_dir", tmp_path / "out")
+    done = command("sweep", *flags(tiny_model, sentences), *asked)
+    assert done.code == 0 and "run-001 failed: step" in done.err
+    assert done.out.splitlines()[2].split()[2] == "failed"
+    assert done.summary()["best"].endswith("run-000")
+
+
+def test_what_no_sweep_wrote_is_refused(tmp_path):
+    (tmp_path / "sweep.json").write_text('{"runs": [{"name": 3}], "halving": null, "scores": []}')
+    with pytest.raises(MiniloraError, match=r"runs\.0"):
+        Sweep.read(tmp_path)

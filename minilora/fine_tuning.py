@@ -37,7 +37,7 @@ from minilora.training.evaluation import Batch, evaluate_model
 from minilora.training.loop import Training, is_finished, plan_timetable
 from minilora.training.optim import build_optimizer, build_scheduler
 from minilora.training.progress import say
-from minilora.training.record import RunRecord, environment
+from minilora.training.record import BASE_NAME, RunRecord, environment
 from minilora.training.rng import draw_loader_seed, seed_all
 from minilora.training.run_directory import fit_in_directory, holding
 
@@ -160,7 +160,7 @@ def train(plan: resume.ResumePlan, should_stop: Callable[[], bool]) -> TrainResu
     task = build_task(config, splits.labels)
 
     seed_all(config.seed)
-    start = starting_model.load_starting_model(config, task)
+    start = starting_model.load_starting_model(config, task, output_dir / BASE_NAME)
     if plan.stored is None and plan.record is None:
         lora = starting_model.with_new_modules(lora, start)
     starting_model.check_new_modules(start.new_modules, lora, output_dir)
@@ -169,6 +169,7 @@ def train(plan: resume.ResumePlan, should_stop: Callable[[], bool]) -> TrainResu
     began = {"world_size": world_size, "extended": plan.extended()}
     record = RunRecord(config, lora, *inputs, environment(config.device), **began)
     resume.check_same_inputs(plan, record)
+    distributed.by_first(lambda: starting_model.keep_merged(start, config, output_dir / BASE_NAME))
     examples = tokenize_all(config, splits, task, start)
     resume.check_ranks(plan, record, len(examples["train"]))
     if hasattr(task, "weigh"):
@@ -181,15 +182,14 @@ def train(plan: resume.ResumePlan, should_stop: Callable[[], bool]) -> TrainResu
     starting_model.describe_start(start, config, output_dir)
 
     optimizer = build_optimizer(start.model, config)
-    validates = "validation" in examples
-    timetable = plan_timetable(config, len(examples["train"]), validates, world_size)
+    timetable = plan_timetable(config, len(examples["train"]), "validation" in examples, world_size)
     scheduler = build_scheduler(optimizer, config, timetable.max_steps)
     # Only float16 needs scaling: its smallest gradients would be zero.
     scaler = torch.amp.GradScaler(device.type, enabled=config.dtype == "float16")
     training = Training(start.model, optimizer, scheduler, trained, task, scaler, timetable)
 
     pieces = Pieces(config, splits, examples, task, start, forward, world_size)
-    evaluate = partial(pieces.evaluate, "validation", "eval") if validates else None
+    evaluate = partial(pieces.evaluate, "validation", "eval") if "validation" in examples else None
     metrics = fit_in_directory(training, record, pieces.batches, evaluate, plan, should_stop)
 
     state = training.state
@@ -254,8 +254,8 @@ def final_evaluation(training: Training, output_dir: Path, config: TrainConfig) 
 def write_final_files(start: StartingModel, output_dir: Path, record: RunRecord) -> None:
     """The adapter, its model card (one that is there is kept), the tokenizer, and the result."""
     if not (output_dir / CARD_NAME).exists():
-        is_merged = record.arguments.on_adapter == "merge"
-        merged = start.adapter.location if start.adapter is not None and is_merged else None
+        is_merged = (output_dir / BASE_NAME).is_dir()
+        merged = record.arguments.model_name_or_path if is_merged else None
         card = model_card(output_dir.resolve().name, start.base.location, merged, record)
         write_file(output_dir / CARD_NAME, card.encode(errors="replace"))
     save_adapter(start.model, output_dir)

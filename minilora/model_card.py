@@ -8,7 +8,7 @@ from types import SimpleNamespace
 from minilora.bert.load import PACKAGED_MODEL, packaged_model
 from minilora.bert.tasks import Task, build_task
 from minilora.errors import MiniloraError, harmless
-from minilora.training.record import RunRecord
+from minilora.training.record import BASE_NAME, RunRecord
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+|[\w-]+")
 # Our metrics under the Hub's names.
@@ -29,7 +29,7 @@ METRICS = {
 
 def model_card(name: str, base: str, merged: str | None, record: RunRecord) -> str:
     """The text of README.md for the adapter `name` of a finished run on `base`, a hub id or a
-    directory. If an adapter was `merged` into it first, it fits no model that PEFT could load.
+    directory. If an adapter was `merged` into that first, the base lies beside this one.
     """
     result, lora, labels = record.result or {}, record.lora, record.labels
     metrics = {hub: result[ours] for ours, hub in METRICS.items() if ours in result}
@@ -40,7 +40,7 @@ def model_card(name: str, base: str, merged: str | None, record: RunRecord) -> s
     hub_id, task = base_id(base), build_task(record.arguments, labels)
     onto = f"`{hub_id or Path(base).name}`"
     if merged is not None:
-        onto += f" with the adapter `{Path(merged).name}` merged into it"
+        onto = f"`{BASE_NAME}`, a model with the adapter `{Path(merged).name}` merged into it"
     classes = ", ".join((labels or [])[:20]) + (", ..." if labels and labels[20:] else "")
     predicts = f"classes: {classes}" if labels else f"task: {record.arguments.task}"
     scores = ", ".join(f"{metric} {value:.4f}" for metric, value in metrics.items())
@@ -51,7 +51,10 @@ def model_card(name: str, base: str, merged: str | None, record: RunRecord) -> s
         f"On `{data}`: {scores}." if scores else "It was not evaluated.",
     ]
     shown = [harmless(" ".join(paragraph.split())) for paragraph in paragraphs]
-    shown += [] if merged else [_lines_for_peft(name, task)]
+    shown.append(_lines_for_peft(name, task))
+    if merged is not None:
+        moved = f"transformers loads `{name}/{BASE_NAME}`, and `PeftModel.from_pretrained` the rest"
+        shown.append(f"So PEFT looks for the base where it was written. Once moved, {moved}.")
     return "\n\n".join([metadata, *shown]) + "\n"
 
 

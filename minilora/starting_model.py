@@ -17,6 +17,7 @@ from minilora.bert.dropout import MaskStream, use_fast_dropout
 from minilora.bert.forward import Packed, Padded, can_pack
 from minilora.bert.tasks import Task, task_class
 from minilora.errors import MiniloraError
+from minilora.files import new_directory
 from minilora.lora import peft_files
 from minilora.lora.adapters import add_adapter, set_fused
 from minilora.lora.config import BOOKKEEPING, LoraConfig, differing_fields
@@ -26,6 +27,7 @@ from minilora.lora.targets import is_saved, resolve_config, saved_modules
 from minilora.training import distributed
 from minilora.training.config import LORA_DEFAULTS, TrainConfig
 from minilora.training.progress import say
+from minilora.training.record import BASE_NAME
 
 # Rows are filled up to a multiple of this: oneDNN prepares its bfloat16 products for each new shape
 # and keeps what it prepared. Without it, 60 different lengths took the process from 0.7 to 1.5 GB
@@ -80,8 +82,12 @@ def new_lora_config(config: TrainConfig, lora_arguments: dict[str, Any]) -> Lora
     return LoraConfig(**{**LORA_DEFAULTS, **lora_arguments, "task_type": task_type})
 
 
-def load_starting_model(config: TrainConfig, task: Task) -> StartingModel:
-    """Load what `model_name_or_path` names, its base if that is an adapter, merged if so asked."""
+def load_starting_model(config: TrainConfig, task: Task, kept: Path | None = None) -> StartingModel:
+    """Load what `model_name_or_path` names, its base if that is an adapter, merged if so asked, or
+    once `keep_merged` has been, what it `kept`.
+    """
+    if config.on_adapter == "merge" and kept is not None and kept.is_dir():
+        config = dataclasses.replace(config, model_name_or_path=str(kept.resolve()))
     found = load.locate(config.model_name_or_path, config.model_revision)
     adapter, directory = found if found.is_adapter else None, Path(found.location)
     base, revision = base_of(directory) if adapter else (found, config.model_revision)
@@ -94,9 +100,33 @@ def load_starting_model(config: TrainConfig, task: Task) -> StartingModel:
         merge_and_unload(model)
         new_modules = []
     sha256 = load.model_fingerprint(model, new_modules)
+    if config.on_adapter == "merge" and not new_modules:  # a run of it begins with its head, too
+        sha256 += f" {load.tensors_fingerprint(model.state_dict())}"
     if adapter is not None and config.on_adapter == "continue":
         sha256 += f" {load.tensors_fingerprint(peft_files.read_adapter(directory).tensors)}"
     return StartingModel(model, tokenizer, sha256, base, adapter, new_modules)
+
+
+def keep_merged(start: StartingModel, config: TrainConfig, place: Path) -> None:
+    """Write a base into which an adapter was merged, whole or not at all, as a model directory that
+    the new adapter's config will name: on the base as it was, it would be another model.
+    """
+    if start.adapter is None or config.on_adapter == "continue":
+        return
+    start.model.name_or_path = str(place.resolve())
+    with new_directory(place) as directory, load.disk_errors(place):
+        start.model.save_pretrained(directory)
+        start.tokenizer.save_pretrained(directory)
+
+
+def merged_base(directory: Path) -> str | None:
+    """The base that was written for the adapter in a run's directory, or in its checkpoint's: where
+    its config says or, once moved, beside it.
+    """
+    named = Path(peft_files.read_config(directory).base_model_name_or_path or "")
+    beside = [place / BASE_NAME for place in (directory, directory.resolve().parent)]
+    there = [str(place) for place in (named, *beside) if (place / "config.json").is_file()]
+    return there[0] if there and named.name == BASE_NAME else None
 
 
 def with_new_modules(lora: LoraConfig, start: StartingModel) -> LoraConfig:
@@ -118,7 +148,7 @@ def check_new_modules(new_modules: list[str], lora: LoraConfig, place: Path) -> 
 def base_of(directory: Path) -> tuple[load.Located, str | None]:
     """The model that an adapter was trained on, and its revision, as its config names them."""
     config = peft_files.read_config(directory)
-    name = config.base_model_name_or_path
+    name = merged_base(directory) or config.base_model_name_or_path
     if not name:
         raise MiniloraError(f"{directory} does not name its base model (base_model_name_or_path)")
     try:
@@ -209,7 +239,8 @@ def describe_start(start: StartingModel, config: TrainConfig, output_dir: Path) 
     new = ", ".join(start.new_modules) or "-"
     say(f"model: {start.base.description}, a {type(start.model).__name__}; new: {new}")
     if start.adapter is not None:
-        done = "continued" if config.on_adapter == "continue" else "merged into it"
+        merged = f"merged into it, in {output_dir / BASE_NAME}"
+        done = "continued" if config.on_adapter == "continue" else merged
         say(f"{start.adapter.description}: {done}")
     trainable = start.model.num_parameters(only_trainable=True)
     total = start.model.num_parameters()

@@ -31,7 +31,14 @@ if TYPE_CHECKING:
 # Of train's flags, those that a sweep has of its own, and those that are for a resume.
 NOT_SWEPT = ("output_dir", "resume_from_checkpoint", "extend", "allow_inexact_resume")
 # What has to be the same for runs to be compared.
-COMPARED = ("task", "train_file", "validation_file", "validation_split", "metric_for_best_model")
+COMPARED = (
+    "task",
+    "train_file",
+    "dataset_name",
+    "validation_file",
+    "validation_split",
+    "metric_for_best_model",
+)
 Combination = tuple[dict[str, Any], dict[str, Any], dict[str, str]]  # as of `sweeping.Run`
 
 
@@ -131,13 +138,14 @@ def check(asked: argparse.Namespace, axes: dict[str, Any], config: TrainConfig) 
         raise MiniloraError("--seeds and several values of --seed are both given: leave one out")
     for name in several.intersection(COMPARED):
         raise MiniloraError(f"--{name} has several values: such runs cannot be compared")
-    has_data = config.validation_file or config.validation_split or config.train_file is None
+    own = config.train_file or config.dataset_name
+    has_data = config.validation_file or config.validation_split or config.dataset_name or not own
     if config.eval_strategy == "no" or not has_data:
         raise MiniloraError("a sweep compares evaluations: give --validation_file to evaluate on")
     if asked.halving and ("max_steps" in several or config.max_steps < asked.halving):
         raise MiniloraError(f"--halving {asked.halving} needs one --max_steps, at least as many")
-    if asked.halving and config.validation_split:
-        raise MiniloraError("--halving needs a --validation_file, not a validation_split")
+    if asked.halving and own and not config.validation_file:
+        raise MiniloraError("--halving needs a --validation_file, a file of its own")
 
 
 def print_summary(sweep: "Sweep", output_dir: Path, is_done: bool) -> None:

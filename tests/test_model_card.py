@@ -77,8 +77,8 @@ def test_any_name_is_valid_yaml(name):
 
 def test_a_base_with_an_adapter_merged_into_it_is_not_passed_off_as_the_plain_one():
     text = model_card("x", "org/base", "runs/first", record_of())
-    assert ModelCard(text).data.base_model is None and "from peft" not in text
-    assert "for `org/base` with the adapter `first` merged into it" in text
+    assert ModelCard(text).data.base_model is None and "org/base" not in text
+    assert "for `base`, a model with the adapter `first` merged into it" in text
 
 
 def test_without_an_evaluation_no_metrics_are_claimed():

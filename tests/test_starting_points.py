@@ -1,5 +1,6 @@
 """Whatever `--model_name_or_path` names: a base, a merged model, an adapter, a run, checkpoints."""
 
+import errno
 import json
 import os
 import shutil
@@ -9,11 +10,13 @@ import sys
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertTokenizerFast
 
 import minilora
 from minilora import MiniloraError
 from minilora.fine_tuning import run_fine_tuning
+from minilora.trained.directory import inspect_directory
+from tests.conftest import read_rows
 
 
 def train(tiny_model, sentences, output_dir, lora=None, **changes):
@@ -89,6 +92,164 @@ def test_a_merged_adapter_is_the_base_of_a_new_one(first, tmp_path, tiny_model, 
     minilora.merge_and_unload(found)
     minilora.load_adapter(found, tmp_path / "out")
     torch.testing.assert_close(logits(found, tokenizer), logits(expected, tokenizer))
+
+
+@pytest.fixture(scope="module")
+def on_merged(tmp_path_factory, first, sentences):
+    """A run on the first one's model, its adapter merged; the first is gone. Not to be changed."""
+    place = tmp_path_factory.mktemp("merged")
+    shutil.copytree(first, place / "first")
+    settings = {"max_steps": 6, "logging_steps": 1, "save_strategy": "steps", "save_steps": 2}
+    evaluated = {"validation_file": str(sentences[1])}
+    train(place / "first", sentences, place / "out", on_adapter="merge", **settings, **evaluated)
+    shutil.rmtree(place / "first")
+    return place / "out"
+
+
+@pytest.fixture
+def moved(on_merged, tmp_path):
+    """The same, now elsewhere; in the place that its files name there is nothing."""
+    shutil.copytree(on_merged, tmp_path / "copy")
+    yield on_merged.rename(tmp_path / "moved")
+    (tmp_path / "copy").rename(on_merged)
+
+
+def refused(output_dir) -> str:
+    with pytest.raises(MiniloraError) as error:
+        run_fine_tuning({"resume_from_checkpoint": str(output_dir)}, {}, lambda: False)
+    return str(error.value)
+
+
+def test_peft_loads_an_adapter_on_a_merged_base_as_it_was_trained(on_merged):
+    import peft
+
+    config = json.loads((on_merged / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == str(on_merged / "base")
+    theirs = peft.AutoPeftModelForSequenceClassification.from_pretrained(on_merged)
+    ours = minilora.open_run(on_merged)
+    assert theirs.config.id2label == {0: "negative", 1: "positive"}
+    assert torch.equal(logits(theirs, ours.tokenizer), logits(ours.model, ours.tokenizer))
+
+
+def test_a_merged_base_is_a_model_like_any_other_and_holds_its_own_head(
+    on_merged, first, tiny_model
+):
+    model = AutoModelForSequenceClassification.from_pretrained(tiny_model, num_labels=2)
+    minilora.load_adapter(model, first)
+    minilora.merge_and_unload(model)
+    kept = AutoModelForSequenceClassification.from_pretrained(on_merged / "base").state_dict()
+    assert all(torch.equal(kept[name], tensor) for name, tensor in model.state_dict().items())
+    assert not [path for path in on_merged.iterdir() if path.name.startswith(".tmp-")]
+
+
+def test_a_resume_on_a_merged_base_is_exact_and_writes_it_no_second_time(on_merged, tmp_path):
+    """It needs neither the adapter that was merged nor its base."""
+    part = tmp_path / "out"
+    shutil.copytree(on_merged, part)
+    before = {path: path.stat().st_mtime_ns for path in (part / "base").iterdir()}
+    for step in (4, 6):
+        shutil.rmtree(part / f"checkpoint-{step}")
+    run_fine_tuning({"resume_from_checkpoint": str(part)}, {}, lambda: False)
+    assert {path: path.stat().st_mtime_ns for path in (part / "base").iterdir()} == before
+    whole, resumed = adapter(on_merged), adapter(part)
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    assert read_rows(part) == read_rows(on_merged)
+    assert (part / "README.md").read_text() == (on_merged / "README.md").read_text()
+
+
+@pytest.mark.parametrize("tensor", ["bert.encoder.layer.1.output.dense.weight", "classifier.bias"])
+def test_a_merged_base_that_was_changed_is_refused(on_merged, tmp_path, tensor):
+    part, weights = tmp_path / "out", tmp_path / "out" / "base" / "model.safetensors"
+    shutil.copytree(on_merged, part)
+    for path in part.glob("checkpoint-*"):  # from the first step on, where the head matters, too
+        shutil.rmtree(path)
+    record = json.loads((part / "run.json").read_text())
+    (part / "run.json").write_text(json.dumps({**record, "result": None}))
+    tensors = load_file(weights)
+    save_file({**tensors, tensor: tensors[tensor] + 1e-6}, weights, metadata={"format": "pt"})
+    assert f"not what the run began with: base model or adapter ({part / 'base'} or" in refused(
+        part
+    )
+    weights.write_bytes(weights.read_bytes()[:-9])
+    assert f"{part / 'base'}' cannot be loaded" in refused(part)
+
+
+def test_a_merged_base_that_is_gone_is_written_again_from_the_adapter(first, tmp_path, sentences):
+    train(
+        first, sentences, tmp_path / "out", on_adapter="merge", max_steps=2, save_strategy="epoch"
+    )
+    weights = (tmp_path / "out" / "base" / "model.safetensors").read_bytes()
+    whole = adapter(tmp_path / "out")
+    shutil.rmtree(tmp_path / "out" / "base")
+    (tmp_path / "out" / "adapter_model.safetensors").unlink()
+    run_fine_tuning({"resume_from_checkpoint": str(tmp_path / "out")}, {}, lambda: False)
+    assert (tmp_path / "out" / "base" / "model.safetensors").read_bytes() == weights
+    again = adapter(tmp_path / "out")
+    assert all(torch.equal(whole[name], again[name]) for name in whole)
+
+
+def test_a_run_of_an_older_version_which_kept_no_merged_base_is_resumed(first, tmp_path, sentences):
+    out = tmp_path / "out"
+    train(first, sentences, out, on_adapter="merge", save_strategy="no")
+    whole, record = adapter(out), json.loads((out / "run.json").read_text())
+    shutil.rmtree(out / "base")
+    older = {"model_sha256": record["model_sha256"].split()[0], "result": None}
+    (out / "run.json").write_text(json.dumps({**record, **older}))
+    run_fine_tuning({"resume_from_checkpoint": str(out)}, {}, lambda: False)
+    assert all(torch.equal(tensor, adapter(out)[name]) for name, tensor in whole.items())
+
+
+def test_a_disk_that_is_full_leaves_no_merged_base_and_the_same_command_works(
+    first, tmp_path, sentences, monkeypatch
+):
+    def full(self, directory):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(BertTokenizerFast, "save_pretrained", full)
+        with pytest.raises(OSError, match="make room"):
+            train(first, sentences, tmp_path / "out", on_adapter="merge")
+    assert [path.name for path in (tmp_path / "out").iterdir()] == [".minilora.lock"]
+    assert train(first, sentences, tmp_path / "out", on_adapter="merge").global_step == 3
+
+
+@pytest.mark.parametrize("part", ["", "checkpoint-6"])
+def test_once_moved_the_commands_find_the_merged_base_beside_it(
+    moved, part, command, sentences, tmp_path
+):
+    done = command("evaluate", moved / part, "--file", sentences[1])
+    assert done.code == 0, done.err
+    assert done.summary()["eval_loss"] == read_rows(moved)[-1]["eval_loss"]
+    done = command("predict", moved / part, "--text", "it was good")
+    assert done.code == 0, done.err
+    done = command("merge", moved / part, "--output_dir", tmp_path / "model")
+    assert done.code == 0, done.err
+    merged = AutoModelForSequenceClassification.from_pretrained(tmp_path / "model")
+    run = minilora.open_run(moved / part)
+    torch.testing.assert_close(logits(merged, run.tokenizer), logits(run.model, run.tokenizer))
+
+
+def test_once_moved_peft_loads_it_as_the_card_says(moved):
+    import peft
+
+    advice = "Once moved, transformers loads `out/base`, and `PeftModel.from_pretrained` the rest"
+    assert advice in (moved / "README.md").read_text()
+    base = AutoModelForSequenceClassification.from_pretrained(moved / "base")
+    theirs, ours = peft.PeftModel.from_pretrained(base, moved), minilora.open_run(moved)
+    assert torch.equal(logits(theirs, ours.tokenizer), logits(ours.model, ours.tokenizer))
+
+
+def test_a_run_on_a_merged_base_resumes_and_is_continued_where_it_was_moved(
+    moved, sentences, tmp_path
+):
+    shutil.rmtree(moved / "checkpoint-6")
+    assert inspect_directory(moved)["resume"]["refuses"] == []
+    run_fine_tuning({"resume_from_checkpoint": str(moved)}, {}, lambda: False)
+    config = json.loads((moved / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == str(moved / "base")
+    before = adapter(moved)
+    train(moved, sentences, tmp_path / "next", learning_rate=0.0)
+    assert all(torch.equal(tensor, adapter(tmp_path / "next")[n]) for n, tensor in before.items())
 
 
 def test_a_continued_run_resumes_bitwise(first, tmp_path, sentences):

@@ -194,6 +194,8 @@ def test_seeds_are_runs_of_their_own(tiny_model, sentences):
         (["--eval_strategy", "no"], "compares evaluations"),
         (["--task", "regression", "sequence_classification"], "cannot be compared"),
         (["--halving", 1], "--halving is 1"),
+        (["--validation_split", 0.2, "--halving", 2, "--max_steps", 4], "validation"),
+        (["--dataset_name", "a", "b"], "cannot be compared"),
         (["--learning_rat", 1], "did you mean --learning_rate?"),
     ],
 )

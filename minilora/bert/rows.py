@@ -2,8 +2,7 @@
 
     csv          comma-separated, RFC 4180 quoting
     tsv          tab-separated, no quoting: a quotation mark is a quotation mark
-    json, jsonl  an array of objects; one object per line
-    parquet      a table of objects; a split of a data set is one, too (`tables`)
+    json, jsonl  an array of objects; one object per line; parquet, a table of them (`tables`)
 
 csv and tsv may lack a header; their columns are then called "0", "1", ... The first line is a
 header if it contains the columns asked for by name, or, when none is asked for, if its label field

@@ -18,7 +18,7 @@ from minilora.lora.peft_files import CONFIG_NAME, read_adapter
 from minilora.reading import check_like, parse_json, read_bytes, read_json
 from minilora.training import checkpoint, trainer_files
 from minilora.training.checkpoint import Stored, read_checkpoint, sorted_checkpoints
-from minilora.training.record import CHECKPOINT, MANIFEST_NAME, RUN_NAME, RunRecord
+from minilora.training.record import BASE_NAME, CHECKPOINT, MANIFEST_NAME, RUN_NAME, RunRecord
 from minilora.training.resume import changed_inputs, plan_resume
 from minilora.training.run_directory import METRICS_NAME
 from minilora.training.trainer_files import STATE_NAME
@@ -172,7 +172,7 @@ def _resume(path: Path) -> dict[str, Any]:
     remarks = [f"{path.name} would be set aside as .{why}-..." for path, why in plan.set_aside]
     remarks += plan.warnings
     if plan.record is not None:
-        refuses += _unusable_inputs(plan.record)
+        refuses += _unusable_inputs(plan.record, plan.output_dir / BASE_NAME)
     elif stored is not None and stored.manifest is None:
         remarks.append("HF Trainer recorded neither the data nor the base model: give them")
     if stored is not None:
@@ -183,7 +183,7 @@ def _resume(path: Path) -> dict[str, Any]:
     return {**found, "refuses": refuses, "remarks": remarks}
 
 
-def _unusable_inputs(record: RunRecord) -> list[str]:
+def _unusable_inputs(record: RunRecord, merged: Path) -> list[str]:
     found, now = [], dict(record.data_sha256)
     for split in record.data_sha256:
         file = getattr(record.arguments, f"{split}_file")
@@ -193,7 +193,8 @@ def _unusable_inputs(record: RunRecord) -> list[str]:
             found.append(f"the {split} file {file} is gone (give --{split}_file if it has moved)")
     found += [f"the {changed} has changed" for changed in changed_inputs(record, now)]
     try:  # the base is only looked for: a resume checks its fingerprint when it loads it
-        locate(record.arguments.model_name_or_path, record.arguments.model_revision)
+        name = str(merged) if merged.is_dir() else record.arguments.model_name_or_path
+        locate(name, record.arguments.model_revision)
     except MiniloraError as error:
         found.append(str(error))
     return found

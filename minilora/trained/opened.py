@@ -104,6 +104,8 @@ def read_record(path: Path, model_name_or_path: str | None = None) -> tuple[Path
         record = stored.record and dataclasses.replace(stored.record, result=last)
     if record is None:
         return path, _record_of_foreign(read_adapter(path), model_name_or_path)
+    if record.arguments.on_adapter == "merge":
+        model_name_or_path = model_name_or_path or starting_model.merged_base(path)
     if model_name_or_path is not None:
         moved = dataclasses.replace(record.arguments, model_name_or_path=model_name_or_path)
         record = dataclasses.replace(record, arguments=moved)

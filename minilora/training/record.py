@@ -35,6 +35,7 @@ from minilora.training.trainer_files import (
 )
 
 RUN_NAME, MANIFEST_NAME = "run.json", "minilora.json"
+BASE_NAME = "base"  # the directory of a base into which an adapter was merged first
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 SCHEMA_VERSION = 1
 PARTS = (WEIGHTS_NAME, CONFIG_NAME, *REQUIRED, STATE_NAME)

@@ -16,7 +16,7 @@ from minilora.options import differences
 from minilora.training import distributed
 from minilora.training.checkpoint import Stored, first_valid, read_checkpoint, sorted_checkpoints
 from minilora.training.config import TrainConfig, reconcile, refuse_bending
-from minilora.training.record import CHECKPOINT, MANIFEST_NAME, RUN_NAME, RunRecord
+from minilora.training.record import BASE_NAME, CHECKPOINT, MANIFEST_NAME, RUN_NAME, RunRecord
 from minilora.training.trainer_files import recorded_arguments
 
 NOTHING = f"holds neither a complete checkpoint-<step> nor a {RUN_NAME}"
@@ -147,8 +147,11 @@ def check_same_inputs(plan: ResumePlan, record: RunRecord) -> None:
         return  # a new run, or Trainer's, which records neither
     began = dataclasses.replace(plan.record, arguments=record.arguments)
     changed = changed_inputs(began, record.data_sha256)
-    if record.model_sha256 != began.model_sha256:
+    whole, merges = record.model_sha256, record.arguments.on_adapter == "merge"
+    # An older version recorded a merged base without its head.
+    if began.model_sha256 not in (whole, whole.partition(" ")[0] if merges else whole):
         name = record.arguments.model_name_or_path or "packaged"
+        name = f"{plan.output_dir / BASE_NAME} or {name}" if merges else name
         changed.append(f"base model or adapter ({name})")
     if record.labels != began.labels:
         changed.append("labels")

@@ -195,7 +195,6 @@ def test_seeds_are_runs_of_their_own(tiny_model, sentences):
         (["--task", "regression", "sequence_classification"], "cannot be compared"),
         (["--halving", 1], "--halving is 1"),
         (["--validation_split", 0.2, "--halving", 2, "--max_steps", 4], "validation"),
-        (["--dataset_name", "a", "b"], "cannot be compared"),
         (["--learning_rat", 1], "did you mean --learning_rate?"),
     ],
 )
@@ -204,6 +203,12 @@ def test_a_bad_grid_is_refused_before_anything_trains(
 ):
     done = command("sweep", *flags(tiny_model, sentences), *more, "--output_dir", tmp_path / "out")
     assert done.code == 2 and fault in done.err and not (tmp_path / "out").exists()
+
+
+def test_several_data_sets_are_not_compared(command, tmp_path):
+    asked = ("--dataset_name", "a", "b", "--output_dir", tmp_path / "out")
+    done = command("sweep", *asked)
+    assert done.code == 2 and "--dataset_name has several values" in done.err
 
 
 def test_a_run_that_fails_is_named_and_the_others_go_on(tmp_path, tiny_model, sentences, command):

@@ -15,8 +15,9 @@ from minilora.lora.config import BOOKKEEPING
 from minilora.options import boolean, unique_keys
 
 MAX_BYTES = 4_000_000  # as of any JSON that is read
-# Of a run.json: where the run lay is not where its repetition will.
-NOT_REPEATED = ("output_dir", "resume_from_checkpoint", *BOOKKEEPING)
+# Of a run.json: where the run lay is not where its repetition will, nor is that a resume.
+NOT_REPEATED = {"output_dir", "resume_from_checkpoint", "extend", "allow_inexact_resume"}
+NOT_REPEATED |= {*BOOKKEEPING}
 
 
 def set_defaults(parser: argparse.ArgumentParser, path: Path) -> None:
@@ -51,15 +52,16 @@ def converted(action: argparse.Action, value: Any) -> Any:
         return convert(value) if isinstance(value, str) else value
     takes_several = action.nargs not in (None, 0, "?")
     items = value if takes_several and isinstance(value, list) else [value]
-    if any(isinstance(item, list | dict) for item in items):
+    if any(isinstance(item, list) for item in items):
         raise ValueError("it must be one value")
+    items = [json.dumps(item) if isinstance(item, dict) else item for item in items]
     convert = boolean if action.nargs == 0 else convert
     found = [convert(str(item)) for item in items]
     if wrong := [item for item in found if action.choices and item not in action.choices]:
         raise ValueError(f"{wrong[0]!r} is none of {', '.join(map(str, action.choices or ()))}")
-    count = len(found) or 1  # a "+" takes any number but none
-    if takes_several and len(found) != (action.nargs if action.nargs != "+" else count):
-        raise ValueError(f"it must be a list of {action.nargs}")
+    is_short = action.nargs == "+" and not found
+    if is_short or (isinstance(action.nargs, int) and takes_several and len(found) != action.nargs):
+        raise ValueError(f"it must be a list of {'one or more' if is_short else action.nargs}")
     return found if takes_several else found[0]
 
 
@@ -81,7 +83,7 @@ def read_values(path: Path) -> dict[str, Any]:
     match values:
         case {"arguments": dict(arguments), "lora": dict(lora)}:
             recorded = {**arguments, **lora}
-            values = {name: recorded[name] for name in recorded.keys() - {*NOT_REPEATED}}
+            values = {name: recorded[name] for name in recorded.keys() - NOT_REPEATED}
     return values
 
 

@@ -38,6 +38,8 @@ COMPARED = (
     "validation_file",
     "validation_split",
     "metric_for_best_model",
+    "greater_is_better",
+    "eval_strategy",
 )
 Combination = tuple[dict[str, Any], dict[str, Any], dict[str, str]]  # as of `sweeping.Run`
 

@@ -31,7 +31,7 @@ from minilora.trained.score import evaluate_file
 from minilora.training.checkpoint import latest_checkpoint
 from minilora.training.config import TrainConfig
 from minilora.training.progress import say
-from minilora.training.record import RUN_NAME, RunRecord
+from minilora.training.record import PATHS, RUN_NAME, RunRecord
 from minilora.training.run_directory import holding
 
 SWEEP_NAME = "sweep.json"
@@ -69,7 +69,8 @@ class Sweep:
     def read(output_dir: Path) -> "Sweep":
         path = output_dir / SWEEP_NAME
         values = read_json(path)
-        check_like({"runs": list[Any], "halving": int | None, "scores": list[Any]}, values, path)
+        found = {"runs": list[Any], "halving": int | None, "scores": list[dict[str, float | None]]}
+        check_like(found, values, path)
         run = {"name": str, "train": dict, "lora": dict, "axes": dict}
         for place, runs in enumerate(values["runs"]):
             check_like(run, runs, path, f"runs.{place}")
@@ -125,6 +126,9 @@ class Sweep:
 def begin(output_dir: Path, combinations: list[Any], halving: int | None) -> Sweep:
     """A new sweep of these runs (train, lora, axes) in a new directory."""
     runs = [Run(f"run-{number:03}", *parts) for number, parts in enumerate(combinations)]
+    for run in runs:  # it may go on from another directory
+        given = {name: Path(run.train[name]) for name in PATHS if run.train.get(name)}
+        run.train.update({n: str(path.resolve()) for n, path in given.items() if path.exists()})
     sweep = Sweep(runs, halving)
     read_data(sweep.config())  # what is wrong with a file is said before anything is written
     with holding(output_dir, is_new=True):
@@ -200,8 +204,9 @@ def advance(
         run_fine_tuning(given, lora, lambda: should_stop() or next(steps) == pause)
         if should_stop():
             return None
-        if pause is None:
-            return (RunRecord.read(place).result or {}).get(metric)
+        result = RunRecord.read(place).result
+        if result is not None:  # at its end, or where it stopped early
+            return result.get(metric)
         # Beside the run, of which nothing changes by it.
         paused, file = open_run(place / f"checkpoint-{pause}"), run.train.get("validation_file")
         return evaluate_file(paused, file or PACKAGED).metrics.get(metric)

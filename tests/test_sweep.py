@@ -211,6 +211,32 @@ def test_several_data_sets_are_not_compared(command, tmp_path):
     assert done.code == 2 and "--dataset_name has several values" in done.err
 
 
+def test_a_sweep_goes_on_from_another_directory(tmp_path, tiny_model, sentences, monkeypatch):
+    monkeypatch.chdir(sentences[0].parent)
+    names = [path.name for path in sentences]
+    given = [str(w) for w in flags(tiny_model, names, "--r", 2, 4, "--output_dir", "x")]
+    begun = sweeping.begin(tmp_path / "out", sweep.grid(sweep.parse_arguments(given)), None)
+    assert [run.train["train_file"] for run in begun.runs] == [str(sentences[0].resolve())] * 2
+    assert Sweep.read(tmp_path / "out").config().validation_file == str(sentences[1].resolve())
+
+
+def test_a_run_that_stopped_early_is_scored_where_it_ended(
+    tmp_path, tiny_model, sentences, command
+):
+    early = ("--early_stopping_patience", 1, "--learning_rate", 0.0, "--eval_strategy", "steps")
+    asked = (*early, "--eval_steps", 1, "--max_steps", 9, "--halving", 3, "--r", 2, 4)
+    done = command("sweep", *flags(tiny_model, sentences), *asked, "--output_dir", tmp_path / "out")
+    assert done.code == 0 and "failed" not in done.out + done.err
+    assert read_rows(tmp_path / "out" / "run-000")[-1]["step"] == 2  # before the first pause
+
+
+def test_a_run_is_the_beginning_of_a_sweep(finished_run, tmp_path):
+    asked = ["--config", str(finished_run / "run.json"), "--seed", "1", "2", "--output_dir", "x"]
+    found = sweep.grid(sweep.parse_arguments(asked))
+    assert [train["seed"] for train, _, _ in found] == [1, 2]
+    assert all(lora["target_modules"] == "all-linear" for _, lora, _ in found)
+
+
 def test_a_run_that_fails_is_named_and_the_others_go_on(tmp_path, tiny_model, sentences, command):
     asked = ("--learning_rate", 1e-3, 1e30, "--max_steps", 4, "--output_dir", tmp_path / "out")
     done = command("sweep", *flags(tiny_model, sentences), *asked)

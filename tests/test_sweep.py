@@ -1,14 +1,20 @@
 """python -m minilora.sweep: many runs, the worst paused for good, the best as if alone."""
 
 import json
+import os
+import random
 import shutil
+import signal
+import threading
+import time
+from pathlib import Path
 
 import pytest
 
 from minilora import MiniloraError, sweep, sweeping
 from minilora.sweeping import Run, Sweep
 from tests.conftest import read_rows
-from tests.forked import TIMED_OUT, run_forked
+from tests.forked import run_forked
 
 NAME = "adapter_model.safetensors"
 
@@ -91,24 +97,32 @@ def test_a_sweep_killed_ten_times_ends_with_the_undisturbed_table(
     halved, tmp_path, tiny_model, sentences
 ):
     out, done = halved
-    given = flags(tiny_model, sentences, *HALVED, "--output_dir", tmp_path / "out")
-    kills = 0
-    for _ in range(200):
-        seconds = 0.35 + 0.03 * kills
-        if kills == 10:
-            seconds = 120
-        ended = run_forked("sweep", *given, seconds=seconds)
-        if (tmp_path / "out" / "sweep.json").exists():
-            given = ["--resume_from_checkpoint", tmp_path / "out"]
-        if ended.code != TIMED_OUT:
-            break
-        kills += 1
-    assert kills == 10 and ended.code == 0, ended.err
+    copy = tmp_path / "out"
+    given = flags(tiny_model, sentences, *HALVED, "--output_dir", copy)
+    for kill in range(10):  # of the 39 steps of all runs
+        ended = run_forked("sweep", *given, prepare=lambda rows=4 * kill: die_after(copy, rows))
+        assert ended.code == -signal.SIGKILL, ended.err
+        if (copy / "sweep.json").exists():
+            given = ["--resume_from_checkpoint", copy]
+    ended = run_forked("sweep", *given, seconds=120)
+    assert ended.code == 0, ended.err
     assert ended.out.splitlines()[:-2] == done.out.splitlines()[:-2]
-    found = (tmp_path / "out" / "sweep.json").read_text()
+    found = (copy / "sweep.json").read_text()
     assert json.loads(found)["scores"] == json.loads((out / "sweep.json").read_text())["scores"]
     for place in out.glob("run-*"):
-        assert read_rows(place) == read_rows(tmp_path / "out" / place.name)
+        assert read_rows(place) == read_rows(copy / place.name)
+
+
+def die_after(out: Path, rows: int) -> None:
+    """Kill this process within moments of its runs having written so many lines of metrics."""
+
+    def watch() -> None:
+        while sum(log.read_bytes().count(b"\n") for log in out.glob("*/metrics.jsonl")) < rows:
+            time.sleep(0.005)
+        time.sleep(0.1 * random.random())
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def test_a_sweep_that_is_stopped_says_how_to_go_on(tmp_path, tiny_model, sentences):

@@ -18,7 +18,14 @@ import torch
 
 from minilora import starting_model
 from minilora.bert import load
-from minilora.bert.dataset import batches_in_order, epoch_batches, epoch_order, shortening, tokenize
+from minilora.bert.dataset import (
+    batches_in_order,
+    epoch_batches,
+    epoch_order,
+    shortening,
+    tokenize,
+    tokens_fingerprint,
+)
 from minilora.bert.examples import Examples
 from minilora.bert.forward import Packed, Padded
 from minilora.bert.splits import Splits, read_splits
@@ -164,13 +171,11 @@ def train(plan: resume.ResumePlan, should_stop: Callable[[], bool]) -> TrainResu
     if plan.stored is None and plan.record is None:
         lora = starting_model.with_new_modules(lora, start)
     starting_model.check_new_modules(start.new_modules, lora, output_dir)
-    inputs = (splits.labels, splits.has_pairs(), splits.fingerprints, start.sha256)
-    world_size = plan.record.world_size if plan.record else distributed.world_size()
-    began = {"world_size": world_size, "extended": plan.extended()}
-    record = RunRecord(config, lora, *inputs, environment(config.device), **began)
+    examples = tokenize_all(config, splits, task, start)
+    plan = dataclasses.replace(plan, config=config, lora=lora)
+    record = new_record(plan, splits, start, examples)
     resume.check_same_inputs(plan, record)
     distributed.by_first(lambda: starting_model.keep_merged(start, config, output_dir / BASE_NAME))
-    examples = tokenize_all(config, splits, task, start)
     resume.check_ranks(plan, record, len(examples["train"]))
     if hasattr(task, "weigh"):
         task.weigh(examples["train"])  # pyright: ignore[reportAttributeAccessIssue]
@@ -182,13 +187,14 @@ def train(plan: resume.ResumePlan, should_stop: Callable[[], bool]) -> TrainResu
     starting_model.describe_start(start, config, output_dir)
 
     optimizer = build_optimizer(start.model, config)
-    timetable = plan_timetable(config, len(examples["train"]), "validation" in examples, world_size)
+    lengths = (len(examples["train"]), "validation" in examples, record.world_size)
+    timetable = plan_timetable(config, *lengths)
     scheduler = build_scheduler(optimizer, config, timetable.max_steps)
     # Only float16 needs scaling: its smallest gradients would be zero.
     scaler = torch.amp.GradScaler(device.type, enabled=config.dtype == "float16")
     training = Training(start.model, optimizer, scheduler, trained, task, scaler, timetable)
 
-    pieces = Pieces(config, splits, examples, task, start, forward, world_size)
+    pieces = Pieces(config, splits, examples, task, start, forward, record.world_size)
     evaluate = partial(pieces.evaluate, "validation", "eval") if "validation" in examples else None
     metrics = fit_in_directory(training, record, pieces.batches, evaluate, plan, should_stop)
 
@@ -200,6 +206,26 @@ def train(plan: resume.ResumePlan, should_stop: Callable[[], bool]) -> TrainResu
         finished = dataclasses.replace(record, result=metrics)
         distributed.by_first(lambda: write_final_files(start, output_dir, finished))
     return TrainResult(state.global_step, metrics, str(output_dir), state.log_history)
+
+
+def new_record(
+    plan: resume.ResumePlan, splits: Splits, start: StartingModel, examples: dict[str, Examples]
+) -> RunRecord:
+    """What is written down of the run before its first step."""
+    assert plan.config is not None and plan.lora is not None
+    return RunRecord(
+        plan.config,
+        plan.lora,
+        splits.labels,
+        splits.has_pairs(),
+        splits.fingerprints,
+        start.sha256,
+        environment(plan.config.device),
+        world_size=plan.record.world_size if plan.record else distributed.world_size(),
+        extended=plan.extended(),
+        base_settings=start.settings(),
+        tokens_sha256={split: tokens_fingerprint(found) for split, found in examples.items()},
+    )
 
 
 def read_data(config: TrainConfig) -> Splits:

@@ -4,6 +4,7 @@ Training begins here, and so does what opens a trained model again.
 """
 
 import dataclasses
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,12 @@ from minilora.training.record import BASE_NAME
 # (`benchmarks/README.md`).
 BFLOAT16_MULTIPLE = 32
 
+# Of a config.json: what says nothing of how a model computes.
+NAMES = {
+    "_name_or_path", "architectures", "dtype", "id2label", "label2id", "problem_type",
+    "transformers_version",
+}  # fmt: skip
+
 
 @dataclass(frozen=True)
 class StartingModel:
@@ -45,6 +52,13 @@ class StartingModel:
     base: load.Located
     adapter: load.Located | None  # what it was given as, if that is an adapter
     new_modules: list[str]  # what the base's files lacked and was drawn: usually the head
+
+    def settings(self) -> dict[str, Any]:
+        """The base's config.json, names and labels aside: what the model does with its weights, and
+        the dropout of its training.
+        """
+        found = json.loads(self.model.config.to_json_string())
+        return {name: found[name] for name in found.keys() - NAMES}
 
 
 def chosen_device(name: str | None) -> torch.device:

@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerBase
 
 from minilora.bert import token_cache
 from minilora.bert.examples import NO_LABEL, Batch, Examples
+from minilora.bert.load import tensors_fingerprint
 from minilora.bert.rows import Row
 from minilora.bert.tasks import Task
 
@@ -65,6 +66,15 @@ def tokenize(
         extra=arrays,
         logits_of=task.logits_of,
     )
+
+
+def tokens_fingerprint(examples: Examples) -> str:
+    """SHA-256 of what a run sees of its texts."""
+    arrays = {"offsets": examples.offsets, "input_ids": examples.input_ids}
+    arrays |= {"labels": examples.labels}
+    if examples.token_type_ids is not None:
+        arrays["token_type_ids"] = examples.token_type_ids
+    return tensors_fingerprint({name: torch.from_numpy(array) for name, array in arrays.items()})
 
 
 def shortening(examples: Examples, rows: int, max_length: int) -> str:

@@ -63,6 +63,9 @@ class RunRecord:
     result: dict[str, Any] | None = None  # the final metrics of a finished run
     world_size: int = 1  # processes that it began with: a step has their batches, whoever trains it
     extended: list[int] = field(default_factory=list)  # the steps at which its end was moved
+    # What stands beside the base's weights; older versions did not record it.
+    base_settings: dict[str, Any] = field(default_factory=dict)  # of its config.json
+    tokens_sha256: dict[str, str] = field(default_factory=dict)  # its tokenizer's, of each split
 
     def to_json(self) -> dict[str, Any]:
         """The object that is written, its paths absolute."""
@@ -91,7 +94,7 @@ class RunRecord:
         """What `to_json` returned, whichever version wrote it."""
         hints = typing.get_type_hints(RunRecord) | {"arguments": dict, "lora": dict}
         absent = {"labels": None, "pairs": None, "environment": {}, "result": None}
-        absent |= {"world_size": 1, "extended": []}
+        absent |= {"world_size": 1, "extended": [], "base_settings": {}, "tokens_sha256": {}}
         found = {**absent, **{name: values[name] for name in hints.keys() & values.keys()}}
         check_like(hints, found, f"{place} does not record a run")
         arguments = train_config_from_dict(found.pop("arguments"), place)

@@ -142,7 +142,9 @@ def changed_inputs(record: RunRecord, data_sha256: dict[str, str]) -> list[str]:
 
 
 def check_same_inputs(plan: ResumePlan, record: RunRecord) -> None:
-    """Refuse to resume on another base model or on other data than the recorded."""
+    """Refuse to resume on another base model, with its config.json and tokenizer, or on other data
+    than the recorded.
+    """
     if plan.record is None:
         return  # a new run, or Trainer's, which records neither
     began = dataclasses.replace(plan.record, arguments=record.arguments)
@@ -155,6 +157,14 @@ def check_same_inputs(plan: ResumePlan, record: RunRecord) -> None:
         changed.append(f"base model or adapter ({name})")
     if record.labels != began.labels:
         changed.append("labels")
+    old, new = began.base_settings, record.base_settings
+    # Another version of transformers may know other settings.
+    settings = [name for name in sorted(old.keys() & new.keys()) if old[name] != new[name]]
+    if settings:
+        told = ", ".join(f"{name} {old[name]} -> {new[name]}" for name in settings)
+        changed.append(f"config.json of the base model ({told})")
+    if began.tokens_sha256 not in ({}, record.tokens_sha256) and not changed:
+        changed.append("tokenizer of the base model (it makes other tokens of the same text)")
     if changed:
         reason = f"not what the run began with: {', '.join(changed)}"
         advice = "restore it, or start a new run"
@@ -204,5 +214,6 @@ def check_ranks(plan: ResumePlan, record: RunRecord, examples: int) -> None:
         began = f"the run began with {record.world_size} processes, and there are {world_size}"
         raise MiniloraError(f"{began}: with hf_parity they must be as many")
     inputs = {"data": record.data_sha256, "labels": record.labels, "base": record.model_sha256}
+    inputs |= {"config.json": record.base_settings, "tokens": record.tokens_sha256}
     settings = vars(record.arguments) | vars(record.lora) | record.environment
     distributed.check_agreement(settings | inputs | {"step": step})

@@ -402,6 +402,59 @@ def test_another_base_model_is_refused(tmp_path, tiny_model, sentences):
         )
 
 
+def in_config(base: Path, **changes) -> None:
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | changes))
+
+
+def in_vocabulary(base: Path) -> None:
+    """Two words change places, so that each has the other's embedding."""
+    tokenizer = json.loads((base / "tokenizer.json").read_text())
+    words = tokenizer["model"]["vocab"]
+    words["good"], words["bad"] = words["bad"], words["good"]
+    (base / "tokenizer.json").write_text(json.dumps(tokenizer))
+
+
+@pytest.mark.parametrize(
+    "change, told",
+    [
+        (lambda base: in_config(base, hidden_dropout_prob=0.3), "hidden_dropout_prob 0.1 -> 0.3"),
+        (lambda base: in_config(base, layer_norm_eps=1e-6), "layer_norm_eps 1e-12 -> 1e-06"),
+        (in_vocabulary, "tokenizer of the base model"),
+        (lambda base: in_config(base, architectures=["Other"], id2label={"0": "no"}), None),
+        (lambda base: in_config(base, transformers_version="0.1"), None),
+    ],
+)
+def test_what_was_changed_beside_the_weights_of_the_base_is_refused(
+    change, told, tmp_path, tiny_model, sentences
+):
+    """Weights and data are the same, and the rest would be another run."""
+    base, out = tmp_path / "base", tmp_path / "run"
+    shutil.copytree(tiny_model, base)
+    fine_tune(TrainConfig(**arguments(base, sentences, output_dir=str(out), max_steps=1)))
+    change(base)
+    expected = contextlib.nullcontext()
+    if told:
+        expected = pytest.raises(MiniloraError, match=f"not what the run began with: .*{told}")
+    with expected:
+        fine_tune(TrainConfig(resume_from_checkpoint=str(out)))
+
+
+def test_a_run_of_an_older_version_which_recorded_weights_alone_is_resumed(
+    tmp_path, tiny_model, sentences
+):
+    base, out = tmp_path / "base", tmp_path / "run"
+    shutil.copytree(tiny_model, base)
+    values = arguments(base, sentences, output_dir=str(out), max_steps=1, save_strategy="no")
+    fine_tune(TrainConfig(**values))
+    record = json.loads((out / "run.json").read_text())
+    del record["base_settings"], record["tokens_sha256"], record["result"]
+    (out / "run.json").write_text(json.dumps(record))
+    in_config(base, layer_norm_eps=1e-6)
+    in_vocabulary(base)
+    fine_tune(TrainConfig(resume_from_checkpoint=str(out)))
+
+
 def test_a_damaged_newest_checkpoint_is_set_aside_and_the_older_one_used(
     tmp_path, capsys, tiny_model, sentences, uninterrupted
 ):

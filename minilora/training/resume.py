@@ -126,6 +126,10 @@ def plan_resume(
         advice = "the resumed run would be another (--allow_inexact_resume goes on all the same)"
         refusals.append(f"{stored.path} lacks {', '.join(stored.missing())}: {advice}")
     warnings = manifest.inexactness(config and config.device) if manifest is not None else []
+    base = stored.adapter.config.base_model_name_or_path if stored and manifest is None else None
+    if config is not None and base not in (None, config.model_name_or_path):
+        took = config.model_name_or_path or "the packaged one"
+        warnings.append(f"the checkpoint's adapter_config.json names the base {base}, not {took}")
     if config is not None and config.torch_compile:
         warnings.append("torch_compile chooses kernels anew: the resume may not be bit-exact")
     return ResumePlan(output_dir, config, lora, stored, record, aside, refusals, warnings)
@@ -188,7 +192,14 @@ def _arguments(
         if config.extend and stored is not None and stored.stopped_early():
             raise MiniloraError(f"extend: {stored.path} is where the run stopped early")
     elif stored is not None and told:
-        config = TrainConfig(**{**told, **train_arguments})
+        base = stored.adapter.config
+        named = {
+            "model_name_or_path": base.base_model_name_or_path,
+            "model_revision": base.revision,
+        }
+        if "model_name_or_path" in train_arguments:
+            named = {}
+        config = TrainConfig(**{**named, **told, **train_arguments})
         if config.extend:
             raise MiniloraError(f"extend: {stored.path} is HF Trainer's: resume it first")
         lora = dataclasses.replace(stored.adapter.config, inference_mode=False)

@@ -317,6 +317,22 @@ def test_a_checkpoint_of_trainers_is_continued_in_the_default_mode(
     assert run_fine_tuning(flags, {}, lambda: False).global_step == STEPS
 
 
+def test_the_base_is_the_one_that_trainers_adapter_names_and_another_is_said(
+    tmp_path, tiny_model, sentences, whole, capsys
+):
+    directory, expected, tensors = whole
+    for name, model in (("named", {}), ("moved", {"model_name_or_path": str(tmp_path / "base")})):
+        checkpoint = tmp_path / name / "checkpoint-5"
+        shutil.copytree(directory / "checkpoint-5", checkpoint)
+        flags = flags_to_resume(tiny_model, sentences, checkpoint)
+        del flags["model_name_or_path"]
+        shutil.copytree(tiny_model, tmp_path / "base", dirs_exist_ok=True)
+        result = run_fine_tuning(flags | model, {}, lambda: False)
+        assert compared(result.log_history) == expected
+        told = f"adapter_config.json names the base {tiny_model}, not {tmp_path / 'base'}"
+        assert (told in capsys.readouterr().err) == (name == "moved")
+
+
 @pytest.fixture
 def trainers(tmp_path, whole):
     """A copy of Trainer's checkpoint 5, to be damaged."""

@@ -192,13 +192,10 @@ def _arguments(
         if config.extend and stored is not None and stored.stopped_early():
             raise MiniloraError(f"extend: {stored.path} is where the run stopped early")
     elif stored is not None and told:
-        base = stored.adapter.config
-        named = {
-            "model_name_or_path": base.base_model_name_or_path,
-            "model_revision": base.revision,
-        }
-        if "model_name_or_path" in train_arguments:
-            named = {}
+        base, named = stored.adapter.config, {}
+        if "model_name_or_path" not in train_arguments:
+            named["model_name_or_path"] = base.base_model_name_or_path
+            named["model_revision"] = base.revision
         config = TrainConfig(**{**named, **told, **train_arguments})
         if config.extend:
             raise MiniloraError(f"extend: {stored.path} is HF Trainer's: resume it first")

@@ -320,7 +320,7 @@ def test_a_checkpoint_of_trainers_is_continued_in_the_default_mode(
 def test_the_base_is_the_one_that_trainers_adapter_names_and_another_is_said(
     tmp_path, tiny_model, sentences, whole, capsys
 ):
-    directory, expected, tensors = whole
+    directory, expected, _ = whole
     for name, model in (("named", {}), ("moved", {"model_name_or_path": str(tmp_path / "base")})):
         checkpoint = tmp_path / name / "checkpoint-5"
         shutil.copytree(directory / "checkpoint-5", checkpoint)

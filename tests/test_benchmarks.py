@@ -78,7 +78,7 @@ def test_a_run_prints_every_row_and_writes_the_same_numbers(tiny_model, tmp_path
     pytest.importorskip("peft")
     train = write_sentences(tmp_path / "train.tsv", 200, seed=1, header=False)
     flags = [
-        "--quick", "--repeats", "1", "--model", tiny_model, "--base_model", tiny_model,
+        "--quick", "--model", tiny_model, "--base_model", tiny_model,
         "--train", train, "--validation", train, "--output", tmp_path / "results",
     ]  # fmt: skip
     command = [sys.executable, BENCHMARKS / "compare.py", *flags]
@@ -95,5 +95,6 @@ def test_a_run_prints_every_row_and_writes_the_same_numbers(tiny_model, tmp_path
     assert len(names) == len(parts)
     assert all(part in name for part, name in zip(parts, names, strict=True))
     skipped = [row["name"] for row in results["rows"] if not row["ours"]]
-    assert skipped == [names[2]] and "no --ner_train" in done.stdout
+    emulated = "this CPU emulates bfloat16" in done.stdout
+    assert skipped == [names[1]] * emulated + [names[2]] and "no --ner_train" in done.stdout
     assert all(min(row["ours"]) > 0 for row in results["rows"] if row["ours"])

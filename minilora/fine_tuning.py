@@ -145,8 +145,7 @@ def _run(
     is_new = output_dir != own and not distributed.restarts()
     with distributed.held_by_first(holding(output_dir, is_new), output_dir):
         plan = resume.plan_resume(Path(path), train_arguments, lora_arguments)
-        if plan.refusals:
-            raise MiniloraError("; ".join(plan.refusals))
+        plan.check()
         return train(plan, should_stop)
 
 

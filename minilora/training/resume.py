@@ -48,6 +48,11 @@ class ResumePlan:
         step = self.stored.progress["global_step"] if self.stored is not None else 0
         return [*self.record.extended, *[step] * moved]
 
+    def check(self) -> None:
+        """Refuse it, for every reason at once."""
+        if self.refusals:
+            raise MiniloraError("; ".join(self.refusals))
+
 
 def directories(path: Path, asked: str | None) -> tuple[Path | None, Path]:
     """The directory of the run that `path`, it or its own checkpoint-<step>, belongs to, and the

@@ -16,7 +16,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import minilora
-from minilora import LoraConfig, TrainConfig, fine_tune, train
+from minilora import LoraConfig, TrainConfig, evaluate_file, fine_tune, open_run, train
+from minilora.training.record import RunRecord
 from tests.conftest import read_rows, write_sentences
 from tests.forked import run_forked
 
@@ -323,6 +324,24 @@ def test_the_best_checkpoint_can_be_the_result(tiny_model, sentences, tmp_path):
     final = load_file(tmp_path / "out" / "adapter_model.safetensors")
     kept = load_file(tmp_path / "out" / f"checkpoint-{best}" / "adapter_model.safetensors")
     assert all(torch.equal(final[name], kept[name]) for name in kept)
+
+
+def test_the_table_by_class_is_the_final_models_whichever_process_scored_it(
+    tiny_model, sentences, tmp_path
+):
+    changes = {
+        "max_steps": 8, "eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps",
+        "save_steps": 1, "load_best_model_at_end": True, "learning_rate": 0.05,
+    }  # fmt: skip
+    out = tmp_path / "out"
+    fine_tune(settings(tiny_model, sentences, out, **changes))
+    tables = ("eval_per_class", "eval_confusion_matrix")
+    found = [RunRecord.read(out).result[name] for name in tables]
+    scores = evaluate_file(open_run(out), sentences[1])
+    assert found == [scores.by_class, scores.confusion.tolist()]
+    (out / "adapter_config.json").unlink()  # as if it had been killed before its final files
+    fine_tune(TrainConfig(resume_from_checkpoint=str(out)))
+    assert [RunRecord.read(out).result[name] for name in tables] == found
 
 
 def test_rotation_keeps_the_newest_and_the_best(tiny_model, sentences, tmp_path):

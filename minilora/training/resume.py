@@ -48,10 +48,11 @@ class ResumePlan:
         step = self.stored.progress["global_step"] if self.stored is not None else 0
         return [*self.record.extended, *[step] * moved]
 
-    def check(self) -> None:
-        """Refuse it, for every reason at once."""
+    def accepted(self) -> "ResumePlan":
+        """Itself, or an error with every reason to refuse it."""
         if self.refusals:
             raise MiniloraError("; ".join(self.refusals))
+        return self
 
 
 def directories(path: Path, asked: str | None) -> tuple[Path | None, Path]:

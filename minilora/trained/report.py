@@ -85,7 +85,8 @@ def read_run(path: Path, label: str) -> Run:
     if inexact is not None:
         told, marked = [*told, f"inexact from step {inexact}"], [*marked, inexact]
     result = settings.get("result") or {}
-    by_class, confusion = result.get("eval_per_class"), result.get("eval_confusion_matrix")
+    by_class: Any = result.get("eval_per_class")
+    confusion: Any = result.get("eval_confusion_matrix")
     by_class = by_class if has_type(by_class, dict[str, dict[str, float]]) else {}
     confusion = confusion if has_type(confusion, list[list[int]]) else []
     final, state = metrics_of(result or last), "; ".join(told)

@@ -241,9 +241,9 @@ def killed_in_its_commit(of_step):
 @pytest.mark.parametrize(
     ("fault", "left"),
     [
-        (before_step(2, killed, who=1), []),
+        pytest.param(before_step(2, killed, who=1), [], marks=pytest.mark.slow),
         (before_step(4, killed, who=0), ["checkpoint-3"]),
-        (killed_in_its_commit(6), ["checkpoint-3"]),
+        pytest.param(killed_in_its_commit(6), ["checkpoint-3"], marks=pytest.mark.slow),
     ],
 )
 def test_after_a_loss_the_same_command_goes_on_to_the_same_bits(

@@ -12,6 +12,7 @@ import signal
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
@@ -28,6 +29,25 @@ LONGEST_LINE = 2000
 NO_MEMORY = re.compile(r"can't allocate memory|not enough memory|size calculation overflowed")
 # What a path can be that nobody can open: the user's words, not the disk.
 NO_NAMES = (errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EISDIR, errno.EEXIST)
+# Which page of docs/ explains what is raised in which rooms, or functions of theirs: the first that
+# fits, of the innermost. What others complain of says all there is.
+PAGES = {
+    "04_checkpoint.md": ("training.checkpoint.",),
+    "06_keys.md": ("lora.peft_files.",),
+    "08_merging.md": ("lora.merge.", "lora.combine.", "trained.merge."),
+    "02_lora_config.md": ("lora.",),
+    "commands.md": ("options.", "config_file."),
+    "report.md": ("trained.report.",),
+    "several_processes.md": ("training.distributed.", "training.resume.check_ranks"),
+    "sweeps.md": ("sweep.", "sweeping."),
+    "troubleshooting.md#the-directory": ("files.", "training.run_directory.new_output_dir"),
+    "troubleshooting.md#the-model": ("bert.load.",),
+    "troubleshooting.md#the-data": ("bert.", "fine_tuning.read_data"),
+    "troubleshooting.md#a-run-does-not-begin": ("starting_model.",),
+    "troubleshooting.md#a-resume-is-refused-or-warns": ("training.resume.",),
+    "troubleshooting.md#the-loss-is-not-finite": ("training.loop.training_step",),
+    "troubleshooting.md#another-base-another-way-to-save": ("trained.opened.load_base",),
+}
 
 
 class Parser(argparse.ArgumentParser):
@@ -103,7 +123,7 @@ def run_command(main: Callable[[], int | None]) -> NoReturn:
             code = main() or 0
             sys.stdout.flush()
         except MiniloraError as error:
-            code = _complain(str(error))
+            code = _complain(str(error), page_of(error))
         except BrokenPipeError:  # whoever read the output has seen enough
             _to_nowhere(1)
             code = INTERRUPTED + signal.SIGPIPE
@@ -114,7 +134,8 @@ def run_command(main: Callable[[], int | None]) -> NoReturn:
         except (MemoryError, RuntimeError) as error:
             if not isinstance(error, MemoryError) and not NO_MEMORY.search(str(error)):
                 raise
-            code = _complain("not enough memory: give a lower rank, batch size or max_length")
+            advice = "give a lower rank, batch size or max_length"
+            code = _complain(f"not enough memory: {advice}", "troubleshooting.md#out-of-memory")
         except KeyboardInterrupt:
             sys.stderr.write("interrupted\n")
             code = INTERRUPTED + signal.SIGINT
@@ -184,15 +205,27 @@ def stop_signals() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
+def page_of(error: MiniloraError) -> str:
+    """The page of docs/ that explains it, or an empty string."""
+    page = ""
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        # By its spec: of a command that was started, `__name__` is "__main__".
+        room = getattr(frame.f_globals.get("__spec__"), "name", "")
+        place = f"{room}.{frame.f_code.co_qualname}".removeprefix("minilora.")
+        page = next((name for name, rooms in PAGES.items() if place.startswith(rooms)), page)
+    return page
+
+
 def _to_nowhere(descriptor: int) -> None:
     # What python still has to flush at its end would fail once more.
     with open(os.devnull, "wb") as nowhere:
         os.dup2(nowhere.fileno(), descriptor)
 
 
-def _complain(message: str) -> int:
+def _complain(message: str, page: str = "") -> int:
     # One line, of a length that can be read, whatever a damaged file holds.
-    sys.stderr.write(f"error: {' '.join(message.split())[:LONGEST_LINE]}\n")
+    see = f" (see docs/{page})" if page else ""
+    sys.stderr.write(f"error: {' '.join(message.split())[:LONGEST_LINE]}{see}\n")
     if not is_first() and "torch" not in sys.modules:
         time.sleep(3)  # rank 0 meets the same; torchrun ends it as soon as another has ended
     return BAD_INPUT

@@ -30,7 +30,7 @@ def set_defaults(parser: argparse.ArgumentParser, path: Path) -> None:
     for name, value in read_values(path).items():
         key = name.replace("-", "_")
         if key not in flags or key in ("config", "help"):
-            raise MiniloraError(f"{path}: {name!r} is no flag{nearest(key, flags)} (see --help)")
+            raise MiniloraError(f"{path}: {name!r} is no flag{nearest(key, flags)}")
         if value is not None:
             try:
                 parser.set_defaults(**{key: converted(flags[key], value)})

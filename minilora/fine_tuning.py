@@ -8,7 +8,7 @@ import dataclasses
 import datetime
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ from minilora.bert.dataset import (
 from minilora.bert.examples import Examples
 from minilora.bert.forward import Packed, Padded
 from minilora.bert.splits import Splits, read_splits
-from minilora.bert.tasks import Task, build_task, varied
+from minilora.bert.tasks import Task, build_task, tables_of, varied
 from minilora.errors import MiniloraError
 from minilora.files import scratch_directory, write_file
 from minilora.lora.config import LoraConfig
@@ -41,7 +41,7 @@ from minilora.training import distributed, resume
 from minilora.training.checkpoint import read_checkpoint
 from minilora.training.config import TrainConfig
 from minilora.training.evaluation import Batch, evaluate_model
-from minilora.training.loop import Training, is_finished, plan_timetable
+from minilora.training.loop import Training, TrainState, is_finished, plan_timetable
 from minilora.training.optim import build_optimizer, build_scheduler
 from minilora.training.progress import say
 from minilora.training.record import BASE_NAME, RunRecord, environment
@@ -72,6 +72,7 @@ class Pieces:
     start: StartingModel
     forward: Packed | Padded
     world_size: int  # processes whose batches a step has
+    scorers: dict[str, Any] = field(default_factory=dict)  # of each split, what scored it last
 
     def batches(self, epoch: int, skip: int) -> Iterator[list[Batch]]:
         """The batches of each optimizer step of an epoch, without the first `skip` steps'."""
@@ -92,16 +93,23 @@ class Pieces:
 
     def evaluate(self, split: str, prefix: str) -> dict[str, float]:
         """The model's metrics on a split, under `<prefix>_...` keys."""
-        if self.config.hf_parity:
+        config, device = self.config, self.start.model.device
+        if config.hf_parity:
             draw_loader_seed()
-        size, device = self.config.per_device_eval_batch_size, self.start.model.device
-        collate = self.forward.collate
-        shown = "" if self.config.disable_tqdm else f"evaluating {split}"
+        shown = "" if config.disable_tqdm else f"evaluating {split}"
         examples = varied(self.task, self.examples[split], None)
-        batches = batches_in_order(examples, size, collate, device, shown)
-        scorer = self.task.scorer(self.splits.rows[split], examples)
-        parity = self.config.hf_parity
-        return evaluate_model(self.forward, self.task, parity, batches, scorer, prefix)
+        how = (config.per_device_eval_batch_size, self.forward.collate, device, shown)
+        scorer = self.scorers[split] = self.task.scorer(self.splits.rows[split], examples)
+        batches = batches_in_order(examples, *how)
+        return evaluate_model(self.forward, self.task, config.hf_parity, batches, scorer, prefix)
+
+    def by_class(self, evaluation: dict[str, Any], state: TrainState) -> dict[str, Any]:
+        """What the final model gets right by class; evaluated anew if it was not scored last."""
+        scorer = self.scorers.get("validation")
+        is_last = evaluation.get("step") == state.global_step or not hasattr(scorer, "by_class")
+        if evaluation and (scorer is None or not is_last):
+            self.evaluate("validation", "eval")
+        return tables_of(self.scorers.get("validation"), "eval")
 
 
 def fine_tune(train_config: TrainConfig, lora_config: LoraConfig | None = None) -> TrainResult:
@@ -151,9 +159,7 @@ def _run(
     own, output_dir = resume.directories(Path(path), train_arguments.get("output_dir"))
     is_new = output_dir != own and not distributed.restarts()
     with distributed.held_by_first(holding(output_dir, is_new), output_dir):
-        plan = resume.plan_resume(Path(path), train_arguments, lora_arguments)
-        if plan.refusals:
-            raise MiniloraError("; ".join(plan.refusals))
+        plan = resume.plan_resume(Path(path), train_arguments, lora_arguments).accepted()
         return train(plan, should_stop)
 
 
@@ -203,7 +209,7 @@ def train(plan: resume.ResumePlan, should_stop: Callable[[], bool]) -> TrainResu
         evaluation = final_evaluation(training, output_dir, config)
         metrics |= {name: evaluation[name] for name in evaluation if name.startswith("eval_")}
         metrics |= pieces.evaluate("test", "test") if "test" in examples else {}
-        finished = dataclasses.replace(record, result=metrics)
+        finished = dataclasses.replace(record, result=metrics | pieces.by_class(evaluation, state))
         distributed.by_first(lambda: write_final_files(start, output_dir, finished))
     return TrainResult(state.global_step, metrics, str(output_dir), state.log_history)
 

@@ -39,6 +39,12 @@ def raises(error: BaseException):
         (lambda: 3, 3, ""),
         (raises(MiniloraError("bad\n  file")), 2, "error: bad file\n"),
         (raises(OSError(28, "No space left", "out/a")), 1, "error: out/a: No space left\n"),
+        (
+            raises(MemoryError()),
+            2,
+            "error: not enough memory: give a lower rank, batch size or max_length"
+            " (see docs/troubleshooting.md#out-of-memory)\n",
+        ),
         (raises(KeyboardInterrupt()), 130, "interrupted\n"),
         (lambda: signal.raise_signal(signal.SIGTERM), 143, ""),
     ],

@@ -158,7 +158,9 @@ def test_more_ranks_than_examples_are_refused(tiny_model, tmp_path):
     write_sentences(tmp_path / "train.tsv", 2, seed=1)
     finished = run_ranks(3, "train", *flags_of(tiny_model, tmp_path / "train.tsv", tmp_path / "o"))
     assert [one.code for one in finished] == [2, 2, 2]
-    assert lines(finished) == ["error: 3 processes for 2 examples: start fewer"]
+    assert lines(finished) == [
+        "error: 3 processes for 2 examples: start fewer (see docs/several_processes.md)"
+    ]
 
 
 def test_a_directory_that_not_all_see_is_refused(flags, tmp_path):
@@ -239,9 +241,9 @@ def killed_in_its_commit(of_step):
 @pytest.mark.parametrize(
     ("fault", "left"),
     [
-        (before_step(2, killed, who=1), []),
+        pytest.param(before_step(2, killed, who=1), [], marks=pytest.mark.slow),
         (before_step(4, killed, who=0), ["checkpoint-3"]),
-        (killed_in_its_commit(6), ["checkpoint-3"]),
+        pytest.param(killed_in_its_commit(6), ["checkpoint-3"], marks=pytest.mark.slow),
     ],
 )
 def test_after_a_loss_the_same_command_goes_on_to_the_same_bits(

@@ -133,7 +133,8 @@ def test_a_sweep_that_is_stopped_says_how_to_go_on(tmp_path, tiny_model, sentenc
     assert done.summary()["finished"] is False
 
 
-def test_several_processes_find_the_same(halved, tmp_path, tiny_model, sentences, monkeypatch):
+@pytest.mark.slow
+def test_several_processes_find_the_same(halved, tmp_path):
     out, _ = halved
     copy = tmp_path / "out"
     shutil.copytree(out, copy)

@@ -16,7 +16,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import minilora
-from minilora import LoraConfig, TrainConfig, fine_tune, train
+from minilora import LoraConfig, TrainConfig, evaluate_file, fine_tune, open_run, train
+from minilora.training.record import RunRecord
 from tests.conftest import read_rows, write_sentences
 from tests.forked import run_forked
 
@@ -173,8 +174,8 @@ def test_a_directory_that_is_not_empty_is_refused_and_nothing_in_it_changes(
 ):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.tex").write_text("years of work")
-    result = run(*flags_for(tiny_model, sentences, tmp_path / "out"))
-    assert result.returncode == 2 and "is not empty (it holds thesis.tex)" in result.stderr
+    result = run_forked("train", *flags_for(tiny_model, sentences, tmp_path / "out"))
+    assert result.code == 2 and "is not empty (it holds thesis.tex)" in result.err
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["thesis.tex"]
 
 
@@ -186,15 +187,15 @@ def test_bad_data_leaves_no_directory_that_a_second_try_would_stumble_over(
     bad.write_text("text\tlabel\ngood\t\n")
     output_dir = tmp_path / "out"
     flags = flags_for(tiny_model, (bad, sentences[1]), output_dir)
-    assert run(*flags).returncode == 2
-    assert run(*flags_for(tiny_model, sentences, output_dir)).returncode == 0
+    assert run_forked("train", *flags).code == 2
+    assert run_forked("train", *flags_for(tiny_model, sentences, output_dir)).code == 0
 
 
 def test_an_unknown_label_in_validation_is_refused_with_its_line(tiny_model, sentences, tmp_path):
     bad = tmp_path / "validation.tsv"
     bad.write_text("text\tlabel\ngood\tpositive\nso so\tneutral\n")
-    result = run(*flags_for(tiny_model, (sentences[0], bad), tmp_path / "out"))
-    assert result.returncode == 2 and "line 3: label 'neutral' does not occur" in result.stderr
+    result = run_forked("train", *flags_for(tiny_model, (sentences[0], bad), tmp_path / "out"))
+    assert result.code == 2 and "line 3: label 'neutral' does not occur" in result.err
 
 
 def settings(tiny_model, sentences, output_dir, **changes):
@@ -214,8 +215,8 @@ def test_a_loss_that_explodes_ends_with_the_step_and_an_intact_checkpoint(
 ):
     flags = flags_for(tiny_model, sentences, tmp_path / "out")
     extra = ["--learning_rate", "1e38", "--save_strategy", "steps", "--save_steps", 1]
-    result = run(*flags, *extra, "--max_steps", 50, "--max_grad_norm", 0)
-    assert result.returncode == 2 and "error: step " in result.stderr
+    result = run_forked("train", *flags, *extra, "--max_steps", 50, "--max_grad_norm", 0)
+    assert result.code == 2 and "error: step " in result.err
     assert minilora.latest_checkpoint(tmp_path / "out") is not None
 
 
@@ -323,6 +324,24 @@ def test_the_best_checkpoint_can_be_the_result(tiny_model, sentences, tmp_path):
     final = load_file(tmp_path / "out" / "adapter_model.safetensors")
     kept = load_file(tmp_path / "out" / f"checkpoint-{best}" / "adapter_model.safetensors")
     assert all(torch.equal(final[name], kept[name]) for name in kept)
+
+
+def test_the_table_by_class_is_the_final_models_whichever_process_scored_it(
+    tiny_model, sentences, tmp_path
+):
+    changes = {
+        "max_steps": 8, "eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps",
+        "save_steps": 1, "load_best_model_at_end": True, "learning_rate": 0.05,
+    }  # fmt: skip
+    out = tmp_path / "out"
+    fine_tune(settings(tiny_model, sentences, out, **changes))
+    tables = ("eval_per_class", "eval_confusion_matrix")
+    found = [RunRecord.read(out).result[name] for name in tables]
+    scores = evaluate_file(open_run(out), sentences[1])
+    assert found == [scores.by_class, scores.confusion.tolist()]
+    (out / "adapter_config.json").unlink()  # as if it had been killed before its final files
+    fine_tune(TrainConfig(resume_from_checkpoint=str(out)))
+    assert [RunRecord.read(out).result[name] for name in tables] == found
 
 
 def test_rotation_keeps_the_newest_and_the_best(tiny_model, sentences, tmp_path):

@@ -33,6 +33,8 @@ class Run:
     curves: dict[str, list[tuple[int, float]]]  # (step, value)
     final: dict[str, float]  # the result, or without one what was last evaluated
     settings: dict[str, Any]
+    by_class: dict[str, dict[str, float]]  # precision, recall, ... of each, of a finished run
+    confusion: list[list[int]]  # true class by predicted, where they are few
     marked: list[int]  # the steps at which its end was moved, or exactness lost
     state: str
 
@@ -82,8 +84,13 @@ def read_run(path: Path, label: str) -> Run:
     inexact = newest and newest.manifest and newest.manifest.state["inexact_from"]
     if inexact is not None:
         told, marked = [*told, f"inexact from step {inexact}"], [*marked, inexact]
-    final = metrics_of(settings.get("result") or last)
-    return Run(label, curves, final, flat, marked, "; ".join(told))
+    result = settings.get("result") or {}
+    by_class: Any = result.get("eval_per_class")
+    confusion: Any = result.get("eval_confusion_matrix")
+    by_class = by_class if has_type(by_class, dict[str, dict[str, float]]) else {}
+    confusion = confusion if has_type(confusion, list[list[int]]) else []
+    final, state = metrics_of(result or last), "; ".join(told)
+    return Run(label, curves, final, flat, by_class, confusion, marked, state)
 
 
 def metrics_of(row: dict[str, Any]) -> dict[str, float]:
@@ -118,6 +125,7 @@ def page_of(runs: list[Run]) -> str:
         "runs": "\n".join(f"<button disabled>{name}</button>" for name in told),
         "figures": "\n".join(figure(name, runs) for name in names),
         "final": table(["metric", *labels], final_rows(runs)),
+        "classes": "\n".join(map(classes, runs)),
         "differing": table(["argument", *labels], differing) if differing else "none",
         "all": table(["argument", *labels], rows),
         "data": json_text(data).replace("<", "\\u003c"),
@@ -157,6 +165,23 @@ def final_rows(runs: list[Run]) -> list[list[str]]:
         cells = ("-" if v is None else f"{v:.4g}" + "\xa0★" * (v == best) for v in values)
         rows.append([name, *cells])
     return rows
+
+
+def classes(run: Run) -> str:
+    """How its final model did by class, and where they are few, which it took for which."""
+    if not run.by_class:
+        return ""
+    head = ["class", *next(iter(run.by_class.values()))]
+    rows = [
+        [name, *(f"{v:.4f}" if isinstance(v, float) else str(v) for v in scores.values())]
+        for name, scores in run.by_class.items()
+    ]
+    tables = table(head, rows)
+    if run.confusion:
+        counts = zip(run.by_class, run.confusion, strict=False)
+        rows = [[name, *map(str, row)] for name, row in counts]
+        tables += table(["true \\ predicted", *run.by_class], rows)
+    return f"<details open><summary>{escaped(run.label)}, by class</summary>{tables}</details>"
 
 
 def setting_row(name: str, runs: list[Run]) -> list[str]:

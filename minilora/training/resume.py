@@ -48,6 +48,12 @@ class ResumePlan:
         step = self.stored.progress["global_step"] if self.stored is not None else 0
         return [*self.record.extended, *[step] * moved]
 
+    def accepted(self) -> "ResumePlan":
+        """Itself, or an error with every reason to refuse it."""
+        if self.refusals:
+            raise MiniloraError("; ".join(self.refusals))
+        return self
+
 
 def directories(path: Path, asked: str | None) -> tuple[Path | None, Path]:
     """The directory of the run that `path`, it or its own checkpoint-<step>, belongs to, and the

@@ -122,7 +122,10 @@ def is_importing_torch(process: subprocess.Popen) -> bool:
     return "libtorch_cpu" in Path(f"/proc/{process.pid}/maps").read_text()
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [(signal.SIGTERM, 143), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)],
+)
 def test_a_signal_during_the_imports_is_one_line_and_an_exit_code(
     number, code, tmp_path, tiny_model, sentences, whole
 ):

@@ -18,6 +18,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipe
 import minilora.trained.predict
 from minilora import MiniloraError, TrainConfig, fine_tune, merge_adapter, open_run, predict_texts
 from tests.conftest import WORDS
+from tests.forked import run_forked
 
 SST2 = Path(os.environ.get("MINILORA_DATA", Path(__file__).parents[3] / "shared" / "data")) / "sst2"
 
@@ -169,11 +170,11 @@ def predict_process(finished_run, *flags, **options):
     )
 
 
-def test_standard_input_is_one_text_a_line_empty_ones_too(finished_run, run):
-    process = predict_process(finished_run, "-", stdin=subprocess.PIPE)
-    out, err = process.communicate("it was good\n\nso dull\r\n\u2028 film")
-    assert process.returncode == 0, err
-    rows = [json.loads(line) for line in out.splitlines()]
+def test_standard_input_is_one_text_a_line_empty_ones_too(finished_run, run, tmp_path):
+    (tmp_path / "in").write_bytes("it was good\n\nso dull\r\n\u2028 film".encode())
+    done = run_forked("predict", finished_run, "-", stdin=str(tmp_path / "in"))
+    assert done.code == 0, done.err
+    rows = [json.loads(line) for line in done.out.splitlines()]
     expected = [
         r["label"] for r in predict_texts(run, ["it was good", "", "so dull", "\u2028 film"])
     ]
@@ -181,7 +182,14 @@ def test_standard_input_is_one_text_a_line_empty_ones_too(finished_run, run):
     assert rows[-1]["predictions"] == 4 and rows[-1]["output"] is None
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize(
+    "number",
+    [
+        pytest.param(signal.SIGINT, marks=pytest.mark.slow),
+        signal.SIGTERM,
+        pytest.param(signal.SIGKILL, marks=pytest.mark.slow),
+    ],
+)
 def test_a_stopped_prediction_leaves_whole_lines_and_the_usual_exit_code(
     number, finished_run, tmp_path
 ):
@@ -243,11 +251,10 @@ def test_an_output_is_not_left_behind_by_a_bad_input(finished_run, tmp_path, com
     assert not (tmp_path / "p.jsonl").exists()
 
 
-def test_a_line_that_is_not_utf8_is_refused_with_its_number(finished_run):
-    process = predict_process(finished_run, "-", stdin=subprocess.PIPE)
-    process.stdin.buffer.write(b"good\nb\xe4d\n")
-    _, err = process.communicate()
-    assert process.returncode == 2 and "error: standard input, line 2: not UTF-8" in err
+def test_a_line_that_is_not_utf8_is_refused_with_its_number(finished_run, tmp_path):
+    (tmp_path / "in").write_bytes(b"good\nb\xe4d\n")
+    done = run_forked("predict", finished_run, "-", stdin=str(tmp_path / "in"))
+    assert done.code == 2 and "error: standard input, line 2: not UTF-8" in done.err
 
 
 def test_a_pipeline_over_an_adapted_model_gives_the_same(run):

@@ -127,6 +127,55 @@ def test_a_run_without_a_result_shows_its_last_evaluation_and_that_it_is_unfinis
     assert "<small>step 6; unfinished</small>" in page.text
 
 
+def by_class(*names: str) -> dict:
+    """What the result of a run has by class: three of the first, one taken for the second."""
+    scores = [
+        {"precision": 1.0, "recall": 2 / 3, "f1": 0.8, "support": 3},
+        {"precision": 0.5, "recall": 1.0, "f1": 2 / 3, "support": 1},
+    ]
+    per_class = dict(zip(names, scores, strict=True))
+    return {"eval_per_class": per_class, "eval_confusion_matrix": [[2, 1], [0, 1]]}
+
+
+def test_a_runs_classes_are_told_and_which_was_taken_for_which(finished_run, tmp_path):
+    run = copy_of(finished_run, tmp_path / "a", result=by_class("x", HOSTILE))
+    page = page_of(run)
+    assert page.table("class") == {
+        "class": ["precision", "recall", "f1", "support"],
+        "x": ["1.0000", "0.6667", "0.8000", "3"],
+        HOSTILE: ["0.5000", "1.0000", "0.6667", "1"],
+    }
+    told = {"true \\ predicted": ["x", HOSTILE], "x": ["2", "1"], HOSTILE: ["0", "1"]}
+    assert page.table("true \\ predicted") == told
+    assert "<summary>a, by class</summary>" in page.text and "img" not in page.elements
+
+
+@pytest.mark.parametrize(
+    ("result", "is_shown"),
+    [
+        (None, False),
+        ({"eval_per_class": [1], "eval_confusion_matrix": [[1]]}, False),
+        ({"eval_per_class": {"a": {"f1": "<b>"}}}, False),
+        ({"eval_per_class": {"a": {"f1": 1.0}}, "eval_confusion_matrix": [["<b>"]]}, True),
+        ({"eval_per_class": {"a": {"f1": 1.0}, "b": {}}, "eval_confusion_matrix": [[1, 2]]}, True),
+    ],
+)
+def test_tables_that_are_none_do_no_harm(result, is_shown, finished_run, tmp_path):
+    page = page_of(copy_of(finished_run, tmp_path / "a", result=result))
+    assert ("a, by class" in page.text) == is_shown
+    assert "<b>" not in page.text.partition("Final metrics")[2]
+
+
+def test_training_records_by_class_what_evaluate_prints(finished_run, sentences, command):
+    result = json.loads((finished_run / "run.json").read_text())["result"]
+    flags = ("--file", sentences[1], "--confusion_matrix", "--device", "cpu")
+    found = command("evaluate", finished_run, *flags).summary()
+    assert result["eval_per_class"] == found["per_class"]
+    assert result["eval_confusion_matrix"] == found["confusion_matrix"]
+    assert list(found["per_class"]) == found["labels"]
+    assert all(type(v) in (int, float) for row in read_rows(finished_run) for v in row.values())
+
+
 def test_only_arguments_that_differ_are_compared(finished_run, tmp_path):
     lora = json.loads((finished_run / "run.json").read_text())["lora"] | {"r": 2}
     other = copy_of(finished_run, tmp_path / "b", learning_rate=0.5, lora=lora)
@@ -264,6 +313,9 @@ def page(finished_run, tmp_path) -> Path:
         copy_of(finished_run, tmp_path / name, log(loss), learning_rate=loss / 100, extended=[30])
         for name, loss in names.items()
     ]
+    run = json.loads((runs[1] / "run.json").read_text())
+    run["result"] = by_class("long " * 30, HOSTILE)
+    (runs[1] / "run.json").write_text(json.dumps(run))
     write_report(runs, tmp_path / "report.html")
     return tmp_path / "report.html"
 
@@ -385,3 +437,18 @@ def test_without_its_script_the_page_still_tells_everything_in_tables(browser, p
     assert any("Content Security Policy" in told for told in browser.complaints())
     assert not browser.run("return document.querySelector('.plot')")
     assert "(40)" in browser.run("return document.querySelector('details table').innerText")
+
+
+@pytest.mark.slow
+@needs_chromium
+def test_the_classes_of_a_run_open_and_show_which_was_taken_for_which(browser, page):
+    browser.open(page, 1200, 800)
+    classes = """
+        return [...document.querySelectorAll('summary')]
+            .filter(e => e.textContent.endsWith(', by class')).map(e => e.parentElement.innerText)
+    """
+    assert [told.split()[-2:] for told in browser.run(classes)] == [["by", "class"]] * 3
+    browser.run("for (const details of document.querySelectorAll('details')) details.open = true")
+    second = browser.run(classes)[1]
+    assert "true \\ predicted" in second and f"{HOSTILE}\t0\t1" in second
+    assert browser.complaints() == [] and browser.run("return document.title") != "it ran"

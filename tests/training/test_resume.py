@@ -125,7 +125,10 @@ def test_a_run_killed_in_one_process_resumes_in_another_to_the_same_bits(
     assert not [p for p in output_dir.iterdir() if p.name.startswith((".tmp-", ".trash-"))]
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [(signal.SIGTERM, 143), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)],
+)
 def test_a_signal_saves_and_the_resumed_command_ends_in_the_same_bits(
     number, code, tmp_path, tiny_model, sentences, uninterrupted
 ):

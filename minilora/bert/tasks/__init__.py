@@ -20,6 +20,7 @@ from minilora.errors import MiniloraError
 
 Arguments = Any  # the run's `TrainConfig`, which stands above this folder
 Predictions = list[dict[str, Any]]
+FEW_CLASSES = 20  # whose confusion matrix fits on a page
 
 
 class Scorer(Protocol):
@@ -114,6 +115,16 @@ def varied(task: Task, examples: Examples, epoch: int | None) -> Examples:
     """
     vary = getattr(task, "vary", None)
     return examples if vary is None else vary(examples, epoch)
+
+
+def tables_of(scorer: Any, prefix: str) -> dict[str, Any]:
+    """What a scorer has counted by class, if it has, as run.json keeps it; of few, the matrix."""
+    counts, found = getattr(scorer, "confusion", None), {}
+    if hasattr(scorer, "by_class"):
+        found[f"{prefix}_per_class"] = scorer.by_class()
+    if counts is not None and len(counts) <= FEW_CLASSES:
+        found[f"{prefix}_confusion_matrix"] = counts.tolist()
+    return found
 
 
 def set_labels(config: Any, labels: list[str]) -> None:

@@ -44,7 +44,10 @@ def operators(train: str, dtype: str) -> dict[str, tuple[float, float]]:
     finally:
         loop.training_step = step
     rows = sorted(profiler.key_averages(), key=lambda row: -row.self_cpu_time_total)
-    return {row.key: (row.self_cpu_time_total / 1e3 / STEPS, row.count / STEPS) for row in rows}
+    return {
+        row.key: (round(row.self_cpu_time_total / 1e3 / STEPS, 3), row.count / STEPS)
+        for row in rows
+    }
 
 
 def table(results: dict) -> str:

@@ -58,7 +58,7 @@ def count(lengths, order, batch):
         part = lengths[order[start : start + batch]]
         tokens, real = tokens + len(part) * part.max(), real + part.sum()
         scores, needed = scores + len(part) * part.max() ** 2, needed + (part**2).sum()
-        layout = layout_of(torch.from_numpy(part[part.argsort(kind="stable")]))
+        layout = layout_of(torch.from_numpy(part[part.argsort(kind="stable")]), heads=1)
         bucketed += sum(bucket.count * bucket.length**2 for bucket in layout.buckets)
     return {
         "tokens": 1 - real / tokens,

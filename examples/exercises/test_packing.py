@@ -81,8 +81,8 @@ def test_attention_is_minilora_s():
     starts = [0, 4, 7]
     places = [i for s in order for i in range(starts[s], starts[s] + LENGTHS[s])]
     rows = [x.transpose(0, 1).reshape(N, D)[places] for x in (q, k, v)]
-    layout = layout_of(torch.tensor([LENGTHS[s] for s in order]))
-    ours = attention(tuple(rows), layout, H, torch.nn.Identity(), (D // H) ** -0.5)
+    layout = layout_of(torch.tensor([LENGTHS[s] for s in order]), H)
+    ours = attention(tuple(rows), layout, torch.nn.Identity(), (D // H) ** -0.5)
     found = attend(q, k, v, pack(SENTENCES).segments).transpose(0, 1).reshape(N, D)[places]
     assert torch.allclose(found, ours)
 

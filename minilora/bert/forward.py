@@ -85,7 +85,7 @@ class Packed(nn.Module):
         """Logits (B, C), in the order of the batch's labels; or (N, C), in the row's, of what fills
         it up, too; or (M, V) of places `masked` (M,) in the row.
         """
-        layout: Layout = layout_of(batch["lengths"])  # pyright: ignore
+        layout: Layout = layout_of(batch["lengths"], self.model.config.num_attention_heads)  # pyright: ignore
         if self.model.config.model_type in WALKED:
             x = walked(self.model, batch, layout, first_only=self.of_sequences)
         else:
@@ -155,9 +155,7 @@ def encoder_layer(
     own = getattr(layer.attention, names[0])
     query, key, value = (getattr(own, name) for name in names[1:])
     scale, bias = scale_and_bias(own, relative)
-    context = attention(
-        (query(rows), key(x), value(x)), layout, own.num_attention_heads, own.dropout, scale, bias
-    )
+    context = attention((query(rows), key(x), value(x)), layout, own.dropout, scale, bias)
     if hasattr(own, "o"):  # MPNet's, whose attention has no `output`
         rows = layer.attention.LayerNorm(layer.attention.dropout(own.o(context)) + rows)
     else:

@@ -39,7 +39,7 @@ def attend(
     dropout = getattr(module, DROPOUT[module.config.model_type])  # pyright: ignore
     window = options.get("sliding_window")
     bias = partial(within, window) if window else None
-    found = attention(qkv, layout, q.shape[1], dropout, options["scaling"], bias)
+    found = attention(qkv, layout, dropout, options["scaling"], bias)
     return found.view(rows[0].shape), None
 
 

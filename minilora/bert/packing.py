@@ -40,17 +40,21 @@ class Bucket:
     count: int  # b
     length: int  # T
     tokens: int  # n
-    # Where something is padded:
-    index: Tensor | None  # (n,) int64: each token's place among the b * T padded ones
-    padding: Tensor | None  # (b, 1, T): -inf at padding, else 0
+    padding: Tensor | None  # (b * H, 1, T): -inf at padding, else 0; None where nothing is padded
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Where the sequences of a packed row lie."""
+    """Where the sequences of a packed row lie, and how attention takes them apart."""
 
     buckets: list[Bucket]
+    heads: int  # H
     first: Tensor  # (B,) int64: the row index of each sequence's first token
+    # A row is N * H pieces (d,), each what a token has for one head. These say which pieces the
+    # buckets take, (b, H, T) of one after the other's, and where each comes back from. Padding
+    # repeats the sequence's last token: it has no probability, and so no gradient.
+    to_heads: Tensor  # (sum of b * H * T,) int64
+    from_heads: Tensor  # (n * H,) int64, n of all buckets
 
 
 def collate_packed(
@@ -83,31 +87,42 @@ def collate_packed(
 
 
 @torch.compiler.disable  # numpy, on the host
-def layout_of(lengths: Tensor) -> Layout:
+def layout_of(lengths: Tensor, heads: int) -> Layout:
     """The layout of a row whose sequences have these lengths (B,), ascending."""
-    on_host = lengths.cpu().numpy()
+    device, on_host = lengths.device, lengths.cpu().numpy()
     starts = np.cumsum(on_host) - on_host
     padding = 1 - on_host.sum() / (on_host[-1] * len(on_host))
-    count = 1 if padding < NEGLIGIBLE_PADDING else min(BUCKETS[lengths.device.type], len(on_host))
+    count = 1 if padding < NEGLIGIBLE_PADDING else min(BUCKETS[device.type], len(on_host))
     edges = np.linspace(0, len(on_host), count + 1).round().astype(int)
-    buckets = [_bucket(part, lengths.device) for part in np.split(on_host, edges[1:-1])]
-    return Layout(buckets, torch.from_numpy(starts).to(lengths.device))
+    parts = np.split(np.arange(len(on_host)), edges[1:-1])
+    buckets = [_bucket(on_host[part], heads, device) for part in parts]
+    to_heads = np.concatenate([_places(starts[part], on_host[part], heads) for part in parts])
+    from_heads = np.empty(on_host.sum() * heads, dtype=np.int64)
+    # The last token's own place comes before its repetitions: backwards, it is written last.
+    from_heads[to_heads[::-1]] = np.arange(len(to_heads))[::-1]
+    first, *moves = (torch.from_numpy(x).to(device) for x in (starts, to_heads, from_heads))
+    return Layout(buckets, heads, first, *moves)
 
 
-def _bucket(lengths: np.ndarray, device: torch.device) -> Bucket:
+def _bucket(lengths: np.ndarray, heads: int, device: torch.device) -> Bucket:
     count, longest, tokens = len(lengths), int(lengths[-1]), int(lengths.sum())
     if lengths[0] == longest:
-        return Bucket(count, longest, tokens, None, None)
-    real = np.arange(longest) < lengths[:, None]  # (b, T)
-    index = torch.from_numpy(np.flatnonzero(real)).to(device)
-    padding = torch.zeros(real.shape).masked_fill_(torch.from_numpy(~real), -torch.inf)
-    return Bucket(count, longest, tokens, index, padding[:, None].to(device))
+        return Bucket(count, longest, tokens, None)
+    padded = torch.from_numpy(np.arange(longest) >= lengths[:, None])  # (b, T)
+    padding = torch.zeros(padded.shape).masked_fill_(padded, -torch.inf)
+    padding = padding.repeat_interleave(heads, dim=0)[:, None]
+    return Bucket(count, longest, tokens, padding.to(device))
+
+
+def _places(starts: np.ndarray, lengths: np.ndarray, heads: int) -> np.ndarray:
+    # The bucket's part of `to_heads`, (b * H * T,).
+    token = starts[:, None] + np.minimum(np.arange(lengths[-1]), lengths[:, None] - 1)  # (b, T)
+    return (token[:, None] * heads + np.arange(heads)[:, None]).ravel()
 
 
 def attention(
     qkv: tuple[Tensor, Tensor, Tensor],
     layout: Layout,
-    heads: int,
     dropout: nn.Module,
     scale: float,
     bias: Bias | None = None,
@@ -119,43 +134,35 @@ def attention(
     float32 whatever the row's dtype: oneDNN's bfloat16 products of such small matrices are slower.
     """
     query, key, value = qkv
-    buckets = queries = layout.buckets
-    if len(query) < len(key):
-        queries = [Bucket(bucket.count, 1, bucket.count, None, None) for bucket in buckets]
-    q_parts = _to_heads(query, queries, heads)
-    k_parts, v_parts = _to_heads(key, buckets, heads), _to_heads(value, buckets, heads)
+    q_parts = _to_heads(query, layout)
+    k_parts, v_parts = _to_heads(key, layout), _to_heads(value, layout)
     found = []
-    for of_query, bucket, q, k, v in zip(queries, buckets, q_parts, k_parts, v_parts, strict=True):
+    for bucket, q, k, v in zip(layout.buckets, q_parts, k_parts, v_parts, strict=True):
         added = None if bias is None else bias(q, k)
         if bucket.padding is not None:
-            padding = bucket.padding.repeat_interleave(heads, dim=0)  # (b, 1, T) -> (b * H, 1, T)
-            added = padding if added is None else added + padding
+            added = bucket.padding if added is None else added + bucket.padding
         if added is None:
             scores = torch.bmm(q, k.transpose(1, 2)).mul_(scale)  # (b * H, Tq, T)
         else:
             scores = torch.baddbmm(added.to(q.dtype), q, k.transpose(1, 2), alpha=scale)
         probabilities = dropout(torch.softmax(scores, dim=-1))
-        found.append(_from_heads(torch.bmm(probabilities, v), of_query, heads))
-    result = torch.cat(found).to(query.dtype)
-    return F.pad(result, (0, 0, 0, len(query) - len(result)))  # the filler attends to nothing
+        found.append(torch.bmm(probabilities, v).flatten(0, 1))  # (b * H * Tq, d)
+    pieces = torch.cat(found)
+    if len(query) > len(layout.first):
+        pieces = pieces.index_select(0, layout.from_heads)
+    rows = pieces.view(-1, query.shape[1]).to(query.dtype)
+    filler = len(query) - len(rows)  # attends to nothing
+    return F.pad(rows, (0, 0, 0, filler)) if filler else rows
 
 
-def _to_heads(row: Tensor, buckets: list[Bucket], heads: int) -> list[Tensor]:
-    # (N, D) -> (b * H, T, d) of each bucket, float32 or more. One split, not a slice for each
-    # bucket: the slices' backward passes would each fill and add a row of zeros.
-    sizes = [bucket.tokens for bucket in buckets]
-    dtype, found = torch.promote_types(row.dtype, torch.float32), []
-    for bucket, x in zip(buckets, row.split([*sizes, len(row) - sum(sizes)]), strict=False):
-        if bucket.index is not None:  # (n, D) -> (b * T, D)
-            padded = x.new_zeros(bucket.count * bucket.length, x.shape[1])
-            x = padded.index_copy_(0, bucket.index, x)
-        x = x.view(bucket.count, bucket.length, heads, -1).transpose(1, 2).to(dtype)
-        found.append(x.reshape(bucket.count * heads, bucket.length, -1))
-    return found
-
-
-def _from_heads(x: Tensor, bucket: Bucket, heads: int) -> Tensor:
-    # (b * H, T, d) -> (b * T, D) -> (n, D)
-    joined = x.view(bucket.count, heads, bucket.length, -1).transpose(1, 2)
-    rows = joined.reshape(bucket.count * bucket.length, -1)
-    return rows if bucket.index is None else rows.index_select(0, bucket.index)
+def _to_heads(row: Tensor, layout: Layout) -> list[Tensor]:
+    # (N, D) -> (b * H, T, d) of each bucket, or (B, D) -> (b * H, 1, d), float32 or more. One
+    # selection and one split: slices' backward passes would each fill and add a row of zeros.
+    row = row.to(torch.promote_types(row.dtype, torch.float32))
+    pieces = row.reshape(len(row) * layout.heads, -1)
+    is_whole = len(row) > len(layout.first)
+    if is_whole:
+        pieces = pieces.index_select(0, layout.to_heads)
+    sizes = [b.count * layout.heads * (b.length if is_whole else 1) for b in layout.buckets]
+    shapes = [(b.count * layout.heads, -1, pieces.shape[1]) for b in layout.buckets]
+    return [part.view(shape) for part, shape in zip(pieces.split(sizes), shapes, strict=True)]

@@ -203,8 +203,8 @@ def test_every_family_with_every_head(family, head, dtype, again):
 def test_attention_across_sequences_would_be_seen(family, monkeypatch):
     """Negative control of the comparison: the row as one long sequence."""
 
-    def one_sequence(lengths):
-        return layout_of(lengths.sum()[None])
+    def one_sequence(lengths, heads):
+        return layout_of(lengths.sum()[None], heads)
 
     monkeypatch.setattr(forward_room, "layout_of", one_sequence)
     with pytest.raises(AssertionError, match="not close"):
@@ -319,7 +319,7 @@ def test_attention_probabilities_are_dropped(family, name, monkeypatch):
     monkeypatch.setitem(FAMILIES, "modernbert", {**WINDOW, "attention_dropout": 0.1})
     asked = []
     monkeypatch.setattr(
-        interface, "attention", lambda *given: asked.append(given[3]) or attention(*given)
+        interface, "attention", lambda *given: asked.append(given[2]) or attention(*given)
     )
     model = adapted(family, "tokens", dropout=0.1)
     use_fast_dropout(model, MaskStream(0))

@@ -51,9 +51,9 @@ def test_attention_is_torchs_own_within_each_sequence(filler):
     lengths, heads, hidden = torch.tensor([2, 3, 3, 5, 8, 13]), 4, 32
     set_seed(0)
     q, k, v = torch.randn(3, 34 + filler, hidden)
-    layout, off = layout_of(lengths), nn.Dropout(0.5).eval()
-    found = attention((q, k, v), layout, heads, off, 8**-0.5)
-    first = attention((q[layout.first], k, v), layout, heads, off, 8**-0.5)
+    layout, off = layout_of(lengths, heads), nn.Dropout(0.5).eval()
+    found = attention((q, k, v), layout, off, 8**-0.5)
+    first = attention((q[layout.first], k, v), layout, off, 8**-0.5)
     assert len(found) == 34 + filler and not found[34:].any()
     for number, (start, length) in enumerate(zip(layout.first, lengths, strict=True)):
         rows = slice(int(start), int(start + length))
@@ -66,6 +66,6 @@ def test_attention_is_torchs_own_within_each_sequence(filler):
 def test_probabilities_are_dropped():
     """With the values all one, a result is the sum of what was kept: torch's masks, its scaling."""
     lengths = torch.tensor([4, 4])
-    ones, layout = torch.ones(8, 8), layout_of(lengths)
-    kept = attention((ones, ones, ones), layout, 2, nn.Dropout(0.5), 0.5).unique()
+    ones, layout = torch.ones(8, 8), layout_of(lengths, 2)
+    kept = attention((ones, ones, ones), layout, nn.Dropout(0.5), 0.5).unique()
     assert set(kept.tolist()) <= {0.0, 0.5, 1.0, 1.5, 2.0} and len(kept) > 1

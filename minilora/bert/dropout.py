@@ -9,10 +9,12 @@ on the number of threads, and its state is part of a checkpoint.
 import contextlib
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 
 
 class MaskStream:
@@ -75,7 +77,25 @@ class FastDropout(nn.Module):
         if not self.training or self.p == 0:
             return x
         mask = self.mask_stream.keep(x.shape, self.p).to(x.device)
-        return (x * mask).mul_(1 / (1 - self.p))
+        result: Any = _dropped(x, mask, 1 / (1 - self.p))
+        result.made_of = (x.detach(), mask, 1 / (1 - self.p))
+        return result
+
+
+def _dropped(x: Tensor, mask: Tensor, scale: float) -> Tensor:
+    return (x * mask).mul_(scale)
+
+
+def made_again() -> contextlib.AbstractContextManager:
+    """Inside, an operation that saves what a `FastDropout` gave, for its own backward pass, saves
+    what that was made of, which is saved anyway: attention's probabilities, the x that query and
+    value share. The product is made a second time, with the same bits.
+    """
+
+    def unpack(kept: Any) -> Tensor:
+        return kept if isinstance(kept, Tensor) else _dropped(*kept)
+
+    return saved_tensors_hooks(lambda saved: getattr(saved, "made_of", saved), unpack)
 
 
 def use_fast_dropout(model: nn.Module, mask_stream: MaskStream) -> None:

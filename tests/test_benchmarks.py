@@ -89,8 +89,8 @@ def test_a_run_prints_every_row_and_writes_the_same_numbers(tiny_model, tmp_path
     assert done.stdout == f"{table.origin(results)}\n\n{table.tables(results)[0]}\n"
     names = [row["name"] for row in results["rows"]]
     parts = (
-        "float32", "bfloat16", "tags", "all texts of", "texts of 64", "memory", "--hf_parity",
-        "add_adapter", "merged", "not merged", "save", "start", "resume",
+        "float32", "bfloat16", "tags", "all texts of", "texts of 64", "memory", "checkpointing",
+        "--hf_parity", "add_adapter", "merged", "not merged", "save", "start", "resume",
     )  # fmt: skip
     assert len(names) == len(parts)
     assert all(part in name for part, name in zip(parts, names, strict=True))

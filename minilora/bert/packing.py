@@ -124,7 +124,8 @@ def attention(
         queries = [Bucket(bucket.count, 1, bucket.count, None, None) for bucket in buckets]
     q_parts = _to_heads(query, queries, heads)
     k_parts, v_parts = _to_heads(key, buckets, heads), _to_heads(value, buckets, heads)
-    found = []
+    dtype, size, found = query.dtype, len(query), []
+    del qkv, query, key, value  # what is freed at once makes room for the scores
     for of_query, bucket, q, k, v in zip(queries, buckets, q_parts, k_parts, v_parts, strict=True):
         added = None if bias is None else bias(q, k)
         if bucket.padding is not None:
@@ -134,10 +135,10 @@ def attention(
             scores = torch.bmm(q, k.transpose(1, 2)).mul_(scale)  # (b * H, Tq, T)
         else:
             scores = torch.baddbmm(added.to(q.dtype), q, k.transpose(1, 2), alpha=scale)
-        probabilities = dropout(torch.softmax(scores, dim=-1))
-        found.append(_from_heads(torch.bmm(probabilities, v), of_query, heads))
-    result = torch.cat(found).to(query.dtype)
-    return F.pad(result, (0, 0, 0, len(query) - len(result)))  # the filler attends to nothing
+        scores = torch.softmax(scores, dim=-1)  # by the same name, which frees them
+        found.append(_from_heads(torch.bmm(dropout(scores), v), of_query, heads))
+    result = torch.cat(found).to(dtype)
+    return F.pad(result, (0, 0, 0, size - len(result)))  # the filler attends to nothing
 
 
 def _to_heads(row: Tensor, buckets: list[Bucket], heads: int) -> list[Tensor]:

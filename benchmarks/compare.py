@@ -149,6 +149,13 @@ def same_length_rows(bench: Bench) -> Iterable[Row]:
     name = f"training, {bench.large}, {large['batch']} texts of {length} tokens"
     yield row(name, "ms a step", found, "seconds_per_step", 1000)
     yield row("the same: peak memory", "MB", found, "peak_mb")
+    if bench.asked.quick:
+        return
+    again = {**large, "gradient_checkpointing": True}
+    theirs = {**again, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
+    contestants = {"minilora": ("minilora", again), TRAINER: ("trainer", theirs)}
+    found = bench.compare(contestants, fresh=True)
+    yield row("the same with gradient checkpointing: peak memory", "MB", found, "peak_mb")
 
 
 def parity_row(bench: Bench) -> Iterable[Row]:

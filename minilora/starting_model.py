@@ -69,10 +69,21 @@ def chosen_device(name: str | None) -> torch.device:
     return distributed.own_device(device)
 
 
+def emulates_bfloat16() -> bool:
+    """Whether the CPU lacks AVX512-BF16 or AMX, or on Arm bf16: AVX512 alone does not suffice, as
+    `torch.ops.mkldnn._is_mkldnn_bf16_supported` would have it.
+    """
+    # torch 2.10 cannot tell, and then nothing is said.
+    capabilities = getattr(torch.cpu, "get_capabilities", lambda: {"bf16": True})()
+    return not any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+
+
 def resolve_modes(config: TrainConfig, device: torch.device) -> TrainConfig:
     """The arguments with everything decided that was left open, as run.json records them."""
     if config.dtype == "float16" and device.type == "cpu":
         raise MiniloraError("dtype float16 needs a GPU: on a CPU use bfloat16 or float32")
+    if config.dtype == "bfloat16" and device.type == "cpu" and emulates_bfloat16():
+        say("warning: this CPU has no bfloat16 products and emulates them: float32 may be faster")
     plain = config.hf_parity or config.torch_compile
     return dataclasses.replace(
         config,

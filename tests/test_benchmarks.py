@@ -78,7 +78,8 @@ def test_a_run_prints_every_row_and_writes_the_same_numbers(tiny_model, tmp_path
     pytest.importorskip("peft")
     train = write_sentences(tmp_path / "train.tsv", 200, seed=1, header=False)
     flags = [
-        "--quick", "--model", tiny_model, "--base_model", tiny_model,
+        "--repeats", "1", "--fresh_repeats", "1", "--steps", "4", "--large_steps", "3", "--large_batch", "4",
+        "--texts", "96", "--saves", "3", "--passes", "2", "--model", tiny_model, "--base_model", tiny_model,
         "--train", train, "--validation", train, "--output", tmp_path / "results",
     ]  # fmt: skip
     command = [sys.executable, BENCHMARKS / "compare.py", *flags]
@@ -89,8 +90,8 @@ def test_a_run_prints_every_row_and_writes_the_same_numbers(tiny_model, tmp_path
     assert done.stdout == f"{table.origin(results)}\n\n{table.tables(results)[0]}\n"
     names = [row["name"] for row in results["rows"]]
     parts = (
-        "float32", "bfloat16", "tags", "all texts of", "texts of 64", "memory", "--hf_parity",
-        "add_adapter", "merged", "not merged", "save", "start", "resume",
+        "float32", "bfloat16", "tags", "all texts of", "texts of 64", "memory", "checkpointing",
+        "--hf_parity", "add_adapter", "merged", "not merged", "save", "start", "resume",
     )  # fmt: skip
     assert len(names) == len(parts)
     assert all(part in name for part, name in zip(parts, names, strict=True))

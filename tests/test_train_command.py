@@ -8,6 +8,7 @@ import subprocess
 import sys
 import termios
 import threading
+from pathlib import Path
 
 import peft
 import pytest
@@ -17,6 +18,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import minilora
 from minilora import LoraConfig, TrainConfig, evaluate_file, fine_tune, open_run, train
+from minilora.starting_model import emulates_bfloat16
 from minilora.training.record import RunRecord
 from tests.conftest import read_rows, write_sentences
 from tests.forked import run_forked
@@ -285,6 +287,22 @@ def test_bfloat16_keeps_what_trains_in_float32_and_learns(tiny_model, tmp_path):
     assert result.metrics["eval_accuracy"] > 0.85
     tensors = load_file(tmp_path / "out" / "adapter_model.safetensors")
     assert {tensor.dtype for tensor in tensors.values()} == {torch.float32}
+
+
+def test_that_a_cpu_emulates_bfloat16_is_said(tiny_model, sentences, tmp_path, capsys):
+    """Where Linux knows of no such instruction; torch asks the processor itself."""
+    flags = set(Path("/proc/cpuinfo").read_text().split())
+    emulated = not {"avx512_bf16", "amx_bf16", "bf16"} & flags
+    for dtype in ("float32", "bfloat16"):
+        fine_tune(settings(tiny_model, sentences, tmp_path / dtype, dtype=dtype))
+        said = "warning: this CPU has no bfloat16 products" in capsys.readouterr().err
+        assert said == (emulated and dtype == "bfloat16")
+
+
+@pytest.mark.parametrize("flag", [None, "avx512_f", "avx512_bf16", "amx_bf16", "bf16"])
+def test_bfloat16_is_emulated_without_an_instruction_for_its_products(flag, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {flag: True, "avx512_bw": True})
+    assert emulates_bfloat16() == (flag in (None, "avx512_f"))
 
 
 def test_pairs_and_three_classes_train(tiny_model, tmp_path):

@@ -9,10 +9,12 @@ on the number of threads, and its state is part of a checkpoint.
 import contextlib
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 
 
 class MaskStream:
@@ -64,18 +66,42 @@ class MaskStream:
 
 
 class FastDropout(nn.Module):
-    """`nn.Dropout` with masks from a `MaskStream`: x * mask / (1 - p) in training."""
+    """`nn.Dropout` with masks from a `MaskStream`: x * mask / (1 - p) in training.
 
-    def __init__(self, p: float, mask_stream: MaskStream) -> None:
+    `in_place`, where x has no other reader: it is what a layer's own `dense` has just made.
+    """
+
+    def __init__(self, p: float, mask_stream: MaskStream, in_place: bool = False) -> None:
         super().__init__()
         self.p = p
         self.mask_stream = mask_stream
+        self.in_place = in_place
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.training or self.p == 0:
             return x
         mask = self.mask_stream.keep(x.shape, self.p).to(x.device)
-        return (x * mask).mul_(1 / (1 - self.p))
+        if self.in_place:
+            return x.mul_(mask).mul_(1 / (1 - self.p))
+        result: Any = _dropped(x, mask, 1 / (1 - self.p))
+        result.made_of = (x.detach(), mask, 1 / (1 - self.p))
+        return result
+
+
+def _dropped(x: Tensor, mask: Tensor, scale: float) -> Tensor:
+    return (x * mask).mul_(scale)
+
+
+def made_again() -> contextlib.AbstractContextManager:
+    """Inside, an operation that saves what a `FastDropout` gave, for its own backward pass, saves
+    what that was made of, which is saved anyway: attention's probabilities, the x that query and
+    value share. The product is made a second time, with the same bits.
+    """
+
+    def unpack(kept: Any) -> Tensor:
+        return kept if isinstance(kept, Tensor) else _dropped(*kept)
+
+    return saved_tensors_hooks(lambda saved: getattr(saved, "made_of", saved), unpack)
 
 
 def use_fast_dropout(model: nn.Module, mask_stream: MaskStream) -> None:
@@ -83,5 +109,7 @@ def use_fast_dropout(model: nn.Module, mask_stream: MaskStream) -> None:
     for module in list(model.modules()):
         for name, child in module.named_children():
             if isinstance(child, nn.Dropout):
-                replacement = FastDropout(child.p, mask_stream).train(child.training)
-                module.add_module(name, replacement)
+                # BERT's LayerNorm(dropout(dense(x)) + residual)
+                in_place = name == "dropout" and {"dense", "LayerNorm"} <= {*module._modules}
+                replacement = FastDropout(child.p, mask_stream, in_place)
+                module.add_module(name, replacement.train(child.training))

@@ -26,6 +26,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from minilora.bert import interface
 from minilora.bert.dataset import collate_padded
+from minilora.bert.dropout import made_again
 from minilora.bert.examples import Batch, Examples
 from minilora.bert.packing import Layout, attention, collate_packed, layout_of
 from minilora.bert.relative import Relative, relative_positions, scale_and_bias
@@ -85,11 +86,13 @@ class Packed(nn.Module):
         """Logits (B, C), in the order of the batch's labels; or (N, C), in the row's, of what fills
         it up, too; or (M, V) of places `masked` (M,) in the row.
         """
-        layout: Layout = layout_of(batch["lengths"], self.model.config.num_attention_heads)  # pyright: ignore
-        if self.model.config.model_type in WALKED:
-            x = walked(self.model, batch, layout, first_only=self.of_sequences)
-        else:
-            x = interface.own_forward(self.model, batch, layout, self.of_sequences)
+        heads = self.model.config.num_attention_heads
+        layout: Layout = layout_of(batch["lengths"], heads)  # pyright: ignore
+        with made_again():
+            if self.model.config.model_type in WALKED:
+                x = walked(self.model, batch, layout, first_only=self.of_sequences)
+            else:
+                x = interface.own_forward(self.model, batch, layout, self.of_sequences)
         if self.of_sequences:
             return headed(self.model, x[:, None])[batch["place"]]
         return headed(self.model, (x[batch["masked"]] if "masked" in batch else x)[None])[0]

@@ -133,9 +133,9 @@ def attention(
     Queries (B, D) are of the first tokens alone, and so is the result. Scores and probabilities are
     float32 whatever the row's dtype: oneDNN's bfloat16 products of such small matrices are slower.
     """
-    query, key, value = qkv
-    q_parts = _to_heads(query, layout)
-    k_parts, v_parts = _to_heads(key, layout), _to_heads(value, layout)
+    (size, width), dtype = qkv[0].shape, qkv[0].dtype
+    q_parts, k_parts, v_parts = (_to_heads(row, layout) for row in qkv)
+    del qkv  # what is freed at once makes room for the scores
     found = []
     for bucket, q, k, v in zip(layout.buckets, q_parts, k_parts, v_parts, strict=True):
         added = None if bias is None else bias(q, k)
@@ -145,13 +145,13 @@ def attention(
             scores = torch.bmm(q, k.transpose(1, 2)).mul_(scale)  # (b * H, Tq, T)
         else:
             scores = torch.baddbmm(added.to(q.dtype), q, k.transpose(1, 2), alpha=scale)
-        probabilities = dropout(torch.softmax(scores, dim=-1))
-        found.append(torch.bmm(probabilities, v).flatten(0, 1))  # (b * H * Tq, d)
+        scores = torch.softmax(scores, dim=-1)  # by the same name, which frees them
+        found.append(torch.bmm(dropout(scores), v).flatten(0, 1))  # (b * H * Tq, d)
     pieces = torch.cat(found)
-    if len(query) > len(layout.first):
+    if size > len(layout.first):
         pieces = pieces.index_select(0, layout.from_heads)
-    rows = pieces.view(-1, query.shape[1]).to(query.dtype)
-    filler = len(query) - len(rows)  # attends to nothing
+    rows = pieces.view(-1, width).to(dtype)
+    filler = size - len(rows)  # attends to nothing
     return F.pad(rows, (0, 0, 0, filler)) if filler else rows
 
 

@@ -1,5 +1,7 @@
 """Padding-free batches agree with padded ones: logits, losses, every gradient."""
 
+import contextlib
+
 import numpy as np
 import pytest
 import torch
@@ -220,6 +222,32 @@ def test_recomputed_activations_give_bitwise_the_same_gradients(fast, batches):
     for kept, recomputed in zip(*found, strict=True):
         assert torch.equal(kept[1], recomputed[1])
         assert all(torch.equal(a, b) for a, b in zip(kept[2], recomputed[2], strict=True))
+
+
+@pytest.mark.parametrize("fused", [True, False], ids=["fused", "as PEFT"])
+@pytest.mark.parametrize("targets", [["query", "value"], "all-linear"], ids=str)
+def test_what_saves_memory_changes_no_bit(targets, fused, monkeypatch):
+    """Dropout in place of a layer's product, and what it gave made again."""
+    found = []
+    for saves in (True, False):
+        model = classifier(hidden_dropout_prob=0.1, attention_probs_dropout_prob=0.1)
+        config = minilora.LoraConfig(task_type="SEQ_CLS", lora_dropout=0.1, target_modules=targets)
+        minilora.add_adapter(model, config)
+        for name, parameter in minilora.trainable_parameters(model):
+            parameter.data += 0.02 * ("lora_B" in name)
+        set_fused(model, fused)
+        use_fast_dropout(model, MaskStream(3))
+        in_place = [module for module in model.modules() if getattr(module, "in_place", False)]
+        assert len(in_place) == 2 * model.config.num_hidden_layers
+        if not saves:
+            monkeypatch.setattr("minilora.bert.forward.made_again", contextlib.nullcontext)
+            for module in in_place:
+                module.in_place = False
+        forward = Packed(model.train(), PAD)
+        found.append(loss_and_gradients(forward, examples_of(LENGTHS["ragged"]), np.arange(11)))
+    (_, loss, gradients), (_, expected, theirs) = found
+    assert torch.equal(loss, expected)
+    assert all(torch.equal(a, b) for a, b in zip(gradients, theirs, strict=True))
 
 
 @pytest.mark.parametrize("targets", [["query", "value"], "all-linear"], ids=str)

@@ -5,7 +5,6 @@ returned is in sight.
 
 import hashlib
 import json
-
 from collections.abc import Callable
 from pathlib import Path
 

@@ -18,7 +18,7 @@ from minilora.training.progress import say
 
 METRICS_NAME = "metrics.jsonl"
 Row = dict[str, Any]
-KEPT_ROWS = 100  # for whoever sees a checkpoint alone; a run needs the last evaluation only
+KEPT_ROWS = 100  # for whoever sees a checkpoint alone; a run needs the last evaluation and the best
 
 
 class MetricsFile:
@@ -36,8 +36,10 @@ class MetricsFile:
     def append(self, row: Row) -> None:
         """Add `row`, which the loop has just appended to `log_history`."""
         self.show(row)  # first: who joins late takes the rows before it from the file
-        older = self.state.log_history[:-KEPT_ROWS]
-        self.state.log_history[:-KEPT_ROWS] = [row for row in older if "eval_loss" in row][-1:]
+        rows, best = self.state.log_history, self.state.best_step
+        evaluated = [row for row in rows[:-KEPT_ROWS] if "eval_loss" in row]
+        needed = [row for row in evaluated if row is evaluated[-1] or row["step"] == best]
+        rows[:-KEPT_ROWS] = needed
         if distributed.rank() > 0:
             return
         is_told, self.pending = bool(self.pending), self.pending + text_of([row])

@@ -255,3 +255,10 @@ def test_the_whole_log_goes_with_a_run_to_another_directory(
     )
     assert rows_without_times(tmp_path / "new") == whole
     assert result.log_history == read_rows(tmp_path / "new")
+    losses = [row["eval_loss"] for row in whole if "eval_loss" in row]
+    assert min(losses) != losses[-1], "the best must not be what a resume reads anyway"
+    for name in ("metrics.jsonl", "adapter_model.safetensors"):
+        (tmp_path / "kept" / name).unlink()
+    fine_tune(TrainConfig(resume_from_checkpoint=str(tmp_path / "kept")))
+    for name, tensor in final_tensors(tmp_path / "whole").items():
+        assert (final_tensors(tmp_path / "kept")[name] == tensor).all()

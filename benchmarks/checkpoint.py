@@ -4,7 +4,9 @@
 
 Randomly drawn models in the shapes of MiniLM-L6 and BERT-base, r=8 on query and value. For each:
 milliseconds of a save (median) and bytes of a checkpoint; then, for the smaller one, milliseconds
-from asking for a resume to its first step, 10 and 10,000 steps into an epoch. The last line is JSON.
+from asking for a resume to its first step, 10 and 10,000 steps into an epoch; and a save's after 10,
+1,000 and 100,000 rows of the log, kept in trainer_state.json, as Trainer does and a loop of one's
+own, or in metrics.jsonl, as a run does. The last line is JSON.
 """
 
 import argparse
@@ -45,6 +47,7 @@ from minilora.bert.forward import Padded
 from minilora.bert.tasks import build_task
 from minilora.starting_model import resolve_modes
 from minilora.training.loop import plan_timetable, training_step
+from minilora.training.metrics_file import KEPT_ROWS, METRICS_NAME, MetricsFile
 from minilora.training.optim import build_optimizer, build_scheduler
 from minilora.training.record import environment
 
@@ -208,7 +211,8 @@ def measure(shape: str, directory: str | None, saves: int, resume: bool = False)
         gc.enable()
         for of_side in found["seconds"].values():
             del of_side[0]  # to warm up
-        return found | ({"resume_ms": resumes(sides)} if resume else {})
+        more = {"resume_ms": resumes(sides), "log": logs(sides["minilora"])} if resume else {}
+        return found | more
 
 
 def resumes(sides: dict) -> dict:
@@ -219,6 +223,38 @@ def resumes(sides: dict) -> dict:
             side.save(step)
             times = [side.resume(step) for _ in range(10)]
             found[f"{name} at step {step}"] = 1000 * statistics.median(times[1:])
+    return found
+
+
+def logs(ours: Ours) -> dict:
+    """(milliseconds of a save, bytes of the checkpoint), by rows of the log and where they are."""
+    found = {}
+    gc.disable()
+    for count in (10, 1_000, 100_000):
+        for name in ("trainer_state.json", METRICS_NAME):
+            state = ours.training.state = TrainState(global_step=count)
+            state.log_history = [
+                {
+                    "step": n,
+                    "epoch": n / STEPS,
+                    "loss": 1 / n,
+                    "grad_norm": n**0.5,
+                    "learning_rate": n,
+                }
+                for n in range(1, count + 1)
+            ]
+            metrics = MetricsFile(ours.directory / METRICS_NAME, state, None, print)
+            if name == METRICS_NAME:
+                del state.log_history[:-KEPT_ROWS]
+            times = []
+            for _ in range(6):
+                state.global_step += 1
+                start = time.perf_counter()
+                metrics.sync()
+                path = save_checkpoint(ours.directory, ours.training, ours.record)
+                times.append(time.perf_counter() - start)
+            found[f"{count} rows in {name}"] = [1000 * statistics.median(times[1:]), size(path)]
+    gc.enable()
     return found
 
 
@@ -241,6 +277,8 @@ def main() -> None:
         )
         for name, value in found.get("resume_ms", {}).items():
             print(f"{shape:10} first step after a resume: {name}: {value:.0f} ms")
+        for name, (ms_of_it, in_bytes) in found.get("log", {}).items():
+            print(f"{shape:10} a save after {name}: {ms_of_it:.1f} ms {in_bytes:,} bytes")
     print(json.dumps(results))
 
 

@@ -43,7 +43,7 @@ def make_directory(path: Path) -> None:
         return
     make_directory(path.parent)
     path.mkdir(exist_ok=True)
-    _sync(path.parent)
+    sync(path.parent)
 
 
 def write_file(path: Path, data: bytes) -> None:
@@ -73,7 +73,7 @@ def commit_directory(path: Path, files: Mapping[str, bytes]) -> None:
     with scratch_directory(path) as temporary:
         for name, data in files.items():
             _write_new(temporary / name, data)
-        _sync(temporary)
+        sync(temporary)
         try:
             if path.exists():
                 os.rename(path, replaced)
@@ -111,8 +111,8 @@ def new_directory(path: Path) -> Iterator[Path]:
         for file in filter(Path.is_file, temporary.rglob("*")):
             # What the umask gives; safetensors' own writer leaves 0600.
             file.chmod(temporary.stat().st_mode & 0o666)
-            _sync(file)
-        _sync(temporary)
+            sync(file)
+        sync(temporary)
         os.rename(temporary, path)
     _confirm(path.parent)
 
@@ -154,7 +154,7 @@ def set_aside(path: Path, reason: str) -> Path:
     """Rename a directory or link to `.<reason>-<name>-<random>`, out of every reader's sight."""
     aside = _sibling(path, f".{reason}-")
     os.rename(path, aside)
-    _sync(path.parent)
+    sync(path.parent)
     return aside
 
 
@@ -193,6 +193,15 @@ def is_held(directory: Path) -> bool:
     return False
 
 
+def sync(path: Path) -> None:
+    """Make what was written to a file, or a directory's names, safe from a power loss."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def _sibling(path: Path, prefix: str) -> Path:
     return path.with_name(f"{prefix}{path.name}-{uuid.uuid4().hex[:8]}")
 
@@ -204,17 +213,9 @@ def _write_new(path: Path, data: bytes) -> None:
         os.fsync(file.fileno())
 
 
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def _confirm(directory: Path) -> None:
     try:
-        _sync(directory)
+        sync(directory)
     except OSError as error:
         reason = f"written, but not confirmed by the disk ({error.strerror})"
         raise NotConfirmed(error.errno, reason, str(directory)) from error

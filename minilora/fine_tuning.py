@@ -42,6 +42,7 @@ from minilora.training.checkpoint import read_checkpoint
 from minilora.training.config import TrainConfig
 from minilora.training.evaluation import Batch, evaluate_model
 from minilora.training.loop import Training, TrainState, is_finished, plan_timetable
+from minilora.training.metrics_file import read_rows
 from minilora.training.optim import build_optimizer, build_scheduler
 from minilora.training.progress import say
 from minilora.training.record import BASE_NAME, RunRecord, environment
@@ -58,7 +59,11 @@ class TrainResult:
     # last (or best) evaluation's eval_..., and test_... with a test file
     metrics: dict[str, float]
     output_dir: str
-    log_history: list[dict[str, Any]]
+
+    @property
+    def log_history(self) -> list[dict[str, Any]]:
+        """Every row of the run, read from its metrics.jsonl."""
+        return read_rows(Path(self.output_dir))
 
 
 @dataclass(frozen=True)
@@ -211,7 +216,7 @@ def train(plan: resume.ResumePlan, should_stop: Callable[[], bool]) -> TrainResu
         metrics |= pieces.evaluate("test", "test") if "test" in examples else {}
         finished = dataclasses.replace(record, result=metrics | pieces.by_class(evaluation, state))
         distributed.by_first(lambda: write_final_files(start, output_dir, finished))
-    return TrainResult(state.global_step, metrics, str(output_dir), state.log_history)
+    return TrainResult(state.global_step, metrics, str(output_dir))
 
 
 def new_record(
@@ -268,19 +273,19 @@ def final_evaluation(training: Training, output_dir: Path, config: TrainConfig) 
     checkpoints that are there and verify, for one may have been deleted, or never written to a full
     disk.
     """
-    rows = [row for row in training.state.log_history if "eval_loss" in row]
-    metric = config.best_metric() or ""
-    ranked = [row for row in rows if math.isfinite(row.get(metric, math.nan))]
+    metric, rows = config.best_metric() or "", training.state.log_history
+    every = read_rows(output_dir) if config.load_best_model_at_end else []
+    ranked = [row for row in every if row.get(metric) is not None]  # null is NaN or infinity
     ranked.sort(key=lambda row: row[metric], reverse=config.best_is_greatest())
-    for row in ranked if config.load_best_model_at_end else []:
+    for row in ranked:
         try:
             best = read_checkpoint(output_dir / f"checkpoint-{row['step']}")
         except MiniloraError as error:
             say(f"warning: the best is passed over for the next: {error}")
             continue
         assign_adapter(training.model, best.adapter)
-        return row
-    return rows[-1] if rows else {}
+        return {name: math.nan if value is None else value for name, value in row.items()}
+    return next((row for row in reversed(rows) if "eval_loss" in row), {})
 
 
 def write_final_files(start: StartingModel, output_dir: Path, record: RunRecord) -> None:

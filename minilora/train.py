@@ -51,8 +51,9 @@ def print_summary(result: "TrainResult", stopped: bool) -> None:
         untrained = next((row for row in result.log_history if row["step"] == 0), {})
         for name, value in result.metrics.items():
             if name.startswith(("eval_", "test_")) and not name.endswith(("runtime", "second")):
-                before = f"   untrained {untrained[name]:.3f}" if name in untrained else ""
-                print(f"{name:<26}{value:.3f}{before}")
+                before = untrained.get(name)
+                told = "" if before is None else f"   untrained {before:.3f}"
+                print(f"{name:<26}{value:.3f}{told}")
         print(f"adapter:  {result.output_dir}, which PEFT loads, too")
         print(f"evaluate: python -m minilora.evaluate {place} --file FILE")
         print(f'predict:  python -m minilora.predict {place} --text "..."')

@@ -15,12 +15,12 @@ from minilora.errors import MiniloraError
 from minilora.files import is_held
 from minilora.lora.config import config_to_dict
 from minilora.lora.peft_files import CONFIG_NAME, read_adapter
-from minilora.reading import check_like, parse_json, read_bytes, read_json
+from minilora.reading import read_json
 from minilora.training import checkpoint, trainer_files
 from minilora.training.checkpoint import Stored, read_checkpoint, sorted_checkpoints
+from minilora.training.metrics_file import METRICS_NAME, parse_rows, read_rows
 from minilora.training.record import BASE_NAME, CHECKPOINT, MANIFEST_NAME, RUN_NAME, RunRecord
 from minilora.training.resume import changed_inputs, plan_resume
-from minilora.training.run_directory import METRICS_NAME
 from minilora.training.trainer_files import STATE_NAME
 
 
@@ -38,19 +38,18 @@ class Directory:
 
     def read(self) -> "Directory":
         """Read it all. What was read before a damaged file stays."""
-        path, metrics, state_file = self.path, self.path / METRICS_NAME, self.path / STATE_NAME
+        path, state_file = self.path, self.path / STATE_NAME
         if self.kind == "run":
             self.settings = RunRecord.read(path).to_json()
             names = [checkpoint.name for checkpoint in sorted_checkpoints(path)]
             self.position = {"finished": "result" in self.settings, "checkpoints": names}
             self.position |= {"extended": self.settings["extended"]}
-            lines = read_bytes(metrics).splitlines() if metrics.is_file() else []
-            self.log = [parse_json(line, metrics) for line in lines]
-            for row in self.log:
-                check_like({"step": int}, row, metrics, "a row")
+            self.log = read_rows(path)
         elif "checkpoint" in self.kind:
             stored = self.checkpoint = read_checkpoint(path)
             self._take_progress(stored.progress, stored.manifest and stored.manifest.state)
+            if (whole := stored.metrics()) is not None:
+                self.log = parse_rows(whole, path.parent / METRICS_NAME)
             if stored.record is not None:
                 self.settings = stored.record.to_json()
             elif stored.manifest is None:

@@ -7,6 +7,7 @@ look like (optim, rng), where a resume begins (resume).
 """
 
 import contextlib
+import hashlib
 import io
 import os
 from dataclasses import dataclass
@@ -16,12 +17,13 @@ from typing import Any
 import torch
 
 from minilora.errors import MiniloraError
-from minilora.files import commit_directory, make_directory
+from minilora.files import commit_directory, json_text, make_directory
 from minilora.lora import peft_files
 from minilora.reading import check_like, parse_json, parse_torch, read_bytes
 from minilora.training import distributed, optim, trainer_files
 from minilora.training.config import TrainConfig
 from minilora.training.loop import Training, TrainState
+from minilora.training.metrics_file import METRICS_NAME, read_rows, text_of
 from minilora.training.record import CHECKPOINT, MANIFEST_NAME, Manifest, RunRecord, manifest_bytes
 from minilora.training.rng import check_rng_state, mask_stream, rng_state, set_rng_state
 from minilora.training.trainer_files import (
@@ -55,6 +57,24 @@ class Stored:
         """Names of the files without which a resumed run would be another one."""
         lacks = [name for name in REQUIRED if name not in self.parts]
         return lacks if generators_in(self.parts) else [*lacks, RNG_NAME]
+
+    def metrics(self) -> bytes | None:
+        """What metrics.jsonl held when this was saved; None where it does not any more."""
+        path, rows = self.path.parent / METRICS_NAME, self.progress["log_history"]
+        state = {} if self.manifest is None else self.manifest.state
+        with contextlib.suppress(MiniloraError):
+            if not state:  # HF Trainer's rows go on from the last ones of ours that it found
+                old, new = read_rows(path.parent), [json_text(row, indent=0) for row in rows]
+                while old and json_text(old[-1], indent=0) not in new:
+                    old.pop()
+                begin = new.index(json_text(old[-1], indent=0)) + 1 if old else 0
+                return text_of([*old, *rows[begin:]])
+            if state["metrics_size"] == 0:  # an older version's, or a loop's of one's own: all
+                return text_of(rows)
+            contents = read_bytes(path)[: state["metrics_size"]]
+            if hashlib.sha256(contents).hexdigest() == state["metrics_sha256"]:
+                return contents
+        return None
 
     def stopped_early(self) -> bool:
         return self.manifest is not None and self.manifest.state["stopped_early"]

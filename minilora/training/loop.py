@@ -42,7 +42,10 @@ class TrainState:
     stopped_early: bool = False  # whether that has ended the run
     # From here on the run is not the uninterrupted one: a resume lacked a part and went on.
     inexact_from: int | None = None
-    log_history: list[dict[str, Any]] = field(default_factory=list)  # the rows of metrics.jsonl
+    # Of metrics.jsonl when the run was last saved; without them log_history is the whole log.
+    metrics_size: int = 0
+    metrics_sha256: str = ""
+    log_history: list[dict[str, Any]] = field(default_factory=list)  # the last rows of it
 
 
 @dataclass(frozen=True)

@@ -40,7 +40,7 @@ CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 SCHEMA_VERSION = 1
 PARTS = (WEIGHTS_NAME, CONFIG_NAME, *REQUIRED, STATE_NAME)
 
-# Of a `TrainState`, all but the log, which trainer_state.json holds.
+# Of a `TrainState`, all but the last rows of the log, which trainer_state.json holds.
 STATE = {n: hint for n, hint in typing.get_type_hints(TrainState).items() if n != "log_history"}
 
 PATHS = ("train_file", "validation_file", "test_file", "dataset_name", "model_name_or_path")
@@ -148,7 +148,9 @@ class Manifest:
         if recorded != found:
             raise MiniloraError(f"{path} was changed after it was written (its checksum differs)")
         check_like(dict.fromkeys(("state", "run", "environment", "files"), dict), document, path)
-        state, files = document["state"], document["files"]
+        # Older versions had the whole log in trainer_state.json.
+        state = {"metrics_size": 0, "metrics_sha256": "", **document["state"]}
+        files = document["files"]
         # The first version's mark that an evaluation is still to come; the position says so.
         state.pop("epoch_ends", None)
         check_like(STATE, state, path, "state")

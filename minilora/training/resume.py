@@ -16,6 +16,7 @@ from minilora.options import differences
 from minilora.training import distributed
 from minilora.training.checkpoint import Stored, first_valid, read_checkpoint, sorted_checkpoints
 from minilora.training.config import TrainConfig, reconcile, refuse_bending
+from minilora.training.metrics_file import METRICS_NAME
 from minilora.training.record import BASE_NAME, CHECKPOINT, MANIFEST_NAME, RUN_NAME, RunRecord
 from minilora.training.trainer_files import recorded_arguments
 
@@ -136,6 +137,9 @@ def plan_resume(
     if config is not None and base not in (None, config.model_name_or_path):
         took = config.model_name_or_path or "the packaged one"
         warnings.append(f"the checkpoint's adapter_config.json names the base {base}, not {took}")
+    if stored is not None and stored.metrics() is None:
+        last = "its last rows begin the log"
+        warnings.append(f"{METRICS_NAME} beside {stored.path} is not that of its save: {last}")
     if config is not None and config.torch_compile:
         warnings.append("torch_compile chooses kernels anew: the resume may not be bit-exact")
     return ResumePlan(output_dir, config, lora, stored, record, aside, refusals, warnings)

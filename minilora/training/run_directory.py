@@ -11,7 +11,6 @@ import os
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from minilora import files
 from minilora.errors import MiniloraError
@@ -19,14 +18,13 @@ from minilora.training import distributed
 from minilora.training.checkpoint import restore, save_checkpoint, sorted_checkpoints
 from minilora.training.evaluation import Batch
 from minilora.training.loop import Callbacks, Training, fit, is_finished, log
+from minilora.training.metrics_file import METRICS_NAME, MetricsFile
 from minilora.training.optim import follow_schedule
 from minilora.training.progress import TrainingBar, say
 from minilora.training.record import RUN_NAME, RunRecord
 from minilora.training.resume import ResumePlan
 from minilora.training.rng import seed_all
 from minilora.training.tensorboard import Curves
-
-METRICS_NAME = "metrics.jsonl"
 
 # What a user can do about a disk that refuses.
 REMEDIES = {
@@ -68,9 +66,9 @@ def fit_in_directory(
         aside = distributed.by_first(partial(files.set_aside, path, reason))
         say(f"warning: {path.name} is {reason} and now named {aside.name}")
     state = training.state
-    curves = Curves(output_dir, record, state.log_history)
-    metrics = MetricsFile(output_dir / METRICS_NAME, state.log_history, curves)
-    saver = Saver(output_dir, training, record)
+    begin, show = plan.stored and plan.stored.metrics(), Curves(output_dir, record).append
+    metrics = MetricsFile(output_dir / METRICS_NAME, state, begin, show)
+    saver = Saver(training, record, metrics)
     counts = (training.timetable.max_steps, state.global_step)
     with contextlib.closing(TrainingBar(*counts, config.disable_tqdm)) as bar:
         save = bar.doing("saving")(saver.save)
@@ -80,48 +78,11 @@ def fit_in_directory(
         if evaluate is not None and at_start and state.global_step == 0:
             log(training, callbacks, evaluate())
         fit(training, config, callbacks)
-    metrics.write_all()
+    distributed.by_first(metrics.sync)
     if saver.failure is not None:  # the run ends without its last checkpoint
         raise saver.failure
     losses = state.loss_total + state.loss_sum  # of the whole run, resumes included
     return {**bar.speed(), "train_loss": losses / max(1, state.global_step)}
-
-
-class MetricsFile:
-    """`metrics.jsonl`, holding exactly the rows of `log_history`, whole lines only.
-
-    A row that cannot be written (disk full) is not lost: the next one writes the whole file anew.
-    """
-
-    def __init__(self, path: Path, log_history: list[dict[str, Any]], curves: Curves) -> None:
-        """Begin with a checkpoint's rows: those that a killed run wrote after it are dropped. Of
-        several processes, the first writes.
-        """
-        self.path, self.rows, self.has_failed, self.curves = path, log_history, False, curves
-        self.append()
-
-    def append(self, row: dict[str, Any] | None = None) -> None:
-        """Add `row`, which the loop has just appended to `log_history`; without one, write all."""
-        try:
-            if row is None or self.has_failed:
-                self.write_all()
-            elif distributed.rank() == 0:
-                with self.path.open("ab") as file:
-                    file.write(f"{files.json_text(row)}\n".encode())
-            self.has_failed = False
-        except OSError as error:
-            if not self.has_failed:
-                reason = f"cannot be written ({error.strerror}); the rows are kept for later"
-                say(f"warning: {self.path} {reason}")
-            self.has_failed = True
-        if row is not None:
-            self.curves.append(row)
-
-    def write_all(self) -> None:
-        """Write every row, durably. An `OSError` means that rows in no checkpoint would be lost."""
-        lines = [files.json_text(row) + "\n" for row in self.rows]
-        if distributed.rank() == 0:
-            files.write_file(self.path, "".join(lines).encode())
 
 
 class Saver:
@@ -132,8 +93,9 @@ class Saver:
     fails.
     """
 
-    def __init__(self, output_dir: Path, training: Training, record: RunRecord) -> None:
-        self.output_dir, self.training, self.record = output_dir, training, record
+    def __init__(self, training: Training, record: RunRecord, metrics: MetricsFile) -> None:
+        self.training, self.record, self.metrics = training, record, metrics
+        self.output_dir = metrics.path.parent
         self.failure: OSError | None = None  # of the last save
         self.has_remarked = False
 
@@ -142,6 +104,7 @@ class Saver:
         self.failure = None
         distributed.reached(f"the checkpoint of step {step}")
         try:
+            distributed.by_first(self.metrics.sync)
             save_checkpoint(self.output_dir, self.training, self.record)
         except OSError as error:
             ends = is_finished(self.training.state, self.training.timetable)

@@ -11,6 +11,7 @@ from minilora.errors import MiniloraError
 from minilora.files import json_text
 from minilora.reading import first_line
 from minilora.training import distributed
+from minilora.training.metrics_file import read_rows
 from minilora.training.progress import say
 from minilora.training.record import RunRecord
 
@@ -18,24 +19,25 @@ from minilora.training.record import RunRecord
 class Curves:
     """What `report_to` asks for, in the run's directory; of several processes the first writes."""
 
-    def __init__(self, output_dir: Path, record: RunRecord, log_history: list[dict[str, Any]]):
-        self.path, self.record, self.rows = output_dir / "runs", record, log_history  # as Trainer's
+    def __init__(self, output_dir: Path, record: RunRecord) -> None:
+        self.path, self.record = output_dir / "runs", record  # as Trainer's
         self.is_on, self.writer = record.arguments.report_to != "none", None
         if self.is_on and find_spec("tensorboard") is None:
             raise MiniloraError('report_to needs pip install "minilora[tensorboard]"')
 
     def append(self, row: dict[str, Any]) -> None:
-        """Add a row that was appended to `log_history`; before the first of them, all others: what
-        a run showed before it was resumed is purged, so that nothing is there twice.
+        """Add a row; before the first, all that metrics.jsonl has: what a run showed before it was
+        resumed is purged, so that nothing is there twice.
         """
         if not self.is_on or distributed.rank() > 0:
             return
         try:
-            rows = [row] if self.writer else self.rows
+            rows = [row]
             if self.writer is None:
                 from torch.utils.tensorboard import SummaryWriter
 
                 self.writer = SummaryWriter(str(self.path), purge_step=0)
+                rows = [*read_rows(self.path.parent), row]
                 arguments = json_text(self.record.to_json(), indent=2)
                 self.writer.add_text("args", f"```\n{arguments}\n```")
             for row in rows:

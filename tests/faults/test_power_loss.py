@@ -1,7 +1,10 @@
 """The order of the fsyncs, proved on what strace recorded: wherever the power goes, every
-checkpoint in sight is whole, and the last one whose save had returned is in sight.
+checkpoint in sight is whole, its part of metrics.jsonl too, and the last one whose save had
+returned is in sight.
 """
 
+import hashlib
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,7 +12,7 @@ import pytest
 from transformers.trainer_utils import get_last_checkpoint
 
 from minilora.training.checkpoint import CHECKPOINT, latest_checkpoint
-from tests.faults.power import Disk, Operation, operations
+from tests.faults.power import Disk, File, Operation, operations
 from tests.faults.strace import Server, needs_strace
 from tests.faults.test_every_call import contents
 
@@ -52,6 +55,14 @@ def whole_checkpoints(recorded: list[Operation]) -> dict[str, dict[str, bytes | 
     return found
 
 
+def has_its_rows(disk: Disk, root: dict[str, int], manifest: bytes) -> bool:
+    """Whether the part of metrics.jsonl that is safe begins with what the manifest says."""
+    state, file = json.loads(manifest)["state"], disk.inodes[root["metrics.jsonl"]]
+    assert isinstance(file, File) and state["metrics_size"] > 0
+    rows = file.contents(file.safe)[: state["metrics_size"]]
+    return hashlib.sha256(rows).hexdigest() == state["metrics_sha256"]
+
+
 def losses(
     recorded: list[Operation], whole: dict[str, dict[str, bytes | None]]
 ) -> tuple[list[str], int]:
@@ -74,6 +85,8 @@ def losses(
                     states += 1
                     if left != whole[name]:
                         found.append(f"{index}: {name} may be broken")
+                    elif not has_its_rows(disk, root, left["minilora.json"] or b""):
+                        found.append(f"{index}: the rows of {name} may be lost")
     return found, states
 
 
@@ -89,6 +102,7 @@ WITHOUT: dict[str, Callable[[Operation], bool]] = {
     "that of a new checkpoint's directory": lambda path: (
         path.startswith(".tmp-checkpoint") and "/" not in path
     ),
+    "that of the rows": lambda path: path == "metrics.jsonl",
     "that of the run's directory": lambda path: path == "",
 }
 

@@ -29,6 +29,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from minilora import MiniloraError
 from minilora.fine_tuning import run_fine_tuning
+from minilora.training import metrics_file
 
 BATCH = 8
 LORA = {"r": 4, "lora_alpha": 8, "lora_dropout": 0.1}
@@ -275,10 +276,14 @@ def test_interchange_is_bitwise_with_accumulation_and_evaluation(
         assert_same_tensors(tensors, load_file(checkpoint.parent / "adapter_model.safetensors"))
 
 
+@pytest.mark.parametrize("kept", [100, 2])
 def test_a_relay_of_single_steps_with_rotation_is_one_uninterrupted_run(
-    tmp_path, tiny_model, sentences, whole
+    kept, tmp_path, monkeypatch, tiny_model, sentences, whole
 ):
-    """Trainer and minilora take turns in one directory; each sees only what the other left."""
+    """Trainer and minilora take turns in one directory; each sees only what the other left. The
+    whole log is in ours.
+    """
+    monkeypatch.setattr(metrics_file, "KEPT_ROWS", kept)
     _, expected, tensors = whole
     output_dir = tmp_path / "relay"
     settings = {**EACH_STEP, "save_total_limit": 2}
@@ -289,14 +294,14 @@ def test_a_relay_of_single_steps_with_rotation_is_one_uninterrupted_run(
             run = resumed_by_trainer(
                 tiny_model, sentences, output_dir, last, dict(settings), stop_after=step
             )
-            rows = run.state.log_history
         else:
             calls = iter([False, True])
             result = run_fine_tuning(
                 {"resume_from_checkpoint": str(output_dir)}, {}, lambda calls=calls: next(calls)
             )
-            rows = result.log_history
-    assert compared(rows) == expected
+            rows = compared(result.log_history)
+            assert rows and rows == expected[: len(rows)]
+    assert (compared(run.state.log_history) == expected) == (kept == 100)
     assert_same_tensors(tensors, peft_tensors(run.model))
 
 

@@ -9,7 +9,9 @@ Not here: files (`rows`), what a task makes of a row (`tasks`), rows without pad
 N examples; B batch; T tokens.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,21 +19,18 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from minilora.bert import token_cache
-from minilora.bert.examples import NO_LABEL, Batch, Examples
+from minilora.bert import cache
+from minilora.bert.examples import NO_LABEL, Arrays, Batch, Examples
 from minilora.bert.rows import Row
+from minilora.bert.stored_rows import CHUNK, StoredRows, values_of
 from minilora.bert.tasks import Task
-
-# Rows per call of the tokenizer: enough to use all its threads, few enough to keep the bar moving.
-TOKENIZE_CHUNK = 1000
-
 
 # (examples, indices (B,)) to a batch, whose "example" (B,) is indices.
 Collate = Callable[[Examples, np.ndarray], Batch]
 
 
 def tokenize(
-    rows: list[Row],
+    rows: Sequence[Row],
     task: Task,
     tokenizer: PreTrainedTokenizerBase,
     max_length: int,
@@ -42,19 +41,11 @@ def tokenize(
     what is made for a later one. `max_length` counts the special tokens, too; `place` is the rows'
     file, for errors.
     """
-    entry = token_cache.entry_of(rows, task, tokenizer, max_length) if keep else None
-    arrays = token_cache.read_entry(entry) if entry else None
-    if arrays is None:
-        chunks = []
-        starts = range(0, len(rows), TOKENIZE_CHUNK)
-        # A bar only where there is something to wait for (delay: seconds).
-        for start in tqdm(starts, desc="tokenizing", unit="k", leave=False, delay=1, disable=None):
-            chunk = rows[start : start + TOKENIZE_CHUNK]
-            chunks.append(task.encode(chunk, tokenizer, max_length, place))
-            chunks[-1]["row"] += start
-        arrays = {name: np.concatenate([chunk[name] for chunk in chunks]) for name in chunks[0]}
-        if entry:
-            token_cache.write_entry(entry, arrays)
+    pieces = partial(_pieces, rows, task, tokenizer, max_length, place)
+    if keep:
+        arrays = cache.mapped(_key(rows, task, tokenizer, max_length), pieces)
+    else:
+        arrays = cache.joined(pieces())
     return Examples(
         input_ids=arrays.pop("input_ids"),
         token_type_ids=arrays.pop("token_type_ids", None),
@@ -65,6 +56,31 @@ def tokenize(
         extra=arrays,
         logits_of=task.logits_of,
     )
+
+
+def _pieces(
+    rows: Sequence[Row], task: Task, tokenizer: PreTrainedTokenizerBase, max_length: int, place: str
+) -> Iterator[Arrays]:
+    # A bar only where there is something to wait for (delay: seconds).
+    starts = range(0, len(rows), CHUNK)
+    for start in tqdm(starts, desc="tokenizing", unit="k", leave=False, delay=1, disable=None):
+        arrays = task.encode(list(rows[start : start + CHUNK]), tokenizer, max_length, place)
+        yield arrays | {"row": arrays["row"] + start}
+
+
+def _key(
+    rows: Sequence[Row], task: Task, tokenizer: PreTrainedTokenizerBase, max_length: int
+) -> list[Any] | None:
+    # None for a slow tokenizer, whose state is code.
+    if not tokenizer.is_fast:
+        return None
+    # A call leaves truncation and padding in the state: this one, the same whatever was before.
+    tokenizer("", truncation=True, max_length=max_length)
+    state = tokenizer.backend_tokenizer.to_str()  # pyright: ignore
+    names = [type(tokenizer).__name__, tokenizer.model_input_names, tokenizer.truncation_side]
+    names.append(tokenizer.split_special_tokens)
+    content = rows.key if isinstance(rows, StoredRows) else values_of(rows)
+    return ["tokens", task.name, vars(task), max_length, names, state, content]
 
 
 def shortening(examples: Examples, rows: int, max_length: int) -> str:

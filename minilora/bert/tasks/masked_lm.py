@@ -8,6 +8,7 @@ M masked tokens of a batch; V words of the tokenizer.
 """
 
 import dataclasses
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,8 @@ from torch import Tensor
 from transformers import AutoModelForMaskedLM
 
 from minilora.bert.examples import NO_LABEL, Arrays, Batch, Examples, Logits, Tokenizer
-from minilora.bert.rows import Columns, Row, lines_of, read_rows, read_text
+from minilora.bert.lines import lines_of, not_empty
+from minilora.bert.rows import Columns, Row, read_rows
 from minilora.bert.tables import Source
 from minilora.bert.tasks import Arguments, Predictions
 from minilora.bert.texts import tokenized
@@ -45,22 +47,21 @@ class MaskedLm:
         self.seed = arguments.seed
 
     @staticmethod
-    def read_rows(path: Source, arguments: Arguments, labelled: bool) -> list[Row]:
+    def read_rows(path: Source, arguments: Arguments, labelled: bool) -> Iterator[Row]:
         """The lines of a .txt file, or a column of the others. Where masks are to be drawn, rows
         have the label True, and blank texts are left out.
         """
         if path.suffix.lower() == ".txt":
-            texts = [(line.rstrip("\r"), number) for number, line in lines_of(read_text(path))]
+            texts = ((line.rstrip("\r"), number) for number, line in lines_of(path))
         else:
             found = read_rows(path, Columns(arguments.text_column), labelled=False)
-            texts = [(row.text, row.line) for row in found]
-        texts = [(text, line) for text, line in texts if text.strip() or not labelled]
-        if not texts:
-            raise MiniloraError(f"{path} is empty: it holds no text")
-        return [Row(text, None, labelled or None, None, line) for text, line in texts]
+            texts = ((row.text, row.line) for row in found)
+        texts = ((text, line) for text, line in texts if text.strip() or not labelled)
+        rows = (Row(text, None, labelled or None, None, line) for text, line in texts)
+        return not_empty(path, rows, "text")
 
     @staticmethod
-    def find_labels(rows: list[Row], path: str) -> None: ...
+    def find_labels(rows: Iterable[Row], path: str) -> None: ...
 
     def configure(self, config: Any) -> None: ...
 
@@ -121,7 +122,7 @@ class MaskedLm:
     def loss_weight(self, batch: Batch) -> int:
         return len(batch["labels"])
 
-    def scorer(self, rows: list[Row], examples: Examples) -> "WordScorer":
+    def scorer(self, rows: Sequence[Row], examples: Examples) -> "WordScorer":
         return WordScorer()
 
     def condense(self, logits: np.ndarray, tokenizer: Tokenizer) -> np.ndarray:

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import AutoModelForMaskedLM
 
+from minilora.bert.cache import mapped
 from minilora.bert.examples import NO_LABEL, Arrays, Batch, Examples, Logits, Tokenizer
 from minilora.bert.lines import lines_of, not_empty
 from minilora.bert.rows import Columns, Row, read_rows
@@ -26,6 +27,7 @@ from minilora.bert.texts import tokenized
 from minilora.errors import MiniloraError
 
 UNCUT = 2**31  # tokens; no text has as many
+PIECE = 2**18  # tokens for which masks are drawn at a time
 EVALUATION = 2**64 - 1  # in the place of an epoch's number
 CANDIDATES = 5  # for each mask
 
@@ -101,16 +103,24 @@ class MaskedLm:
         half whether, the lower half what. Unlike other draws, numpy keeps these for good.
         """
         key = np.array([self.seed, EVALUATION if epoch is None else epoch], dtype=np.uint64)
-        drawn = np.random.Philox(key=key).random_raw(len(examples.input_ids))
-        chosen = (drawn >> 32 < self.probability * 2**32) & (examples.labels != NO_LABEL)
-        if epoch is None and not chosen.any():
-            raise MiniloraError("evaluation: of so little text no token was masked; give more")
-        word, tenth = np.divmod((drawn[chosen] % 2**32).astype(np.int64), 10)
         mask_id, words = (int(examples.extra[name][0]) for name in ("mask_id", "words"))
-        ids = examples.input_ids.copy()
-        ids[chosen] = np.select([tenth < 8, tenth == 8], [mask_id, word % words], ids[chosen])
-        labels = np.where(chosen, examples.labels, np.int32(NO_LABEL))
-        return dataclasses.replace(examples, input_ids=ids, labels=labels)
+
+        def pieces() -> Iterator[Arrays]:
+            numbers = np.random.Philox(key=key)
+            for start in range(0, len(examples.input_ids), PIECE):
+                ids = examples.input_ids[start : start + PIECE].copy()
+                labels = examples.labels[start : start + PIECE]
+                drawn = numbers.random_raw(len(ids))
+                chosen = (drawn >> 32 < self.probability * 2**32) & (labels != NO_LABEL)
+                word, tenth = np.divmod((drawn[chosen] % 2**32).astype(np.int64), 10)
+                new = np.select([tenth < 8, tenth == 8], [mask_id, word % words], ids[chosen])
+                ids[chosen] = new
+                yield {"input_ids": ids, "labels": np.where(chosen, labels, np.int32(NO_LABEL))}
+
+        arrays = mapped(None, pieces)
+        if epoch is None and (arrays["labels"] == NO_LABEL).all():
+            raise MiniloraError("evaluation: of so little text no token was masked; give more")
+        return dataclasses.replace(examples, **arrays)
 
     def loss(self, logits: Tensor, batch: Batch) -> Tensor:
         raised = logits.to(torch.promote_types(logits.dtype, torch.float32))

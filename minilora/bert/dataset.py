@@ -11,7 +11,6 @@ N examples; B batch; T tokens.
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Any
 
 import numpy as np
 import torch
@@ -22,7 +21,7 @@ from transformers import PreTrainedTokenizerBase
 from minilora.bert import cache
 from minilora.bert.examples import NO_LABEL, Arrays, Batch, Examples
 from minilora.bert.rows import Row
-from minilora.bert.stored_rows import CHUNK, StoredRows, values_of
+from minilora.bert.stored_rows import CHUNK, tokens_key
 from minilora.bert.tasks import Task
 
 # (examples, indices (B,)) to a batch, whose "example" (B,) is indices.
@@ -43,7 +42,7 @@ def tokenize(
     """
     pieces = partial(_pieces, rows, task, tokenizer, max_length, place)
     if keep:
-        arrays = cache.mapped(_key(rows, task, tokenizer, max_length), pieces)
+        arrays = cache.mapped(tokens_key(rows, task, tokenizer, max_length), pieces)
     else:
         arrays = cache.joined(pieces())
     return Examples(
@@ -66,21 +65,6 @@ def _pieces(
     for start in tqdm(starts, desc="tokenizing", unit="k", leave=False, delay=1, disable=None):
         arrays = task.encode(list(rows[start : start + CHUNK]), tokenizer, max_length, place)
         yield arrays | {"row": arrays["row"] + start}
-
-
-def _key(
-    rows: Sequence[Row], task: Task, tokenizer: PreTrainedTokenizerBase, max_length: int
-) -> list[Any] | None:
-    # None for a slow tokenizer, whose state is code.
-    if not tokenizer.is_fast:
-        return None
-    # A call leaves truncation and padding in the state: this one, the same whatever was before.
-    tokenizer("", truncation=True, max_length=max_length)
-    state = tokenizer.backend_tokenizer.to_str()  # pyright: ignore
-    names = [type(tokenizer).__name__, tokenizer.model_input_names, tokenizer.truncation_side]
-    names.append(tokenizer.split_special_tokens)
-    content = rows.key if isinstance(rows, StoredRows) else values_of(rows)
-    return ["tokens", task.name, vars(task), max_length, names, state, content]
 
 
 def shortening(examples: Examples, rows: int, max_length: int) -> str:

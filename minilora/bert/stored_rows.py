@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from minilora.bert import cache
-from minilora.bert.examples import Arrays
+from minilora.bert.examples import Arrays, Tokenizer
 from minilora.bert.rows import Row
 from minilora.bert.tables import Source, file_fingerprint
 from minilora.bert.tasks import READING, Arguments, Task
@@ -33,9 +33,8 @@ class StoredRows(Sequence[Row]):
 
     def take(self, chosen: np.ndarray) -> "StoredRows":
         """Those of all rows, by index, in that order."""
-        return StoredRows(
-            self.arrays, [self.key, hashlib.sha256(chosen.tobytes()).hexdigest()], chosen
-        )
+        key = [self.key, hashlib.sha256(chosen.tobytes()).hexdigest()]
+        return StoredRows(self.arrays, key, chosen)
 
     def __len__(self) -> int:
         return len(self.chosen)
@@ -59,11 +58,6 @@ class StoredRows(Sequence[Row]):
         return [Row(*values) for values in json.loads(b"[%b]" % texts)]
 
 
-def values_of(rows: Iterable[Row]) -> list[list[Any]]:
-    """All that rows say, as JSON."""
-    return [[r.text, r.pair, r.label, r.kind, r.line, r.fields] for r in rows]
-
-
 def store_rows(source: Source, task: type[Task], arguments: Arguments, sha256: str) -> StoredRows:
     """The labelled rows of a file with this fingerprint, kept for other runs."""
     asked = {name: getattr(arguments, name) for name in READING}
@@ -72,7 +66,7 @@ def store_rows(source: Source, task: type[Task], arguments: Arguments, sha256: s
     def pieces() -> Iterator[Arrays]:
         rows, total = iter(task.read_rows(source, SimpleNamespace(**asked), True)), 0
         while chunk := list(islice(rows, CHUNK)):
-            texts = [json.dumps(values).encode() for values in values_of(chunk)]
+            texts = [json.dumps(values).encode() for values in _values(chunk)]
             ends = total + np.cumsum([len(text) for text in texts])
             yield {"json": np.frombuffer(b"".join(texts), dtype=np.uint8), "ends": ends}
             total = ends[-1]
@@ -90,3 +84,22 @@ def find_labels(rows: StoredRows, task: type[Task], file: str) -> list[str] | No
         yield {"json": np.frombuffer(found.encode(), dtype=np.uint8)}
 
     return json.loads(cache.mapped(["labels", rows.key], pieces)["json"].tobytes())
+
+
+def tokens_key(
+    rows: Sequence[Row], task: Task, tokenizer: Tokenizer, max_length: int
+) -> list[Any] | None:
+    """All that the tokens of rows depend on; None of a slow tokenizer, whose state is code."""
+    if not tokenizer.is_fast:
+        return None
+    # A call leaves truncation and padding in the state: this one, the same whatever was before.
+    tokenizer("", truncation=True, max_length=max_length)
+    state = tokenizer.backend_tokenizer.to_str()  # pyright: ignore
+    names = [type(tokenizer).__name__, tokenizer.model_input_names, tokenizer.truncation_side]
+    names.append(tokenizer.split_special_tokens)
+    content = rows.key if isinstance(rows, StoredRows) else _values(rows)
+    return ["tokens", task.name, vars(task), max_length, names, state, content]
+
+
+def _values(rows: Iterable[Row]) -> list[list[Any]]:
+    return [[r.text, r.pair, r.label, r.kind, r.line, r.fields] for r in rows]

@@ -43,6 +43,9 @@ def read_splits(arguments: Arguments) -> Splits:
         left = [s for s in SPLITS if files[s] is None and not (held_out and s == "validation")]
         asked = {split: getattr(arguments, f"{split}_split_name") for split in left}
         sources |= read_dataset(dataset, arguments.dataset_config_name, asked)
+    for source in sources.values():
+        if isinstance(source, Path) and not source.is_file():
+            list(task.read_rows(source, arguments, True))  # raises: it knows what is allowed
     fingerprints = {split: file_fingerprint(source) for split, source in sources.items()}
     rows = {s: store_rows(file, task, arguments, fingerprints[s]) for s, file in sources.items()}
     given = {split: str(source) for split, source in sources.items()}

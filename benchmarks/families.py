@@ -76,7 +76,7 @@ def main():
     parser.add_argument("--steps", type=int, default=20)
     arguments = parser.parse_args()
     tokenizer = load.load_tokenizer(str(load.packaged_model()), None)
-    rows = read_rows(Path(arguments.train))
+    rows = list(read_rows(Path(arguments.train)))
     task = build_task("sequence_classification", ["0", "1"])
     examples = tokenize(rows, task, tokenizer, 128, arguments.train)
     examples = dataclasses.replace(examples, token_type_ids=None)  # some families have none

@@ -17,15 +17,7 @@ import numpy as np
 import torch
 
 from minilora import starting_model
-from minilora.bert import load
-from minilora.bert.dataset import (
-    batches_in_order,
-    epoch_batches,
-    epoch_order,
-    shortening,
-    tokenize,
-    tokens_fingerprint,
-)
+from minilora.bert import dataset, load
 from minilora.bert.examples import Examples
 from minilora.bert.forward import Packed, Padded
 from minilora.bert.splits import Splits, read_splits
@@ -85,7 +77,7 @@ class Pieces:
         seed = config.seed if config.data_seed is None else config.data_seed
         size, lengths = config.per_device_train_batch_size, np.diff(examples.offsets)
         per_step = size * config.gradient_accumulation_steps * self.world_size
-        order = epoch_order(len(examples), seed, epoch)
+        order = dataset.epoch_order(len(examples), seed, epoch)
 
         def deal(of_step: np.ndarray) -> list[np.ndarray]:
             return distributed.own_batches(of_step, lengths[of_step], size)
@@ -94,7 +86,7 @@ class Pieces:
             order = distributed.trainers_order(order, size)
             deal = partial(distributed.trainers_batches, batch_size=size)
         how = (per_step, deal, self.forward.collate, self.start.model.device)
-        return epoch_batches(examples, order[skip * per_step :], *how)
+        return dataset.epoch_batches(examples, order[skip * per_step :], *how)
 
     def evaluate(self, split: str, prefix: str) -> dict[str, float]:
         """The model's metrics on a split, under `<prefix>_...` keys."""
@@ -105,7 +97,7 @@ class Pieces:
         examples = varied(self.task, self.examples[split], None)
         how = (config.per_device_eval_batch_size, self.forward.collate, device, shown)
         scorer = self.scorers[split] = self.task.scorer(self.splits.rows[split], examples)
-        batches = batches_in_order(examples, *how)
+        batches = dataset.batches_in_order(examples, *how)
         return evaluate_model(self.forward, self.task, config.hf_parity, batches, scorer, prefix)
 
     def by_class(self, evaluation: dict[str, Any], state: TrainState) -> dict[str, Any]:
@@ -235,7 +227,9 @@ def new_record(
         world_size=plan.record.world_size if plan.record else distributed.world_size(),
         extended=plan.extended(),
         base_settings=start.settings(),
-        tokens_sha256={split: tokens_fingerprint(found) for split, found in examples.items()},
+        tokens_sha256={
+            split: dataset.tokens_fingerprint(found) for split, found in examples.items()
+        },
     )
 
 
@@ -260,8 +254,8 @@ def tokenize_all(
     examples = {}
     for split, rows in splits.rows.items():
         file = splits.files[split]
-        examples[split] = tokenize(rows, task, start.tokenizer, max_length, file)
-        if told := shortening(examples[split], len(rows), max_length):
+        examples[split] = dataset.tokenize(rows, task, start.tokenizer, max_length, file)
+        if told := dataset.shortening(examples[split], len(rows), max_length):
             say(f"{file}: {told}")
     return examples
 

@@ -5,13 +5,15 @@ small multiple of the file's size. Each `parse_...` takes bytes that were read (
 `path` is named in errors. What a value means, once `check_like` it is, is for the caller to check.
 """
 
+import contextlib
 import inspect
 import io
 import json
 import stat
 import types
 import zipfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
@@ -27,19 +29,29 @@ MAX_JSON_BYTES = 4_000_000
 HINT = type | types.UnionType | types.GenericAlias
 
 
-def read_bytes(path: Path, limit: int | None = None) -> bytes:
-    """The contents of a file of at most `limit` bytes, and no pipe, which may never end."""
+@contextlib.contextmanager
+def opened(path: Path, limit: int | None = None) -> Iterator[BufferedReader]:
+    """A file of at most `limit` bytes to read from, and no pipe, which may never end."""
     try:
         status = path.stat()
         if not stat.S_ISREG(status.st_mode):
-            reason = "is not a file"
-        elif limit is not None and status.st_size > limit:
-            reason = f"is {status.st_size:,} bytes; at most {limit:,} are expected"
-        else:
-            return path.read_bytes()
+            raise MiniloraError(f"{path} is not a file")
+        if limit is not None and status.st_size > limit:
+            size = f"{status.st_size:,} bytes; at most {limit:,} are expected"
+            raise MiniloraError(f"{path} is {size}")
+        with path.open("rb") as file:
+            yield file
+    except MiniloraError:
+        raise
     except (OSError, ValueError) as error:  # ValueError: a name that the system cannot have
-        reason = f"cannot be read: {error.strerror if isinstance(error, OSError) else error}"
-    raise MiniloraError(f"{path} {reason}")
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise MiniloraError(f"{path} cannot be read: {reason}") from None
+
+
+def read_bytes(path: Path, limit: int | None = None) -> bytes:
+    """Its contents."""
+    with opened(path, limit) as file:
+        return file.read()
 
 
 def read_json(path: Path, limit: int = MAX_JSON_BYTES) -> dict[str, Any]:

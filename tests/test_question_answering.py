@@ -233,6 +233,6 @@ def test_the_example_s_questions_can_be_trained_on(tmp_path, tiny_model):
     example = Path(__file__).parent.parent / "examples" / "data" / "questions.json"
     flags = arguments(tiny_model, [example, example], tmp_path / "out", max_steps=1)
     opened = open_run(fine_tune(TrainConfig(**flags)).output_dir)
-    rows = opened.task.read_rows(example, opened.record.arguments, True)
+    rows = list(opened.task.read_rows(example, opened.record.arguments, True))
     assert (len(rows), sum(not row.label for row in rows)) == (34, 6)
     assert opened.record.labels == ["start or none", "end or none"]

@@ -109,7 +109,7 @@ READERS = {
     "run": lambda path: RunRecord.read(path.parent),
     "manifest": lambda path: read_checkpoint(path.parent),
     "bin": lambda path: read_adapter(path.parent),
-    "rows": read_rows,
+    "rows": lambda path: list(read_rows(path)),
 }
 NAMES = {
     "rng": "rng_state.pth",
@@ -275,7 +275,7 @@ TABLE = st.text(alphabet=st.sampled_from('ab\t,"\n\r\\{}[]:1.é\x00\u2028 '), ma
 )
 def test_a_data_file_may_hold_anything(suffix, text, tmp_path):
     with only_our_own_error():
-        read_rows(place(tmp_path, "rows", text.encode(), suffix))
+        list(read_rows(place(tmp_path, "rows", text.encode(), suffix)))
 
 
 @pytest.mark.parametrize("suffix", [".csv", ".tsv", ".json", ".jsonl"])
@@ -283,7 +283,7 @@ def test_a_data_file_may_hold_anything(suffix, text, tmp_path):
 @given(data=st.binary(max_size=200))
 def test_a_data_file_may_be_any_bytes(suffix, data, tmp_path):
     with only_our_own_error():
-        read_rows(place(tmp_path, "rows", data, suffix))
+        list(read_rows(place(tmp_path, "rows", data, suffix)))
 
 
 def test_a_large_file_is_refused_unread(tmp_path):

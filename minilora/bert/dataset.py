@@ -9,7 +9,9 @@ Not here: files (`rows`), what a task makes of a row (`tasks`), rows without pad
 N examples; B batch; T tokens.
 """
 
-from collections.abc import Callable, Iterator
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 import numpy as np
 import torch
@@ -17,22 +19,18 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from minilora.bert import token_cache
-from minilora.bert.examples import NO_LABEL, Batch, Examples
-from minilora.bert.load import tensors_fingerprint
+from minilora.bert import cache
+from minilora.bert.examples import NO_LABEL, Arrays, Batch, Examples
 from minilora.bert.rows import Row
+from minilora.bert.stored_rows import CHUNK, tokens_key
 from minilora.bert.tasks import Task
-
-# Rows per call of the tokenizer: enough to use all its threads, few enough to keep the bar moving.
-TOKENIZE_CHUNK = 1000
-
 
 # (examples, indices (B,)) to a batch, whose "example" (B,) is indices.
 Collate = Callable[[Examples, np.ndarray], Batch]
 
 
 def tokenize(
-    rows: list[Row],
+    rows: Sequence[Row],
     task: Task,
     tokenizer: PreTrainedTokenizerBase,
     max_length: int,
@@ -43,19 +41,11 @@ def tokenize(
     what is made for a later one. `max_length` counts the special tokens, too; `place` is the rows'
     file, for errors.
     """
-    entry = token_cache.entry_of(rows, task, tokenizer, max_length) if keep else None
-    arrays = token_cache.read_entry(entry) if entry else None
-    if arrays is None:
-        chunks = []
-        starts = range(0, len(rows), TOKENIZE_CHUNK)
-        # A bar only where there is something to wait for (delay: seconds).
-        for start in tqdm(starts, desc="tokenizing", unit="k", leave=False, delay=1, disable=None):
-            chunk = rows[start : start + TOKENIZE_CHUNK]
-            chunks.append(task.encode(chunk, tokenizer, max_length, place))
-            chunks[-1]["row"] += start
-        arrays = {name: np.concatenate([chunk[name] for chunk in chunks]) for name in chunks[0]}
-        if entry:
-            token_cache.write_entry(entry, arrays)
+    pieces = partial(_pieces, rows, task, tokenizer, max_length, place)
+    if keep:
+        arrays = cache.mapped(tokens_key(rows, task, tokenizer, max_length), pieces)
+    else:
+        arrays = cache.joined(pieces())
     return Examples(
         input_ids=arrays.pop("input_ids"),
         token_type_ids=arrays.pop("token_type_ids", None),
@@ -68,13 +58,24 @@ def tokenize(
     )
 
 
+def _pieces(
+    rows: Sequence[Row], task: Task, tokenizer: PreTrainedTokenizerBase, max_length: int, place: str
+) -> Iterator[Arrays]:
+    # A bar only where there is something to wait for (delay: seconds).
+    starts = range(0, len(rows), CHUNK)
+    for start in tqdm(starts, desc="tokenizing", unit="k", leave=False, delay=1, disable=None):
+        arrays = task.encode(list(rows[start : start + CHUNK]), tokenizer, max_length, place)
+        yield arrays | {"row": arrays["row"] + start}
+
+
 def tokens_fingerprint(examples: Examples) -> str:
     """SHA-256 of what a run sees of its texts."""
-    arrays = {"offsets": examples.offsets, "input_ids": examples.input_ids}
-    arrays |= {"labels": examples.labels}
-    if examples.token_type_ids is not None:
-        arrays["token_type_ids"] = examples.token_type_ids
-    return tensors_fingerprint({name: torch.from_numpy(array) for name, array in arrays.items()})
+    found = hashlib.sha256()
+    for array in (examples.offsets, examples.input_ids, examples.token_type_ids, examples.labels):
+        if array is not None:
+            found.update(np.ascontiguousarray(array).data)
+            cache.release(array)
+    return found.hexdigest()
 
 
 def shortening(examples: Examples, rows: int, max_length: int) -> str:

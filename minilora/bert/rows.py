@@ -11,20 +11,27 @@ makes it one, too, and nothing else does in a file of a single column, where eac
 blank one, too. Blank lines of other files are left out.
 """
 
-import csv
-import io
-import json
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from minilora.bert.lines import (
+    Lines,
+    bad,
+    csv_lines,
+    lines_of,
+    not_empty,
+    parse_json,
+    read_text,
+    tsv_lines,
+)
 from minilora.bert.tables import OBJECTS, Records, Source, Table, read_parquet
 from minilora.errors import MiniloraError
-from minilora.options import unique_keys
-from minilora.reading import read_bytes
 
 # Where data sets keep their columns (GLUE, the Hub's), tried in order when none is given. The kind
 # is optional; it splits the accuracy in the summary: "negation", "irony", ...
@@ -61,7 +68,6 @@ class Columns:
 
 
 USUAL = Columns()
-Lines = list[tuple[int, list[str]]]  # (line, its fields)
 
 
 def one_label(path: Source, line: int, value: Any) -> str:
@@ -77,32 +83,29 @@ def read_rows(
     columns: Columns = USUAL,
     labelled: bool = True,
     label_of: Callable[[Source, int, Any], Any] = one_label,
-) -> list[Row]:
-    """All rows of a file, in its order, each label as `label_of` makes it of file, line and value,
+) -> Iterator[Row]:
+    """The rows of a file, in its order, each label as `label_of` makes it of file, line and value,
     with `columns.labels` of each one's. If not `labelled`, no label is looked for, and a headerless
     file has its text first and its second text, if any, next.
+
+    The file is gone through more than once; of csv, tsv and jsonl memory holds a line at a time.
     """
     suffix = check_suffix(path, (".csv", ".tsv", *OBJECTS))
     if isinstance(path, Table) or suffix in OBJECTS:
         records = read_objects(path)
+        names = list(dict.fromkeys(name for _, record in records() for name in record))
     else:
-        text = read_text(path)
-        tab_separated = [(n, line.rstrip("\r").split("\t")) for n, line in lines_of(text)]
-        lines = _csv_lines(path, text) if suffix == ".csv" else tab_separated
-        records, columns = _by_column(path, _without_blank(lines, labelled), columns, labelled)
-    if not records:
-        raise MiniloraError(f"{path} is empty: it holds no example")
-    found = _find_columns(path, records, columns, labelled)
-    rows = []
-    for line, record in records:
+        records, names, columns = _by_column(path, columns, labelled)
+    _, first = next(not_empty(path, records(), "example"))
+    found = _find_columns(path, first, names, columns, labelled)
+    for line, record in records():
         value: Any = {name: record.get(name) for name in columns.labels}
         value = value or record.get(found.get("label", ""))
         row = row_of(path, line, record, found)
-        rows.append(replace(row, label=label_of(path, line, value)) if labelled else row)
-    return rows
+        yield replace(row, label=label_of(path, line, value)) if labelled else row
 
 
-def read_texts(path: Source, arguments: Any, labelled: bool) -> list[Row]:
+def read_texts(path: Source, arguments: Any, labelled: bool) -> Iterator[Row]:
     """The same, with the columns named in a run's arguments."""
     label = arguments.label_column if labelled else None
     columns = Columns(arguments.text_column, arguments.text_pair_column, label)
@@ -117,68 +120,46 @@ def check_suffix(path: Source, allowed: tuple[str, ...]) -> str:
     return suffix
 
 
-def bad(path: Source | str, line: int, what: str) -> MiniloraError:
-    """The error that something is wrong there."""
-    return MiniloraError(f"{path}, line {line}: {what}")
-
-
-def read_text(path: Source) -> str:
-    """The text of a file of UTF-8."""
-    assert isinstance(path, Path)  # a table is none
-    data = read_bytes(path)
-    try:
-        return data.decode("utf-8-sig")  # Excel writes a byte order mark
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        raise bad(path, line, "not UTF-8; convert the file, for example with iconv") from None
-
-
-def lines_of(text: str) -> list[tuple[int, str]]:
-    """The lines, numbered from 1."""
-    # Not str.splitlines, which also splits inside sentences, at U+2028 and U+0085.
-    return list(enumerate(text.removesuffix("\n").split("\n"), 1))
-
-
-def _without_blank(lines: Lines, labelled: bool) -> Lines:
-    filled = [(n, fields) for n, fields in lines if len(fields) > 1 or "".join(fields).strip()]
-    is_single = not labelled and all(len(fields) == 1 for _, fields in filled)
+def _filled_lines(path: Path, labelled: bool) -> Lines:
+    # Without blank lines, all as wide as the first.
+    read = csv_lines if path.suffix.lower() == ".csv" else tsv_lines
+    first = next((fields for _, fields in read(path) if _is_filled(fields)), [])
     # One text a line: whoever reads the predictions counts lines.
-    return [(n, fields or [""]) for n, fields in lines] if filled and is_single else filled
+    is_single = not labelled and len(first) == 1
+    for line, fields in read(path):
+        if is_single or _is_filled(fields):
+            fields = fields or [""]
+            if len(fields) != len(first):
+                raise bad(path, line, f"{len(fields)} fields where the first line has {len(first)}")
+            yield line, fields
 
 
-def _csv_lines(path: Path, text: str) -> Lines:
-    # The default refuses texts over 131,072 characters.
-    csv.field_size_limit(max(csv.field_size_limit(), len(text)))
-    reader = csv.reader(io.StringIO(text), strict=True)
-    lines, start = [], 1
-    try:
-        for fields in reader:
-            lines.append((start, fields))
-            start = reader.line_num + 1
-    except csv.Error as error:
-        raise bad(path, start, f"not valid csv: {error}") from None
-    return lines
+def _is_filled(fields: list[str]) -> bool:
+    return len(fields) > 1 or bool("".join(fields).strip())
 
 
-def _by_column(path: Path, lines: Lines, asked: Columns, labelled: bool) -> tuple[Records, Columns]:
-    # The records, and the columns asked for, by number where there is no header.
-    if not lines:
-        return [], asked
-    first, names = lines[0]
-    for line, fields in lines:
-        if len(fields) != len(names):
-            raise bad(path, line, f"{len(fields)} fields where the first line has {len(names)}")
-    if _is_header(names, [fields[-1] for _, fields in lines[1:]], asked, labelled):
-        lines = lines[1:]
+def _by_column(path: Path, asked: Columns, labelled: bool) -> tuple[Records, list[str], Columns]:
+    # The records, their columns, and those asked for, by number where there is no header.
+    first, names = next(_filled_lines(path, labelled), (0, []))
+    labels = (fields[-1] for _, fields in islice(_filled_lines(path, labelled), 1, None))
+    if not names:
+        return partial(iter, ()), names, asked
+    has_header = _is_header(names, labels, asked, labelled)
+    if has_header:
         if twice := sorted({name for name in names if name and names.count(name) > 1}):
             raise bad(path, first, f"there are two columns {twice[0]!r}")
     else:
         asked = _by_number(path, len(names), asked, labelled)
         names = [str(number) for number in range(len(names))]
-    return [(line, dict(zip(names, fields, strict=True))) for line, fields in lines], asked
+
+    def records() -> Iterator[tuple[int, dict[str, Any]]]:
+        for line, fields in islice(_filled_lines(path, labelled), int(has_header), None):
+            yield line, dict(zip(names, fields, strict=True))
+
+    return records, names, asked
 
 
-def _is_header(first: list[str], last_below: list[str], asked: Columns, labelled: bool) -> bool:
+def _is_header(first: list[str], labels: Iterator[str], asked: Columns, labelled: bool) -> bool:
     if asked != USUAL:
         given = (asked.text, asked.pair, asked.label, *asked.labels)
         named = {column for column in given if column is not None and not column.isdecimal()}
@@ -186,8 +167,12 @@ def _is_header(first: list[str], last_below: list[str], asked: Columns, labelled
     named_as_usual = any(name.lower() in USUAL_NAMES["text"] for name in first)
     if not labelled and (named_as_usual or len(first) == 1):
         return named_as_usual
-    are_numbers = all(map(is_number, [first[-1], *last_below]))
-    return first[-1] not in last_below and not are_numbers
+    are_numbers = is_number(first[-1])
+    for label in labels:
+        if label == first[-1]:
+            return False
+        are_numbers = are_numbers and is_number(label)
+    return not are_numbers
 
 
 def is_number(value: str) -> bool:
@@ -215,35 +200,35 @@ def _by_number(path: Path, width: int, asked: Columns, labelled: bool) -> Column
 
 
 def read_objects(path: Source) -> Records:
-    """The objects of an array or a table, numbered, or else of each line that is not blank."""
+    """The objects of an array or a table, numbered, or else of each line that is not blank: what
+    goes through them, from the start each time it is called.
+    """
     if path.suffix.lower() == ".parquet":
-        return path.records if isinstance(path, Table) else read_parquet(path)
-    text = read_text(path)
-    if path.suffix.lower() == ".json":
-        array = parse_json(path, 1, text)
-        if not isinstance(array, list):
-            raise MiniloraError(f"{path} holds a JSON {type(array).__name__}, not an array")
-        records = list(enumerate(array, start=1))
-    else:
-        filled = [(number, line) for number, line in lines_of(text) if line.strip()]
-        records = [(number, parse_json(path, number, line)) for number, line in filled]
-    for line, record in records:
-        if not isinstance(record, dict):
-            raise bad(path, line, f"a JSON {type(record).__name__} where an object is expected")
-    return records
+        return partial(iter, path.records if isinstance(path, Table) else read_parquet(path))
+    if path.suffix.lower() == ".jsonl":
+        return partial(_json_lines, path)
+    array = parse_json(path, 1, read_text(path))
+    if not isinstance(array, list):
+        raise MiniloraError(f"{path} holds a JSON {type(array).__name__}, not an array")
+    return partial(iter, [(n, _an_object(path, n, value)) for n, value in enumerate(array, 1)])
 
 
-def parse_json(path: Source, line: int, text: str) -> Any:
-    """What the JSON says that begins in this line of a file."""
-    try:
-        return json.loads(text, object_pairs_hook=unique_keys)
-    except (ValueError, RecursionError) as error:
-        raise bad(path, line, f"not valid JSON: {error}") from None
+def _json_lines(path: Source) -> Iterator[tuple[int, dict[str, Any]]]:
+    for number, line in lines_of(path):
+        if line.strip():
+            yield number, _an_object(path, number, parse_json(path, number, line))
 
 
-def _find_columns(path: Source, records: Records, asked: Columns, labelled: bool) -> dict[str, str]:
-    names = list(dict.fromkeys(name for _, record in records for name in record))
-    first, lower = records[0][1], {name.lower(): name for name in reversed(names)}
+def _an_object(path: Source, line: int, value: Any) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise bad(path, line, f"a JSON {type(value).__name__} where an object is expected")
+    return value
+
+
+def _find_columns(
+    path: Source, first: dict[str, Any], names: list[str], asked: Columns, labelled: bool
+) -> dict[str, str]:
+    lower = {name.lower(): name for name in reversed(names)}
     listed = ", ".join(f"{n} ({str(first.get(n))[:20]})" if n.isdecimal() else n for n in names)
     found, taken = {}, {asked.text, asked.pair, asked.label, *asked.labels}
     if lacking := [repr(name) for name in asked.labels if name not in names]:

@@ -1,14 +1,12 @@
 """The data of a run: its files read together, and what their labels mean."""
 
-import hashlib
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from minilora.bert.rows import Row
-from minilora.bert.tables import Source, Table, read_dataset
+from minilora.bert.stored_rows import StoredRows, find_labels, store_rows
+from minilora.bert.tables import Source, file_fingerprint, read_dataset
 from minilora.bert.tasks import Arguments, task_class
 from minilora.errors import MiniloraError
 
@@ -22,7 +20,7 @@ SPLITS = ("train", "validation", "test")
 class Splits:
     """The rows of a run, by split: "train", and where given "validation" and "test"."""
 
-    rows: dict[str, list[Row]]
+    rows: dict[str, StoredRows]
     files: dict[str, str]
     fingerprints: dict[str, str]  # SHA-256 of what each split was read from
     labels: list[str] | None  # what the task's ids mean; None where they are no names
@@ -45,11 +43,15 @@ def read_splits(arguments: Arguments) -> Splits:
         left = [s for s in SPLITS if files[s] is None and not (held_out and s == "validation")]
         asked = {split: getattr(arguments, f"{split}_split_name") for split in left}
         sources |= read_dataset(dataset, arguments.dataset_config_name, asked)
-    rows = {split: task.read_rows(source, arguments, True) for split, source in sources.items()}
+    for source in sources.values():
+        if isinstance(source, Path) and not source.is_file():
+            list(task.read_rows(source, arguments, True))  # raises: it knows what is allowed
     fingerprints = {split: file_fingerprint(source) for split, source in sources.items()}
+    rows = {s: store_rows(file, task, arguments, fingerprints[s]) for s, file in sources.items()}
     given = {split: str(source) for split, source in sources.items()}
     if held_out > 0:
-        rows["train"], rows["validation"] = hold_out(rows["train"], held_out, arguments.seed)
+        parts = hold_out(len(rows["train"]), held_out, arguments.seed)
+        rows["train"], rows["validation"] = (rows["train"].take(part) for part in parts)
         given["validation"], fingerprints["validation"] = given["train"], fingerprints["train"]
     for split, path in given.items():
         has_pairs = rows[split][0].pair is not None
@@ -57,24 +59,15 @@ def read_splits(arguments: Arguments) -> Splits:
             one, other = ("two texts", "one") if has_pairs else ("one text", "two")
             disagree = f"{path} has {one} a row, {given['train']} has {other}"
             raise MiniloraError(f"{disagree}: name --text_pair_column")
-    labels = task.find_labels(rows["train"], given["train"])
+    labels = find_labels(rows["train"], task, given["train"])
     return Splits(rows, given, fingerprints, labels)
 
 
-def hold_out(rows: list[Row], share: float, seed: int) -> tuple[list[Row], list[Row]]:
-    """Hold out `share` of the rows at random: (train, validation), both in the file's order."""
-    held_out = round(len(rows) * share)
-    if not 0 < held_out < len(rows):
-        of_rows = f"validation_split={share} of {len(rows)} examples"
+def hold_out(count: int, share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Hold out `share` of so many rows at random: (train, validation), both in the file's order."""
+    held_out = round(count * share)
+    if not 0 < held_out < count:
+        of_rows = f"validation_split={share} of {count} examples"
         raise MiniloraError(f"{of_rows} leaves {held_out} for validation")
-    chosen = set(np.random.default_rng(seed).permutation(len(rows))[:held_out].tolist())
-    train = [row for index, row in enumerate(rows) if index not in chosen]
-    return train, [row for index, row in enumerate(rows) if index in chosen]
-
-
-def file_fingerprint(path: Source) -> str:
-    """SHA-256 of a file's bytes, or of a data set's rows: its files differ from place to place."""
-    if isinstance(path, Table):
-        return hashlib.sha256(json.dumps(path.records).encode()).hexdigest()
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    order = np.random.default_rng(seed).permutation(count)
+    return np.sort(order[held_out:]), np.sort(order[:held_out])

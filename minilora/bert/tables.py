@@ -4,19 +4,21 @@ They become what jsonl files of them would hold, with a class's name in the plac
 """
 
 import contextlib
+import hashlib
 import io
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from minilora.errors import MiniloraError
-from minilora.reading import read_bytes
+from minilora.reading import opened, read_bytes
 
 # Files of which a row is an object.
 OBJECTS = (".json", ".jsonl", ".parquet")
-Records = list[tuple[int, dict[str, Any]]]  # (line, value by column)
+Numbered = tuple[int, dict[str, Any]]  # line, value by column
+Records = Callable[[], Iterator[Numbered]]  # a file need not be in memory: it is read anew
 
 
 @dataclass(frozen=True)
@@ -24,7 +26,7 @@ class Table:
     """A split of a data set, in the place of a file."""
 
     name: str
-    records: Records
+    records: list[Numbered]
     suffix = ".parquet"
 
     def __str__(self) -> str:
@@ -34,7 +36,15 @@ class Table:
 Source = Path | Table
 
 
-def read_parquet(path: Path) -> Records:
+def file_fingerprint(path: Source) -> str:
+    """SHA-256 of a file's bytes, or of a data set's rows: its files differ from place to place."""
+    if isinstance(path, Table):
+        return hashlib.sha256(json.dumps(path.records).encode()).hexdigest()
+    with opened(path) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_parquet(path: Path) -> list[Numbered]:
     data = io.BytesIO(read_bytes(path))
     with _reading(str(path)):
         from datasets import Dataset
@@ -73,7 +83,7 @@ def _reading(what: str) -> Iterator[None]:
         raise MiniloraError(f"{what} cannot be read: {' '.join(told.split())[:500]}") from None
 
 
-def _records(dataset: Any) -> Records:
+def _records(dataset: Any) -> list[Numbered]:
     rows = json.loads(json.dumps(dataset.to_list(), default=str))  # dates and the like are text
     for column, feature in dataset.features.items():
         one = getattr(feature, "feature", feature)  # of a list, what it holds

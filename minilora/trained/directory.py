@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from minilora.bert.load import WEIGHT_FILES, locate, stored_tensors
-from minilora.bert.splits import file_fingerprint
+from minilora.bert.tables import file_fingerprint
 from minilora.errors import MiniloraError
 from minilora.files import is_held
 from minilora.lora.config import config_to_dict

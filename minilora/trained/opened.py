@@ -19,7 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from minilora import starting_model
 from minilora.bert.forward import Packed, Padded
 from minilora.bert.load import input_length, load_tokenizer, pad_token_id, recorded_labels
-from minilora.bert.splits import file_fingerprint
+from minilora.bert.tables import file_fingerprint
 from minilora.bert.tasks import Task, build_task, foreign_task
 from minilora.errors import MiniloraError
 from minilora.lora.peft_files import CONFIG_NAME, StoredAdapter, read_adapter

@@ -65,7 +65,7 @@ def rows_of_file(
     asked = zip(names, columns, strict=False)
     given = {name: column for name, column in asked if column is not None}
     config = dataclasses.replace(run.record.arguments, **given)
-    rows = run.task.read_rows(Path(file), config, labelled)
+    rows = list(run.task.read_rows(Path(file), config, labelled))
     if run.record.pairs is False and not labelled:
         return [dataclasses.replace(row, pair=None) for row in rows]
     return rows

@@ -10,7 +10,6 @@ from transformers import AutoTokenizer, DataCollatorWithPadding
 
 from minilora import TrainConfig
 from minilora.bert.dataset import (
-    TOKENIZE_CHUNK,
     batches_in_order,
     collate_padded,
     epoch_batches,
@@ -18,6 +17,7 @@ from minilora.bert.dataset import (
     tokenize,
 )
 from minilora.bert.rows import Row
+from minilora.bert.stored_rows import CHUNK
 from minilora.training.distributed import trainers_batches
 from tests.conftest import task_of
 
@@ -62,11 +62,11 @@ def test_long_texts_are_cut_and_counted(tokenizer):
 
 
 def test_every_row_is_tokenised_however_many_there_are(tokenizer):
-    rows = rows_of(["bad", "so dull"] * TOKENIZE_CHUNK, labels=["0", "1"] * TOKENIZE_CHUNK)
+    rows = rows_of(["bad", "so dull"] * CHUNK, labels=["0", "1"] * CHUNK)
     examples = tokenize(rows, TASK, tokenizer, 8, "f")
-    assert examples.row.tolist() == list(range(2 * TOKENIZE_CHUNK))
-    assert np.diff(examples.offsets).tolist() == [3, 4] * TOKENIZE_CHUNK
-    assert examples.labels.tolist() == [0, 1] * TOKENIZE_CHUNK
+    assert examples.row.tolist() == list(range(2 * CHUNK))
+    assert np.diff(examples.offsets).tolist() == [3, 4] * CHUNK
+    assert examples.labels.tolist() == [0, 1] * CHUNK
 
 
 def test_a_task_may_make_several_examples_of_a_row(tokenizer):

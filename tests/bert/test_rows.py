@@ -5,7 +5,12 @@ import json
 import pytest
 
 from minilora import MiniloraError
-from minilora.bert.rows import Columns, read_rows
+from minilora.bert import rows as reading
+from minilora.bert.rows import Columns
+
+
+def read_rows(*arguments, **named):
+    return list(reading.read_rows(*arguments, **named))
 
 
 def write(tmp_path, name, text, encoding="utf-8"):

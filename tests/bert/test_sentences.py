@@ -20,7 +20,8 @@ def overlap(one: frozenset[str], other: frozenset[str]) -> float:
 
 
 def test_there_are_enough_and_both_labels_are_balanced_within_every_kind():
-    train, validation = read_rows(SENTENCES / "train.tsv"), read_rows(SENTENCES / "validation.tsv")
+    train = list(read_rows(SENTENCES / "train.tsv"))
+    validation = list(read_rows(SENTENCES / "validation.tsv"))
     assert len(train) + len(validation) >= 1000 and len(validation) >= 200
     for rows in (train, validation):
         counts = Counter((row.kind, row.label) for row in rows)
@@ -51,7 +52,7 @@ def test_sentences_are_natural_in_length():
 
 def test_length_does_not_give_the_label_away():
     """The best threshold on the number of words separates the labels hardly better than chance."""
-    rows = read_rows(SENTENCES / "train.tsv")
+    rows = list(read_rows(SENTENCES / "train.tsv"))
     best = max(
         abs(
             sum((len(r.text.split()) > t) == (r.label == "positive") for r in rows) / len(rows)

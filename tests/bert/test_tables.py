@@ -7,8 +7,8 @@ import pytest
 from datasets import ClassLabel, Dataset, DatasetDict, Features, List, Value
 
 from minilora import MiniloraError, TrainConfig
-from minilora.bert.splits import file_fingerprint, read_splits
-from minilora.bert.tables import read_dataset
+from minilora.bert.splits import read_splits
+from minilora.bert.tables import file_fingerprint, read_dataset
 from minilora.bert.tasks import task_class
 
 TEXT, CLASS = Value("string"), ClassLabel(names=["zz no", "aa yes"])
@@ -85,7 +85,11 @@ def test_every_task_reads_them_as_it_reads_jsonl(task, tmp_path):
     dataset.to_parquet(tmp_path / "a.parquet")
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     dataset.save_to_disk(tmp_path / "alone")
-    config, read = TrainConfig(task=task), task_class(task).read_rows
+
+    def read(source, config, labelled):
+        return list(task_class(task).read_rows(source, config, labelled))
+
+    config = TrainConfig(task=task)
     for labelled in (True, False):
         expected = read(tmp_path / "a.jsonl", config, labelled)
         assert read(tmp_path / "a.parquet", config, labelled) == expected
@@ -98,8 +102,10 @@ def test_a_class_that_is_none_is_an_error_with_its_place(tmp_path):
     unknown = Dataset.from_list([rows[0], rows[1] | {"label": -1}], Features(features))
     unknown.to_parquet(tmp_path / "a.parquet")
     with pytest.raises(MiniloraError, match=r"a\.parquet, line 2: the label is None"):
-        task_class("sequence_classification").read_rows(
-            tmp_path / "a.parquet", TrainConfig(), labelled=True
+        list(
+            task_class("sequence_classification").read_rows(
+                tmp_path / "a.parquet", TrainConfig(), labelled=True
+            )
         )
 
 
@@ -150,7 +156,7 @@ def test_a_damaged_parquet_file_is_one_line(tmp_path, cut):
     path = tmp_path / "cut.parquet"
     path.write_bytes((tmp_path / "whole.parquet").read_bytes()[:cut])
     with pytest.raises(MiniloraError, match=r"cut\.parquet cannot be read: \w+[^\n]*$"):
-        task_class("regression").read_rows(path, TrainConfig(), labelled=True)
+        list(task_class("regression").read_rows(path, TrainConfig(), labelled=True))
 
 
 def test_without_the_extra_the_line_names_it(saved, monkeypatch):

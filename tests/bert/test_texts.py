@@ -194,7 +194,8 @@ def test_packed_windows_are_padded_ones(run):
     metrics = evaluate_file(packed, file).metrics
     recorded = json.loads((out / "run.json").read_text())
     assert recorded["arguments"]["batching"] == "packed"
-    rows = task_of(task, packed.task.labels).read_rows(file, packed.record.arguments, True)
+    read = task_of(task, packed.task.labels).read_rows
+    rows = list(read(file, packed.record.arguments, True))
     examples = tokenize(rows, packed.task, packed.tokenizer, LENGTH, "f")
     padded = Padded(packed.model, packed.tokenizer.pad_token_id)
     batches = batches_in_order(examples, 5, padded.collate, packed.model.device, "")

@@ -8,15 +8,20 @@ walks through it.
 
 import importlib
 import pkgutil
+from collections.abc import Iterable, Sequence
 from typing import Any, Protocol
 
 import torch.nn.functional as F
 from torch import Tensor
 
 from minilora.bert.examples import NO_LABEL, Arrays, Batch, Examples, Logits, LogitsOf, Tokenizer
-from minilora.bert.rows import Row, bad
+from minilora.bert.lines import bad
+from minilora.bert.rows import Row
 from minilora.bert.tables import Source
 from minilora.errors import MiniloraError
+
+# What of a run's arguments says how a file is read; `read_rows` is given no other.
+READING = ("text_column", "text_pair_column", "label_column", "label_columns", "label_separator")
 
 Arguments = Any  # the run's `TrainConfig`, which stands above this folder
 Predictions = list[dict[str, Any]]
@@ -60,12 +65,13 @@ class Task(Protocol):
     def __init__(self, arguments: Arguments, labels: list[str] | None) -> None: ...
 
     # The rows of a file, by the readers of `rows`; without labels where they are to be predicted.
+    # As JSON says them: a tuple comes back as a list.
     @staticmethod
-    def read_rows(path: Source, arguments: Arguments, labelled: bool) -> list[Row]: ...
+    def read_rows(path: Source, arguments: Arguments, labelled: bool) -> Iterable[Row]: ...
 
     # What the labels of the training rows mean.
     @staticmethod
-    def find_labels(rows: list[Row], path: str) -> list[str] | None: ...
+    def find_labels(rows: Iterable[Row], path: str) -> list[str] | None: ...
 
     # Gives transformers' config the head's size and labels.
     def configure(self, config: Any) -> None: ...
@@ -83,7 +89,7 @@ class Task(Protocol):
     def loss_weight(self, batch: Batch) -> int: ...
 
     # batch["example"] (B,) are indices into the examples, and so, by `row`, into the rows.
-    def scorer(self, rows: list[Row], examples: Examples) -> Scorer: ...
+    def scorer(self, rows: Sequence[Row], examples: Examples) -> Scorer: ...
 
     # What to say of each row; the logits are of examples, or what `condense` made of them.
     def predictions(self, rows: list[Row], examples: Examples, logits: Logits) -> Predictions: ...

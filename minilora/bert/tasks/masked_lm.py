@@ -8,6 +8,7 @@ M masked tokens of a batch; V words of the tokenizer.
 """
 
 import dataclasses
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,14 +17,17 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import AutoModelForMaskedLM
 
+from minilora.bert.cache import mapped
 from minilora.bert.examples import NO_LABEL, Arrays, Batch, Examples, Logits, Tokenizer
-from minilora.bert.rows import Columns, Row, lines_of, read_rows, read_text
+from minilora.bert.lines import lines_of, not_empty
+from minilora.bert.rows import Columns, Row, read_rows
 from minilora.bert.tables import Source
 from minilora.bert.tasks import Arguments, Predictions
 from minilora.bert.texts import tokenized
 from minilora.errors import MiniloraError
 
 UNCUT = 2**31  # tokens; no text has as many
+PIECE = 2**18  # tokens for which masks are drawn at a time
 EVALUATION = 2**64 - 1  # in the place of an epoch's number
 CANDIDATES = 5  # for each mask
 
@@ -45,22 +49,21 @@ class MaskedLm:
         self.seed = arguments.seed
 
     @staticmethod
-    def read_rows(path: Source, arguments: Arguments, labelled: bool) -> list[Row]:
+    def read_rows(path: Source, arguments: Arguments, labelled: bool) -> Iterator[Row]:
         """The lines of a .txt file, or a column of the others. Where masks are to be drawn, rows
         have the label True, and blank texts are left out.
         """
         if path.suffix.lower() == ".txt":
-            texts = [(line.rstrip("\r"), number) for number, line in lines_of(read_text(path))]
+            texts = ((line.rstrip("\r"), number) for number, line in lines_of(path))
         else:
             found = read_rows(path, Columns(arguments.text_column), labelled=False)
-            texts = [(row.text, row.line) for row in found]
-        texts = [(text, line) for text, line in texts if text.strip() or not labelled]
-        if not texts:
-            raise MiniloraError(f"{path} is empty: it holds no text")
-        return [Row(text, None, labelled or None, None, line) for text, line in texts]
+            texts = ((row.text, row.line) for row in found)
+        texts = ((text, line) for text, line in texts if text.strip() or not labelled)
+        rows = (Row(text, None, labelled or None, None, line) for text, line in texts)
+        return not_empty(path, rows, "text")
 
     @staticmethod
-    def find_labels(rows: list[Row], path: str) -> None: ...
+    def find_labels(rows: Iterable[Row], path: str) -> None: ...
 
     def configure(self, config: Any) -> None: ...
 
@@ -100,16 +103,24 @@ class MaskedLm:
         half whether, the lower half what. Unlike other draws, numpy keeps these for good.
         """
         key = np.array([self.seed, EVALUATION if epoch is None else epoch], dtype=np.uint64)
-        drawn = np.random.Philox(key=key).random_raw(len(examples.input_ids))
-        chosen = (drawn >> 32 < self.probability * 2**32) & (examples.labels != NO_LABEL)
-        if epoch is None and not chosen.any():
-            raise MiniloraError("evaluation: of so little text no token was masked; give more")
-        word, tenth = np.divmod((drawn[chosen] % 2**32).astype(np.int64), 10)
         mask_id, words = (int(examples.extra[name][0]) for name in ("mask_id", "words"))
-        ids = examples.input_ids.copy()
-        ids[chosen] = np.select([tenth < 8, tenth == 8], [mask_id, word % words], ids[chosen])
-        labels = np.where(chosen, examples.labels, np.int32(NO_LABEL))
-        return dataclasses.replace(examples, input_ids=ids, labels=labels)
+
+        def pieces() -> Iterator[Arrays]:
+            numbers = np.random.Philox(key=key)
+            for start in range(0, len(examples.input_ids), PIECE):
+                ids = examples.input_ids[start : start + PIECE].copy()
+                labels = examples.labels[start : start + PIECE]
+                drawn = numbers.random_raw(len(ids))
+                chosen = (drawn >> 32 < self.probability * 2**32) & (labels != NO_LABEL)
+                word, tenth = np.divmod((drawn[chosen] % 2**32).astype(np.int64), 10)
+                new = np.select([tenth < 8, tenth == 8], [mask_id, word % words], ids[chosen])
+                ids[chosen] = new
+                yield {"input_ids": ids, "labels": np.where(chosen, labels, np.int32(NO_LABEL))}
+
+        arrays = mapped(None, pieces)
+        if epoch is None and (arrays["labels"] == NO_LABEL).all():
+            raise MiniloraError("evaluation: of so little text no token was masked; give more")
+        return dataclasses.replace(examples, **arrays)
 
     def loss(self, logits: Tensor, batch: Batch) -> Tensor:
         raised = logits.to(torch.promote_types(logits.dtype, torch.float32))
@@ -121,7 +132,7 @@ class MaskedLm:
     def loss_weight(self, batch: Batch) -> int:
         return len(batch["labels"])
 
-    def scorer(self, rows: list[Row], examples: Examples) -> "WordScorer":
+    def scorer(self, rows: Sequence[Row], examples: Examples) -> "WordScorer":
         return WordScorer()
 
     def condense(self, logits: np.ndarray, tokenizer: Tokenizer) -> np.ndarray:

@@ -4,6 +4,7 @@ They stand in a list (json, jsonl), in one field between separators, or in a col
 each label. An empty list or field is a text without a label.
 """
 
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -14,8 +15,9 @@ from torch import Tensor
 from transformers import AutoModelForSequenceClassification
 
 from minilora.bert.examples import Arrays, Batch, Examples, Logits, Tokenizer
+from minilora.bert.lines import bad
 from minilora.bert.metrics import best_threshold, precision_recall_f1, scores_by_class
-from minilora.bert.rows import Columns, Row, bad, read_rows, text_of
+from minilora.bert.rows import Columns, Row, read_rows, text_of
 from minilora.bert.tables import Source
 from minilora.bert.tasks import Arguments, Predictions, set_labels, unknown_label
 from minilora.bert.texts import WholeTexts, encode_texts, of_whole_texts
@@ -44,7 +46,7 @@ class MultiLabelClassification:
         self.threshold = None if arguments.threshold == "best" else arguments.threshold
 
     @staticmethod
-    def read_rows(path: Source, arguments: Arguments, labelled: bool) -> list[Row]:
+    def read_rows(path: Source, arguments: Arguments, labelled: bool) -> Iterator[Row]:
         """Each label is {name: 0 or 1} of those that the row names."""
         label = arguments.label_column if labelled else None
         asked = tuple(arguments.label_columns or []) if labelled else ()
@@ -53,13 +55,16 @@ class MultiLabelClassification:
         return read_rows(path, columns, labelled, read)
 
     @staticmethod
-    def find_labels(rows: list[Row], path: str) -> list[str]:
+    def find_labels(rows: Iterable[Row], path: str) -> list[str]:
         """The labels in ascending order."""
-        columns = {name for row in rows for name in row.label}
-        names = {name for row in rows for name, value in row.label.items() if value}
+        columns, names, is_single = set(), set(), True
+        for row in rows:
+            columns |= row.label.keys()
+            names |= {name for name, value in row.label.items() if value}
+            is_single &= len(row.label) == 1 and all(row.label.values())
         if never := sorted(columns - names):
             raise MiniloraError(f"{path}: no text has the label {never[0]!r}: nothing to learn")
-        if all(len(row.label) == 1 and all(row.label.values()) for row in rows):
+        if is_single:
             hint = "give --label_separator, or use --task sequence_classification"
             raise MiniloraError(f"{path}: each text has one label, such as {min(names)!r}: {hint}")
         if not names:
@@ -97,7 +102,7 @@ class MultiLabelClassification:
     def loss_weight(self, batch: Batch) -> int:
         return len(batch["labels"])
 
-    def scorer(self, rows: list[Row], examples: Examples) -> "LabelScorer":
+    def scorer(self, rows: Sequence[Row], examples: Examples) -> "LabelScorer":
         return LabelScorer(self, examples)
 
     def predictions(self, rows: list[Row], examples: Examples, logits: Logits) -> Predictions:

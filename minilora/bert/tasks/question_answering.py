@@ -10,7 +10,8 @@ answer. B windows of a batch; T tokens, P of them of the passage.
 """
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -22,16 +23,14 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForQuestionAnswering
 
 from minilora.bert.examples import Arrays, Batch, Examples, Logits, Tokenizer, by_example
+from minilora.bert.lines import bad, not_empty, parse_json, read_text
 from minilora.bert.metrics import answer_scores, softmax
 from minilora.bert.rows import (
     OBJECTS,
     Records,
     Row,
-    bad,
     check_suffix,
-    parse_json,
     read_objects,
-    read_text,
     row_of,
 )
 from minilora.bert.tables import Source
@@ -66,19 +65,19 @@ class QuestionAnswering:
         self.hf_parity = arguments.hf_parity
 
     @staticmethod
-    def read_rows(path: Source, arguments: Arguments, labelled: bool) -> list[Row]:
+    def read_rows(path: Source, arguments: Arguments, labelled: bool) -> Iterator[Row]:
         """Questions, numbered by line, or in a .json file from 1."""
         is_squad = check_suffix(path, OBJECTS) == ".json" and read_text(path).lstrip()[:1] == "{"
         records = _of_squad(path) if is_squad else read_objects(path)
-        if not records:
-            raise MiniloraError(f"{path} is empty: it holds no question")
-        return [_row(path, *record, arguments, labelled) for record in records]
+        for record in not_empty(path, records(), "question"):
+            yield _row(path, *record, arguments, labelled)
 
     @staticmethod
-    def find_labels(rows: list[Row], path: str) -> list[str]:
-        if not any(row.label for row in rows):
+    def find_labels(rows: Iterable[Row], path: str) -> list[str]:
+        has_answer = {bool(row.label) for row in rows}
+        if True not in has_answer:
             raise MiniloraError(f"{path} has no question with an answer: nothing to find")
-        return ANSWER if all(row.label for row in rows) else ANSWER_OR_NONE
+        return ANSWER_OR_NONE if False in has_answer else ANSWER
 
     def configure(self, config: Any) -> None:
         set_labels(config, self.labels)
@@ -125,7 +124,7 @@ class QuestionAnswering:
     def loss_weight(self, batch: Batch) -> int:
         return len(batch["labels"])
 
-    def scorer(self, rows: list[Row], examples: Examples) -> "AnswerScorer":
+    def scorer(self, rows: Sequence[Row], examples: Examples) -> "AnswerScorer":
         return AnswerScorer(self, rows, examples)
 
     def predictions(self, rows: list[Row], examples: Examples, logits: Logits) -> Predictions:
@@ -143,7 +142,7 @@ class QuestionAnswering:
         return found
 
     def answers(
-        self, rows: list[Row], examples: Examples, best: list[list[Span]]
+        self, rows: Sequence[Row], examples: Examples, best: list[list[Span]]
     ) -> Iterator[list[Span]]:
         """The answers to each row's question, best first, from the `best_spans` of each window.
 
@@ -165,7 +164,7 @@ class AnswerScorer:
     too.
     """
 
-    def __init__(self, task: QuestionAnswering, rows: list[Row], examples: Examples) -> None:
+    def __init__(self, task: QuestionAnswering, rows: Sequence[Row], examples: Examples) -> None:
         self.task, self.rows, self.examples = task, rows, examples
         self.spans = examples.apart("spans")
         self.best: list[list[Span]] = [[] for _ in self.spans]
@@ -227,7 +226,7 @@ def _of_squad(path: Source) -> Records:
     except (KeyError, TypeError) as error:
         layout = "data, a list with paragraphs, a list with context and qas, a list"
         raise MiniloraError(f"{path} is not built as SQuAD is ({layout}): {error!r}") from None
-    return list(enumerate(questions, start=1))
+    return partial(enumerate, questions, 1)
 
 
 def _row(

@@ -1,5 +1,6 @@
 """One number for each text, or pair of texts."""
 
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -8,8 +9,9 @@ from torch import Tensor
 from transformers import AutoModelForSequenceClassification
 
 from minilora.bert.examples import Arrays, Batch, Examples, Logits, Tokenizer
+from minilora.bert.lines import bad
 from minilora.bert.metrics import regression_metrics
-from minilora.bert.rows import Row, bad, is_number, read_texts
+from minilora.bert.rows import Row, is_number, read_texts
 from minilora.bert.tasks import Arguments, Predictions
 from minilora.bert.texts import WholeTexts, encode_texts, of_whole_texts
 
@@ -30,7 +32,7 @@ class Regression:
         self.stride = arguments.stride
 
     @staticmethod
-    def find_labels(rows: list[Row], path: str) -> None: ...
+    def find_labels(rows: Iterable[Row], path: str) -> None: ...
 
     def configure(self, config: Any) -> None:
         config.num_labels = 1
@@ -51,7 +53,7 @@ class Regression:
     def loss_weight(self, batch: Batch) -> int:
         return len(batch["labels"])
 
-    def scorer(self, rows: list[Row], examples: Examples) -> "ValueScorer":
+    def scorer(self, rows: Sequence[Row], examples: Examples) -> "ValueScorer":
         return ValueScorer(examples)
 
     def predictions(self, rows: list[Row], examples: Examples, logits: Logits) -> Predictions:

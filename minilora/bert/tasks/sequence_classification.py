@@ -1,6 +1,7 @@
 """One class for each text, or pair of texts."""
 
-from collections import defaultdict
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -46,15 +47,16 @@ class SequenceClassification:
         self.class_weights = _class_weights(arguments.class_weights, labels)
 
     @staticmethod
-    def find_labels(rows: list[Row], path: str) -> list[str]:
+    def find_labels(rows: Iterable[Row], path: str) -> list[str]:
         """The classes in ascending order, numerically if all are integers."""
-        names = {_class_name(row.label or "") for row in rows}
+        counts = Counter(_class_name(row.label or "") for row in rows)
+        names, total = set(counts), counts.total()
         if len(names) < 2:
             only = f"{path} has a single label, {names.pop()!r}"
             raise MiniloraError(f"{only}: nothing to tell apart")
         are_fractions = all(is_number(name) and not _is_integer(name) for name in names)
-        if are_fractions or len(names) > max(MANY_CLASSES, len(rows) / 10):
-            found = f"{len(names)} different labels in {len(rows)} examples, such as {min(names)!r}"
+        if are_fractions or len(names) > max(MANY_CLASSES, total / 10):
+            found = f"{len(names)} different labels in {total} examples, such as {min(names)!r}"
             hint = "use --task regression for measurements, or check --label_column"
             raise MiniloraError(f"{path} has {found}: {hint}")
         # By themselves, too: "1" and "01" are the same number, and a set has no order.
@@ -101,7 +103,7 @@ class SequenceClassification:
             return self.loss_weight(batch)
         return float(np.array(self.class_weights)[batch["labels"].cpu().numpy()].sum())
 
-    def scorer(self, rows: list[Row], examples: Examples) -> "ClassScorer":
+    def scorer(self, rows: Sequence[Row], examples: Examples) -> "ClassScorer":
         return ClassScorer(self.labels, rows, examples)
 
     def predictions(self, rows: list[Row], examples: Examples, logits: Logits) -> Predictions:
@@ -115,8 +117,9 @@ class SequenceClassification:
 class ClassScorer:
     """accuracy, f1, matthews, and accuracy_<kind> for each kind of text."""
 
-    def __init__(self, labels: list[str], rows: list[Row], examples: Examples) -> None:
-        self.labels, self.kinds = labels, [rows[row].kind for row in examples.row]
+    def __init__(self, labels: list[str], rows: Sequence[Row], examples: Examples) -> None:
+        kinds = [row.kind for row in rows]
+        self.labels, self.kinds = labels, [kinds[row] for row in examples.row]
         self.confusion = np.zeros((len(labels), len(labels)), dtype=np.int64)  # as in `metrics`
         self.whole_texts = WholeTexts(examples.row)
         self.correct: dict[str | None, list[bool]] = defaultdict(list)

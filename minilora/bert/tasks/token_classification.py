@@ -7,7 +7,9 @@ is tagged O, in the metrics, too.
 
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -16,19 +18,17 @@ from torch import Tensor
 from transformers import AutoModelForTokenClassification
 
 from minilora.bert.examples import NO_LABEL, Arrays, Batch, Examples, Logits, Tokenizer, by_example
+from minilora.bert.lines import bad, lines_of, not_empty
 from minilora.bert.metrics import entity_spans, precision_recall_f1, scores_by_class, softmax
 from minilora.bert.rows import (
     OBJECTS,
     Row,
-    bad,
     check_suffix,
-    lines_of,
     read_objects,
-    read_text,
     read_texts,
     text_of,
 )
-from minilora.bert.tables import Source
+from minilora.bert.tables import Records, Source
 from minilora.bert.tasks import (
     Arguments,
     Predictions,
@@ -63,19 +63,21 @@ class TokenClassification:
         self.label_all_tokens = arguments.label_all_tokens
 
     @staticmethod
-    def read_rows(path: Source, arguments: Arguments, labelled: bool) -> list[Row]:
+    def read_rows(path: Source, arguments: Arguments, labelled: bool) -> Iterator[Row]:
         """Columns, of which the first is the token and the last the tag, or objects with tokens and
         tags, or ner_tags; to be predicted, also texts.
         """
         suffix = check_suffix(path, COLUMNS + OBJECTS) if labelled else path.suffix.lower()
-        found = _sentences(path, labelled) if suffix in COLUMNS else []
-        rows = list(_objects(path, arguments, labelled) if suffix in OBJECTS else found)
-        if not rows and (labelled or suffix in COLUMNS):
-            raise MiniloraError(f"{path} is empty: it holds no sentence")
-        return rows or read_texts(path, arguments, labelled)
+        if suffix in COLUMNS:
+            return not_empty(path, _sentences(path, labelled), "sentence")
+        records = read_objects(path) if suffix in OBJECTS else partial(iter, ())
+        name = arguments.text_column or "tokens"
+        if labelled or any(isinstance(record.get(name), list) for _, record in records()):
+            return not_empty(path, _objects(path, records, arguments, labelled), "sentence")
+        return read_texts(path, arguments, labelled)
 
     @staticmethod
-    def find_labels(rows: list[Row], path: str) -> list[str]:
+    def find_labels(rows: Iterable[Row], path: str) -> list[str]:
         labels = sorted({tag for row in rows for tag in row.label})
         if len(labels) < 2:
             raise MiniloraError(f"{path} has a single tag, {labels[0]!r}: nothing to tell apart")
@@ -124,7 +126,7 @@ class TokenClassification:
     def loss_weight(self, batch: Batch) -> int:
         return int((batch["labels"] != NO_LABEL).sum())
 
-    def scorer(self, rows: list[Row], examples: Examples) -> "EntityScorer":
+    def scorer(self, rows: Sequence[Row], examples: Examples) -> "EntityScorer":
         return EntityScorer(self, rows, examples)
 
     def tags(self, row: Row, word: np.ndarray, logits: np.ndarray) -> tuple[list[str], list[float]]:
@@ -157,7 +159,7 @@ class TokenClassification:
 class EntityScorer:
     """precision, recall, f1 of entities, and accuracy of tags: seqeval's, in its default mode."""
 
-    def __init__(self, task: TokenClassification, rows: list[Row], examples: Examples) -> None:
+    def __init__(self, task: TokenClassification, rows: Sequence[Row], examples: Examples) -> None:
         self.task, self.rows, self.examples = task, rows, examples
         self.words = examples.apart("word")
         self.correct_tags, self.count = 0, 0
@@ -167,7 +169,7 @@ class EntityScorer:
     def add(self, logits: Tensor, batch: Batch) -> None:
         apart = by_example(logits.numpy(), batch)
         for example, values in zip(batch["example"].tolist(), apart, strict=True):
-            row = self.rows[self.examples.row[example]]
+            row = self.rows[int(self.examples.row[example])]
             tags, _ = self.task.tags(row, self.words[example], values)
             self.correct_tags += sum(map(str.__eq__, tags, row.label))
             self.count += len(tags)
@@ -188,7 +190,7 @@ class EntityScorer:
 
 def _sentences(path: Source, labelled: bool) -> Iterator[Row]:
     tokens, tags, start = [], [], 1
-    for line, text in [*lines_of(read_text(path)), (0, "")]:
+    for line, text in chain(lines_of(path), [(0, "")]):
         text = text.removeprefix("\ufeff")  # of a file that was appended to another
         fields = [field.strip() for field in text.split("\t")] if "\t" in text else text.split()
         if not text.strip() or fields[0] == "-DOCSTART-":
@@ -203,14 +205,11 @@ def _sentences(path: Source, labelled: bool) -> Iterator[Row]:
             tags.append(fields[-1])
 
 
-def _objects(path: Source, arguments: Arguments, labelled: bool) -> Iterator[Row]:
-    records = read_objects(path)
-    are_hubs = any("ner_tags" in record and "tags" not in record for _, record in records)
+def _objects(path: Source, records: Records, arguments: Arguments, labelled: bool) -> Iterator[Row]:
+    are_hubs = any("ner_tags" in record and "tags" not in record for _, record in records())
     usual = "ner_tags" if are_hubs else "tags"
     names = [arguments.text_column or "tokens", arguments.label_column or usual]
-    if not labelled and not any(isinstance(record.get(names[0]), list) for _, record in records):
-        return  # they are texts
-    for line, record in records:
+    for line, record in records():
         lists: list[Any] = [record.get(name) for name in names]
         for name, value in list(zip(names, lists, strict=True))[: 1 + labelled]:
             if not isinstance(value, list) or not all(isinstance(item, str) for item in value):

@@ -89,7 +89,9 @@ def test_other_files_have_a_column_of_texts(name, content, tmp_path):
 def test_a_file_of_blank_lines_is_refused(tmp_path):
     (tmp_path / "a.txt").write_text("\n  \n")
     with pytest.raises(MiniloraError, match="is empty: it holds no text"):
-        task_of("masked_lm").read_rows(tmp_path / "a.txt", TrainConfig(task="masked_lm"), True)
+        list(
+            task_of("masked_lm").read_rows(tmp_path / "a.txt", TrainConfig(task="masked_lm"), True)
+        )
 
 
 @pytest.mark.parametrize("name", ["text_pair_column", "label_column", "hf_parity"])

@@ -42,7 +42,7 @@ def rows_of(directory, name, text, labelled=True, **arguments):
     path = directory / name
     path.write_text(text)
     config = TrainConfig(task=NAME, **arguments)
-    return task_class(NAME).read_rows(path, config, labelled)
+    return list(task_class(NAME).read_rows(path, config, labelled))
 
 
 READ = {
@@ -352,6 +352,6 @@ def test_the_merged_model_is_transformers_own_with_a_sigmoid(chosen, tmp_path):
 
 
 def test_the_example_is_read():
-    rows = task_class(NAME).read_rows(TOPICS, TrainConfig(task=NAME), True)
+    rows = list(task_class(NAME).read_rows(TOPICS, TrainConfig(task=NAME), True))
     assert len(rows) == 64 and {len(row.label) for row in rows} == {0, 1, 2, 3}
     assert len(task_class(NAME).find_labels(rows, "f")) == 7

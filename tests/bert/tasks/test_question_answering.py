@@ -39,7 +39,7 @@ def squad(path, questions):
 
 
 def read(path, labelled=True, **arguments):
-    return CLASS.read_rows(path, TrainConfig(task=NAME, **arguments), labelled)
+    return list(CLASS.read_rows(path, TrainConfig(task=NAME, **arguments), labelled))
 
 
 @pytest.fixture

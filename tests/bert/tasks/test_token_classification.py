@@ -26,7 +26,8 @@ def tokenizer(tiny_model):
 def read(tmp_path):
     def read(name, text, labelled=True, **given):
         (tmp_path / name).write_text(text)
-        return TASK.read_rows(tmp_path / name, TrainConfig(task=TASK.name, **given), labelled)
+        config = TrainConfig(task=TASK.name, **given)
+        return list(TASK.read_rows(tmp_path / name, config, labelled))
 
     return read
 

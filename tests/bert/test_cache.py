@@ -1,12 +1,14 @@
 """Arrays kept between runs are the arrays that tokenising would give, or they are not used."""
 
 import dataclasses
+import tempfile
 
 import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
 from minilora import MiniloraError
+from minilora.bert.cache import mapped
 from minilora.bert.dataset import tokenize
 from minilora.bert.examples import Examples
 from minilora.bert.rows import Row
@@ -112,29 +114,91 @@ def test_a_slow_tokenizer_is_left_alone(load, calls, tmp_path, monkeypatch):
     assert len(calls) == 2 and not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("damage", ["flip", "truncate", "empty", "another"])
-def test_a_damaged_entry_is_tokenised_anew_and_replaced(damage, load, calls, tmp_path):
+def files_of(cache):
+    """What the one entry of a cache holds, by file; its lock is empty."""
+    (entry,) = (cache / "minilora").iterdir()
+    return {path: path.read_bytes() for path in entry.iterdir() if path.stat().st_size}
+
+
+@pytest.mark.parametrize("name", ["input_ids", "arrays.json"])
+@pytest.mark.parametrize("damage", ["flip", "truncate", "empty", "another", "remove"])
+def test_a_damaged_entry_is_tokenised_anew_and_replaced(damage, name, load, calls, tmp_path):
     expected = tokens(load())
-    (path,) = tmp_path.rglob("*.safetensors")
-    whole = path.read_bytes()
-    flipped = whole[:-1] + bytes([whole[-1] ^ 1])
-    path.write_bytes(
-        {"flip": flipped, "truncate": whole[:-9], "empty": b"", "another": b"{}"}[damage]
-    )
+    whole = files_of(tmp_path)
+    (path,) = (path for path in whole if path.name == name)
+    flipped = whole[path][:-1] + bytes([whole[path][-1] ^ 1])
+    damaged = {"flip": flipped, "truncate": whole[path][:-9], "empty": b"", "another": b"{}"}
+    path.unlink()  # what is mapped keeps the old file
+    if damage != "remove":
+        path.write_bytes(damaged[damage])
     assert_same(tokens(load()), expected)
-    assert len(calls) == 2 and path.read_bytes() == whole
+    assert len(calls) == 2 and files_of(tmp_path) == whole
 
 
 def test_every_flipped_byte_of_an_entry_is_noticed(load, calls, tmp_path):
     tokens(load())
-    (path,) = tmp_path.rglob("*.safetensors")
-    whole = path.read_bytes()
-    start = 8 + int.from_bytes(whole[:8], "little")  # past the header, in the arrays
-    for position in range(start, len(whole)):
-        made = len(calls)
-        path.write_bytes(whole[:position] + bytes([whole[position] ^ 1]) + whole[position + 1 :])
-        tokens(load())
-        assert len(calls) == made + 1, position
+    for path, whole in files_of(tmp_path).items():
+        # A long hash needs no trial of each digit.
+        for position in range(0, len(whole), 1 + len(whole) // 100):
+            made, flipped = len(calls), bytes([whole[position] ^ 1])
+            path.unlink()
+            path.write_bytes(whole[:position] + flipped + whole[position + 1 :])
+            tokens(load())
+            assert len(calls) == made + 1, (path.name, position)
+
+
+def test_what_is_kept_lies_in_files_that_cannot_be_written_to(load, calls, tmp_path):
+    for _ in range(2):  # made, and found
+        kept = tokens(load())
+        assert isinstance(kept.input_ids, np.memmap) and isinstance(kept.labels, np.memmap)
+        with pytest.raises(ValueError, match="read-only"):
+            kept.input_ids[0] = 1
+    assert not isinstance(tokens(load(), keep=False).input_ids, np.memmap)
+    assert len(calls) == 2
+
+
+def test_without_a_place_to_keep_them_arrays_lie_in_a_nameless_file_or_in_memory(
+    load, calls, monkeypatch, tmp_path
+):
+    expected = tokens(load())
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    (tmp_path / "temporary").mkdir()
+    for place, kind in (("temporary", np.memmap), ("gone", np.ndarray)):
+        monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / place))
+        found = tokens(load())
+        assert type(found.input_ids) is kind and np.array_equal(found.labels, expected.labels)
+        assert np.array_equal(found.input_ids, expected.input_ids)
+        assert not list((tmp_path / "temporary").iterdir())
+    assert len(calls) == 3
+
+
+def test_two_that_make_the_same_entry_at_once_get_the_same(calls, tmp_path):
+    numbers = np.arange(5)
+
+    def first():
+        yield {"numbers": numbers[:2]}
+        assert np.array_equal(mapped("key", second)["numbers"], numbers)
+        yield {"numbers": numbers[2:]}
+
+    def second():
+        yield {"numbers": numbers}
+
+    found = mapped("key", first)["numbers"]
+    assert np.array_equal(found, numbers) and len(list((tmp_path / "minilora").iterdir())) == 1
+
+    def never():
+        raise AssertionError("it is kept")
+        yield
+
+    assert np.array_equal(mapped("key", never)["numbers"], numbers)
+    assert np.array_equal(found, numbers)  # whose files have lost their names
+
+
+def test_what_a_killed_process_left_in_the_cache_is_removed(load, calls, tmp_path):
+    (tmp_path / "minilora" / f".tmp-{'a' * 64}-0123abcd").mkdir(parents=True)
+    tokens(load())
+    assert len(list((tmp_path / "minilora").iterdir())) == 1
 
 
 def test_a_cache_that_cannot_be_written_is_no_error(load, calls, monkeypatch, tmp_path):

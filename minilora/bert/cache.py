@@ -9,11 +9,14 @@ cannot be kept, they lie in nameless files of the temporary directory; without o
 """
 
 import contextlib
+import functools
 import hashlib
 import json
 import mmap
 import os
+import shutil
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -22,12 +25,11 @@ import numpy as np
 
 from minilora.bert.examples import Arrays
 from minilora.errors import MiniloraError
-from minilora.files import exclusive, remove_directory, scratch_directory, sweep_leftovers
+from minilora.files import is_leftover, remove_directory, scratch_directory
 from minilora.reading import read_json
 
-# Part of the key: raised whenever the meaning of the arrays changes, or what a file is read as.
-FORMAT = 5
 INDEX = "arrays.json"  # written last
+DAY = 24 * 60 * 60  # seconds; what is older and unfinished was left by a killed process
 
 Pieces = Callable[[], Iterator[Arrays]]
 
@@ -67,17 +69,28 @@ def digest(value: Any) -> str:
 
 def _entry_of(key: Any) -> Path | None:
     home = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))
-    return home / "minilora" / digest([FORMAT, key]) if home.is_absolute() else None
+    return home / "minilora" / digest([_code(), key]) if home.is_absolute() else None
+
+
+@functools.cache
+def _code() -> str:
+    # Of all that reads files, tokenises and labels: what it makes may change with any line of it.
+    found = hashlib.sha256()
+    for file in sorted(Path(__file__).parent.rglob("*.py")):
+        found.update(file.read_bytes())
+    return found.hexdigest()
 
 
 def _keep(entry: Path, pieces: Iterator[Arrays]) -> Arrays:
     entry.parent.mkdir(parents=True, exist_ok=True)
-    sweep_leftovers(entry.parent)
-    with scratch_directory(entry) as directory, exclusive(directory):
+    for other in entry.parent.iterdir():
+        if is_leftover(other.name) and other.stat().st_mtime < time.time() - DAY:
+            shutil.rmtree(other)
+    with scratch_directory(entry) as directory:
         arrays = _write(directory, pieces)
         # Where another process was faster, its arrays are the same: ours go without a name.
         with contextlib.suppress(OSError):
-            if entry.exists():
+            if entry.exists() and _read(entry) is None:
                 remove_directory(entry)
             os.rename(directory, entry)
         return arrays

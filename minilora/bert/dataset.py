@@ -71,7 +71,8 @@ def _pieces(
 def tokens_fingerprint(examples: Examples) -> str:
     """SHA-256 of what a run sees of its texts."""
     found = hashlib.sha256()
-    for array in (examples.offsets, examples.input_ids, examples.token_type_ids, examples.labels):
+    told = (examples.offsets, examples.input_ids, examples.token_type_ids, examples.labels)
+    for array in (*told, *(examples.extra[name] for name in sorted(examples.extra))):
         if array is not None:
             found.update(np.ascontiguousarray(array).data)
             cache.release(array)

@@ -61,9 +61,10 @@ class Padded(nn.Module):
         """
         names = ("input_ids", "token_type_ids", "attention_mask")
         inputs = {name: batch[name] for name in names if name in batch}
-        if "masked" not in batch:
-            return logits_of(self.model(**inputs))
-        x = self.model.base_model(**inputs)[0].flatten(0, 1)  # (B * T, D)
+        with made_again():
+            if "masked" not in batch:
+                return logits_of(self.model(**inputs))
+            x = self.model.base_model(**inputs)[0].flatten(0, 1)  # (B * T, D)
         return headed(self.model, x[batch["masked"]][None])[0]
 
 

@@ -1,5 +1,6 @@
 """The data of a run: its files read together, and what their labels mean."""
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -44,7 +45,7 @@ def read_splits(arguments: Arguments) -> Splits:
         asked = {split: getattr(arguments, f"{split}_split_name") for split in left}
         sources |= read_dataset(dataset, arguments.dataset_config_name, asked)
     for source in sources.values():
-        if isinstance(source, Path) and not source.is_file():
+        if isinstance(source, Path) and not os.path.isfile(source):
             list(task.read_rows(source, arguments, True))  # raises: it knows what is allowed
     fingerprints = {split: file_fingerprint(source) for split, source in sources.items()}
     rows = {s: store_rows(file, task, arguments, fingerprints[s]) for s, file in sources.items()}

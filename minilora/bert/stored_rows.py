@@ -94,7 +94,7 @@ def tokens_key(
     tokenizer("", truncation=True, max_length=max_length)
     state = tokenizer.backend_tokenizer.to_str()  # pyright: ignore
     names = [type(tokenizer).__name__, tokenizer.model_input_names, tokenizer.truncation_side]
-    names.append(tokenizer.split_special_tokens)
+    names += [tokenizer.split_special_tokens, tokenizer.all_special_tokens, tokenizer.mask_token]
     content = rows.key if isinstance(rows, StoredRows) else _values(rows)
     return ["tokens", task.name, vars(task), max_length, names, state, content]
 

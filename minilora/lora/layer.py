@@ -121,9 +121,8 @@ class LoRALinear(Wrapper):
             # are converted. Gradients reach the float32 A and B; the optimizer sees none rounded.
             dtype, shape = result.dtype, result.shape
             A, B = lora.lora_A.weight.to(dtype), lora.lora_B.weight.to(dtype)
-            out_features, r = B.shape
-            after_A = F.linear(lora.lora_dropout(x.to(dtype)), A) * lora.scaling  # (..., r)
-            rows, after_A = result.reshape(-1, out_features), after_A.reshape(-1, r)
+            x, rows = x.to(dtype).reshape(-1, A.shape[1]), result.reshape(-1, len(B))  # (N, ...)
+            after_A = F.linear(lora.lora_dropout(x), A) * lora.scaling  # (N, r)
             # B^T in its own order: its gradient is then a product of r rows, five times as fast.
             return torch.addmm(rows, after_A, B.t().contiguous()).view(shape)
         # PEFT's order. Over a bfloat16 base all of x is raised to float32 and so is the sum, which

@@ -3,6 +3,7 @@
 What goes wrong with them is said, and training goes on without them, the same to the last bit.
 """
 
+import math
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -44,7 +45,8 @@ class Curves:
                 evaluated = {f"eval/{n[5:]}": row[n] for n in row if n.startswith("eval_")}
                 trained = {f"train/{name}": row[name] for name in row if name != "step"}
                 for tag, value in (evaluated or trained).items():
-                    self.writer.add_scalar(tag, value, row["step"])
+                    # In the file null stands for NaN.
+                    self.writer.add_scalar(tag, math.nan if value is None else value, row["step"])
             self.writer.flush()
         except Exception as error:  # no curve is worth a run
             self.is_on = False

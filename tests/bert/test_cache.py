@@ -1,13 +1,16 @@
 """Arrays kept between runs are the arrays that tokenising would give, or they are not used."""
 
 import dataclasses
+import os
 import tempfile
+import time
 
 import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
 from minilora import MiniloraError
+from minilora.bert import cache
 from minilora.bert.cache import mapped
 from minilora.bert.dataset import tokenize
 from minilora.bert.examples import Examples
@@ -196,9 +199,15 @@ def test_two_that_make_the_same_entry_at_once_get_the_same(calls, tmp_path):
 
 
 def test_what_a_killed_process_left_in_the_cache_is_removed(load, calls, tmp_path):
-    (tmp_path / "minilora" / f".tmp-{'a' * 64}-0123abcd").mkdir(parents=True)
+    old, new = (
+        tmp_path / "minilora" / f".tmp-{'a' * 64}-{end}" for end in ("01234567", "89abcdef")
+    )
+    for directory in (old, new):
+        directory.mkdir(parents=True)
+    a_day_ago = time.time() - cache.DAY - 1
+    os.utime(old, (a_day_ago, a_day_ago))
     tokens(load())
-    assert len(list((tmp_path / "minilora").iterdir())) == 1
+    assert not old.exists() and new.exists()  # which a live process may be filling
 
 
 def test_a_cache_that_cannot_be_written_is_no_error(load, calls, monkeypatch, tmp_path):
@@ -220,3 +229,10 @@ def test_without_a_home_nothing_is_kept(load, calls, monkeypatch, tmp_path):
     monkeypatch.setattr("os.path.expanduser", lambda path: path)
     monkeypatch.chdir(tmp_path)
     assert len(tokens(load())) == 2 and not list(tmp_path.iterdir())
+
+
+def test_entries_of_other_code_are_not_taken(load, calls, monkeypatch):
+    tokens(load())
+    monkeypatch.setattr(cache, "_code", lambda: "of a reader that was mended")
+    tokens(load())
+    assert len(calls) == 2

@@ -443,6 +443,13 @@ def test_what_was_changed_beside_the_weights_of_the_base_is_refused(
         fine_tune(TrainConfig(resume_from_checkpoint=str(out)))
 
 
+def test_a_test_file_may_be_given_to_a_resume(tmp_path, tiny_model, sentences):
+    out = tmp_path / "run"
+    fine_tune(TrainConfig(**arguments(tiny_model, sentences, output_dir=str(out), max_steps=1)))
+    given = {"resume_from_checkpoint": str(out), "test_file": str(sentences[1])}
+    assert "test_accuracy" in fine_tune(TrainConfig(**given)).metrics
+
+
 def test_a_run_of_an_older_version_which_recorded_weights_alone_is_resumed(
     tmp_path, tiny_model, sentences
 ):

@@ -42,6 +42,7 @@ QUICK = {
     "repeats": 1, "fresh_repeats": 1, "steps": 5, "large_steps": 4, "large_batch": 8, "texts": 96,
     "saves": 5, "passes": 3,
 }  # fmt: skip
+LEAST_STEPS = measured.WARM_UP + 2  # so that there is one to time
 # Of a CPU's many flags, those on which the speed of matrix products depends.
 FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16")
 
@@ -388,7 +389,10 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--plot", action="store_true", help="draw docs/figures/speed-*.svg, too")
     parser.add_argument("--table", type=Path, help="print an earlier JSON's, and measure nothing")
-    return parser.parse_args()
+    asked = parser.parse_args()
+    if min(asked.steps or FULL["steps"], asked.large_steps or FULL["large_steps"]) < LEAST_STEPS:
+        parser.error(f"--steps and --large_steps must be at least {LEAST_STEPS}")
+    return asked
 
 
 def with_defaults(asked: argparse.Namespace, work: Path) -> argparse.Namespace:

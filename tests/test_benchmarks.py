@@ -78,7 +78,7 @@ def test_a_run_prints_every_row_and_writes_the_same_numbers(tiny_model, tmp_path
     pytest.importorskip("peft")
     train = write_sentences(tmp_path / "train.tsv", 200, seed=1, header=False)
     flags = [
-        "--repeats", "1", "--fresh_repeats", "1", "--steps", "4", "--large_steps", "3",
+        "--repeats", "1", "--fresh_repeats", "1", "--steps", "4", "--large_steps", "4",
         "--large_batch", "4", "--texts", "96", "--saves", "3", "--passes", "2",
         "--model", tiny_model, "--base_model", tiny_model,
         "--train", train, "--validation", train, "--output", tmp_path / "results",

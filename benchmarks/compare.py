@@ -35,7 +35,7 @@ PADDED, SORTED = "PEFT, padded", "PEFT, sorted by length, padded"
 # Repeats of a row, and of one that starts fresh processes; optimizer steps of a block (measured.WARM_UP of them are
 # not timed), the same of the large model, and its batch; texts to predict; saves; passes of the library alone.
 FULL = {
-    "repeats": 3, "fresh_repeats": 3, "steps": 14, "large_steps": 5, "large_batch": 16, "texts": 1000,
+    "repeats": 3, "fresh_repeats": 2, "steps": 14, "large_steps": 5, "large_batch": 16, "texts": 1000,
     "saves": 15, "passes": 20,
 }  # fmt: skip
 QUICK = {

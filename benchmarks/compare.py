@@ -116,9 +116,11 @@ def training(bench: Bench, name: str, settings: dict) -> Row:
 
 
 def training_rows(bench: Bench) -> Iterable[Row]:
+    from minilora.starting_model import emulates_bfloat16
+
     yield training(bench, f"training, {bench.small}, float32", {})
     name = f"training, {bench.small}, bfloat16"
-    if emulates_bfloat16():
+    if emulates_bfloat16():  # a step of either contestant takes twenty times float32's
         yield Row(name, "ms a step", "less", note="not measured: this CPU emulates bfloat16")
     else:
         yield training(bench, name, {"dtype": "bfloat16"})
@@ -337,12 +339,6 @@ def cpu() -> dict:
         "cores": cores,
         "threads": threads,
     }
-
-
-def emulates_bfloat16() -> bool:
-    """Whether its products take twenty times those of float32, in either contestant."""
-    has = {"avx512_bf16", "amx_bf16"} & set(cpu()["flags"])
-    return platform.machine() == "x86_64" and not has
 
 
 def commit() -> str:

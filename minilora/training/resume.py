@@ -177,8 +177,10 @@ def check_same_inputs(plan: ResumePlan, record: RunRecord) -> None:
     if settings:
         told = ", ".join(f"{name} {old[name]} -> {new[name]}" for name in settings)
         changed.append(f"config.json of the base model ({told})")
-    tokens = {*began.tokens_sha256.items()} - {*record.tokens_sha256.items()}
-    if not changed and any(split in record.tokens_sha256 for split, _ in tokens):
+    kept = began.tokens_sha256.items()
+    if not changed and any(
+        record.tokens_sha256.get(split, found) != found for split, found in kept
+    ):
         changed.append("tokenizer of the base model (it makes other tokens of the same text)")
     if changed:
         reason = f"not what the run began with: {', '.join(changed)}"

@@ -118,7 +118,7 @@ def test_a_slow_tokenizer_is_left_alone(load, calls, tmp_path, monkeypatch):
 
 
 def files_of(cache):
-    """What the one entry of a cache holds, by file; its lock is empty."""
+    """What the one entry of a cache holds, by file."""
     (entry,) = (cache / "minilora").iterdir()
     return {path: path.read_bytes() for path in entry.iterdir() if path.stat().st_size}
 
@@ -234,5 +234,14 @@ def test_without_a_home_nothing_is_kept(load, calls, monkeypatch, tmp_path):
 def test_entries_of_other_code_are_not_taken(load, calls, monkeypatch):
     tokens(load())
     monkeypatch.setattr(cache, "_code", lambda: "of a reader that was mended")
+    tokens(load())
+    assert len(calls) == 2
+
+
+def test_the_mask_of_the_tokenizer_is_part_of_the_key(load, calls):
+    tokens(load())
+    other = load()
+    other.mask_token = "[UNK]"
+    tokens(other)
     tokens(load())
     assert len(calls) == 2

@@ -1,6 +1,8 @@
 """Curves show what metrics.jsonl says, each step once, and never touch the run."""
 
+import dataclasses
 import json
+import math
 import shutil
 import sys
 
@@ -10,6 +12,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from minilora import MiniloraError, TrainConfig
 from minilora.fine_tuning import run_fine_tuning
 from minilora.trained.directory import inspect_directory
+from minilora.training.record import RunRecord
+from minilora.training.tensorboard import Curves
 from tests.conftest import read_rows
 
 
@@ -91,6 +95,18 @@ def test_curves_that_begin_with_a_resume_begin_with_the_rows_before_it(train):
     shutil.rmtree(out / "checkpoint-6")
     resume(out, report_to="tensorboard")
     assert curves_of(out) == curves_in(read_rows(out, timing=True))
+
+
+def test_a_value_that_was_no_number_ends_no_curve(train):
+    out = train(report_to="none")
+    with (out / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 7, "loss": null}\n')  # as NaN is written
+    record = RunRecord.read(out)
+    asked = dataclasses.replace(record.arguments, report_to="tensorboard")
+    curves = Curves(out, dataclasses.replace(record, arguments=asked))
+    curves.append({"step": 8, "loss": 1.0})
+    *_, (step, value), last = curves_of(out)["train/loss"]
+    assert step == 7 and math.isnan(value) and last == (8, 1.0)
 
 
 def test_a_run_is_the_same_to_the_last_bit_with_and_without_curves(train):

@@ -118,18 +118,20 @@ def training(bench: Bench, name: str, settings: dict) -> Row:
 def training_rows(bench: Bench) -> Iterable[Row]:
     from minilora.starting_model import emulates_bfloat16
 
-    yield training(bench, f"training, {bench.small}, float32", {})
-    name = f"training, {bench.small}, bfloat16"
-    if emulates_bfloat16():  # a step of either contestant takes twenty times float32's
-        yield Row(name, "ms a step", "less", note="not measured: this CPU emulates bfloat16")
-    else:
-        yield training(bench, name, {"dtype": "bfloat16"})
-    name = f"training, {bench.small}, tags of tokens"
-    if bench.asked.ner_train is None:
-        yield Row(name, "ms a step", "less", note="not measured: no --ner_train")
-    else:
-        tags = {"train": bench.asked.ner_train, "task": "token_classification"}
-        yield training(bench, name, tags)
+    small = f"training, {bench.small}"
+    tags = {"train": bench.asked.ner_train, "task": "token_classification"}
+    for name, of_task in ((small, {}), (f"{small}, tags of tokens", tags)):
+        for dtype in ("float32", "bfloat16"):
+            lacks = None
+            if of_task and bench.asked.ner_train is None:
+                lacks = "no --ner_train"
+            elif dtype == "bfloat16" and emulates_bfloat16():  # twenty times as slow, both
+                lacks = "this CPU emulates bfloat16"
+            if lacks:
+                note = f"not measured: {lacks}"
+                yield Row(f"{name}, {dtype}", "ms a step", "less", note=note)
+            else:
+                yield training(bench, f"{name}, {dtype}", {**of_task, "dtype": dtype})
 
 
 def same_length_rows(bench: Bench) -> Iterable[Row]:
@@ -141,7 +143,7 @@ def same_length_rows(bench: Bench) -> Iterable[Row]:
     name = f"training, {bench.small}, all texts of {length} tokens"
     yield row(name, "ms a step", found, "seconds_per_step", 1000)
 
-    base = bench.asked.base_model or bert_base_shape(bench.asked.model, bench.work)
+    base = bench.asked.base_model or bert_shape(bench.asked.model, bench.work / "bert-base-shape")
     length = min(128, positions(base))
     large = {
         **bench.settings, "model": base, "train": texts_of(bench, "long.tsv", length), "max_length": length,
@@ -220,9 +222,10 @@ def start_rows(bench: Bench) -> Iterable[Row]:
     yield row("resume: command to end of first step", "s", found, "seconds")
 
 
-ROWS = (
-    training_rows, same_length_rows, parity_row, library_row, inference_rows, save_row, start_rows,
-)  # fmt: skip
+ROWS = {
+    "training": training_rows, "same_length": same_length_rows, "parity": parity_row, "library": library_row,
+    "inference": inference_rows, "save": save_row, "start": start_rows,
+}  # fmt: skip
 
 
 def prepare(bench: Bench) -> None:
@@ -282,17 +285,17 @@ def positions(model: str) -> int:
     return AutoConfig.from_pretrained(model).max_position_embeddings
 
 
-def bert_base_shape(like: str, work: Path) -> str:
-    """A BERT-base with random weights, and the tokenizer of `like`."""
+def bert_shape(like: str, directory: Path, **sizes: int) -> str:
+    """In a new directory, a BERT with random weights, by default of BERT-base's sizes, and the tokenizer of `like`."""
     import torch
     from transformers import AutoTokenizer, BertConfig, BertModel, logging
 
     logging.disable_progress_bar()
     tokenizer = AutoTokenizer.from_pretrained(like)
     torch.manual_seed(0)
-    BertModel(BertConfig(vocab_size=len(tokenizer))).save_pretrained(work / "bert-base-shape")
-    tokenizer.save_pretrained(work / "bert-base-shape")
-    return str(work / "bert-base-shape")
+    BertModel(BertConfig(vocab_size=len(tokenizer), **sizes)).save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    return str(directory)
 
 
 def texts_of(bench: Bench, name: str, words: int) -> str:
@@ -353,8 +356,8 @@ def results(asked: argparse.Namespace, work: Path) -> dict:
     machine, start = {**cpu(), "load_before": os.getloadavg()[0]}, time.time()
     bench, rows = Bench(asked, work), []
     prepare(bench)
-    for measure in ROWS:
-        for new in measure(bench):
+    for name in asked.rows:
+        for new in ROWS[name](bench):
             rows.append(new)
             print(f"{time.time() - start:4.0f} s  {new.name}", file=sys.stderr, flush=True)
     machine["load_after"] = os.getloadavg()[0]
@@ -378,6 +381,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--model", help="a directory; by default the packaged MiniLM")
     parser.add_argument("--base_model", help="a directory; by default random weights of BERT-base")
     parser.add_argument("--quick", action="store_true", help="fewer steps and repeats")
+    parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), help="only these")
     for name, value in FULL.items():
         parser.add_argument(f"--{name}", type=int, help=f"by default {value}, quick {QUICK[name]}")
     parser.add_argument(

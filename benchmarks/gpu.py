@@ -1,11 +1,12 @@
 """minilora beside HF Trainer + PEFT on one GPU: the same data, model and hyper-parameters.
 
-    python benchmarks/gpu.py --train train.tsv --model DIRECTORY               some four minutes
+    python benchmarks/gpu.py --train train.tsv --model DIRECTORY [--only "base, bfloat16, batch (32|128)"]
     python benchmarks/gpu.py --train train.tsv --model DIRECTORY --profile     where a step's time goes
 
 The file holds headerless `text<TAB>label` lines; DIRECTORY a BERT and its tokenizer. In one process, so
 that a contestant's start is paid once: each trains a block of steps from the beginning, in turn, `--repeats`
-times over. Prints medians of examples per second, their spread, ratios and peak GPU memory; rows where
+times over; the first `--warm_up` steps of a block, in which kernels are chosen, compiled and recorded, are not timed,
+and how long a whole block took is printed, too. Prints medians of examples per second, their spread, ratios and peak GPU memory; rows where
 minilora loses are printed like the others. The last line is JSON.
 """
 
@@ -14,18 +15,28 @@ import contextlib
 import gc
 import io
 import json
+import re
 import statistics
 import sys
 import tempfile
 import time
 from pathlib import Path
 
+import measured
 import torch
 import transformers
-from compare import QUERY_VALUE, bert_base_shape
+from compare import QUERY_VALUE, bert_shape
 from measured import minilora, trainer
 
 LONGEST = 128
+LARGE = {
+    "hidden_size": 1024,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+    "intermediate_size": 4096,
+}
+# What is not BERT-base's; None is the model as it was given.
+SHAPES = {"MiniLM": None, "BERT-base": {}, "BERT-large": LARGE}
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # the latter to try the script itself
 
 
@@ -34,7 +45,9 @@ def contestants(dtype: str) -> dict:
     return {
         "minilora": (minilora, {"dtype": dtype}),
         "minilora, padded": (minilora, {"dtype": dtype, "batching": "padded"}),
+        "minilora, compiled": (minilora, {"dtype": dtype, "torch_compile": True}),
         "Trainer + PEFT": (trainer, {"dtype": dtype}),
+        "Trainer + PEFT, compiled": (trainer, {"dtype": dtype, "torch_compile": True}),
         "Trainer + PEFT, grouped": (trainer, {"dtype": dtype, "grouped": True}),
     }
 
@@ -45,10 +58,13 @@ def block(function, settings: dict) -> dict:
     if DEVICE == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
+    start = time.time()
     with quiet():
         found = function(**settings, device=DEVICE)
+    seconds = time.time() - start
     memory = torch.cuda.max_memory_allocated() / 1e6 if DEVICE == "cuda" else 0.0
-    return {"per_second": settings["batch"] / found["seconds_per_step"], "memory": memory}
+    per_second = settings["batch"] / found["seconds_per_step"]
+    return {"per_second": per_second, "memory": memory, "seconds": seconds}
 
 
 @contextlib.contextmanager
@@ -57,11 +73,13 @@ def quiet():
         yield
 
 
-def row(title: str, settings: dict, dtype: str, repeats: int) -> dict:
+def row(title: str, settings: dict, dtype: str, asked: argparse.Namespace) -> dict:
     """Every contestant in turn, `repeats` times over, printed."""
-    found: dict[str, list[dict]] = {label: [] for label in contestants(dtype)}
-    for _ in range(repeats):
-        for label, (function, own) in contestants(dtype).items():
+    chosen = [label for label in contestants(dtype) if re.fullmatch(asked.contestants, label)]
+    found: dict[str, list[dict]] = {label: [] for label in chosen}
+    for _ in range(asked.repeats):
+        for label in chosen:
+            function, own = contestants(dtype)[label]
             found[label].append(block(function, {**settings, **own}))
     print(f"\n{title}")
     medians = {}
@@ -70,9 +88,10 @@ def row(title: str, settings: dict, dtype: str, repeats: int) -> dict:
         medians[label] = statistics.median(speeds)
         memory = max(result["memory"] for result in results)
         spread = f"{min(speeds):.0f} to {max(speeds):.0f}"
-        ratio = medians["minilora"] / medians[label]
+        ratio = medians[chosen[0]] / medians[label]
+        took = ", ".join(f"{result['seconds']:.0f}" for result in results)
         print(f"  {label:26}{medians[label]:7.0f} examples/s  ({spread})  {memory:6.0f} MB  "
-              f"minilora is {ratio:.2f} x as fast", flush=True)  # fmt: skip
+              f"{chosen[0]} is {ratio:.2f} x as fast; blocks of {took} s", flush=True)  # fmt: skip
     return {title: found}
 
 
@@ -99,31 +118,38 @@ def main() -> None:
     parser.add_argument("--train", required=True)
     parser.add_argument("--model", required=True)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=40)
-    parser.add_argument("--batches", type=int, nargs="+", default=[32, 128])
-    parser.add_argument("--only", default="", help="rows whose title holds this text")
+    parser.add_argument("--steps", type=int, default=120)
+    parser.add_argument("--warm_up", type=int, default=60, help="of them, not timed")
+    parser.add_argument("--batches", type=int, nargs="+", default=[32, 128, 512])
+    parser.add_argument("--only", default="", help="rows in whose title this pattern is found")
+    parser.add_argument("--contestants", default=".*", help="those whose names match this pattern")
     parser.add_argument("--profile", action="store_true")
     asked = parser.parse_args()
     name = torch.cuda.get_device_name() if DEVICE == "cuda" else "no GPU"
     print(f"{name}, torch {torch.__version__}, transformers {transformers.__version__}")
     assert not torch.backends.cuda.matmul.allow_tf32
     transformers.logging.set_verbosity_error()
+    measured.WARM_UP = asked.warm_up
     start, table = time.time(), {}
     with tempfile.TemporaryDirectory() as directory:
-        models = {"MiniLM": asked.model, "BERT-base": bert_base_shape(asked.model, Path(directory))}
         for shape, dtype, batch in [
-            (s, d, b) for s in models for d in ("float32", "bfloat16") for b in asked.batches
+            (s, d, b) for s in SHAPES for d in ("float32", "bfloat16") for b in asked.batches
         ]:
-            title = f"{shape}, {dtype}, batch {batch}"
+            title, model = f"{shape}, {dtype}, batch {batch}", Path(asked.model)
+            if not re.search(asked.only, title):
+                continue
+            if SHAPES[shape] is not None:
+                model = Path(directory, shape)
+                model.exists() or bert_shape(asked.model, model, **SHAPES[shape])
             settings = {
-                "model": models[shape], "train": asked.train, "steps": asked.steps, "batch": batch,
+                "model": str(model), "train": asked.train, "steps": asked.steps, "batch": batch,
                 "accumulation": 1, "max_length": LONGEST, "targets": QUERY_VALUE,
             }  # fmt: skip
-            if asked.only in title and not asked.profile:
-                table |= row(title, settings, dtype, asked.repeats)
-            elif asked.only in title:
-                for label in ("minilora", "minilora, padded", "Trainer + PEFT"):
-                    profile(settings, label, dtype)
+            if not asked.profile:
+                table |= row(title, settings, dtype, asked)
+                continue
+            for label in ("minilora", "minilora, padded", "Trainer + PEFT"):
+                profile(settings, label, dtype)
     print(f"\n{time.time() - start:.0f} s in all")
     print(json.dumps(table))
 

@@ -2,7 +2,7 @@
 
     python benchmarks/profile_step.py --train train.tsv [--dtypes float32 bfloat16] [--output FILE.json]
 
-MiniLM ([demo] extra), batch 32, r=8 on query and value, packed; the command's own run, under torch.profiler. That counts
+MiniLM ([demo] extra, or the directory `--model`), batch 32, r=8 on query and value, packed; the command's own run, under torch.profiler. That counts
 each operator's milliseconds without those that it calls, adds some microseconds to each call, and does not see
 numpy, which draws the masks. `--table FILE` prints again what was written.
 """
@@ -16,12 +16,11 @@ WARM_UP, STEPS, BATCH, SHOWN = 3, 8, 32, 24
 PRODUCTS = ("aten::addmm", "aten::mm")
 
 
-def operators(train: str, dtype: str) -> dict[str, tuple[float, float]]:
+def operators(model: str, train: str, dtype: str) -> dict[str, tuple[float, float]]:
     """Milliseconds and calls a step of each operator, the most costly first."""
     import measured
     from torch.profiler import ProfilerActivity, profile
 
-    from minilora.bert import load
     from minilora.training import loop
 
     profiler, step, taken = profile(activities=[ProfilerActivity.CPU]), loop.training_step, []
@@ -35,7 +34,7 @@ def operators(train: str, dtype: str) -> dict[str, tuple[float, float]]:
         return taken[-1]
 
     settings = {
-        "model": str(load.packaged_model()), "train": train, "steps": WARM_UP + STEPS, "batch": BATCH,
+        "model": model, "train": train, "steps": WARM_UP + STEPS, "batch": BATCH,
         "accumulation": 1, "dtype": dtype, "max_length": 128, "targets": ["query", "value"],
     }  # fmt: skip
     loop.training_step = profiled
@@ -73,6 +72,7 @@ def figures(cells) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--train", help="headerless tsv of `text<TAB>label`")
+    parser.add_argument("--model", help="a directory; by default the packaged MiniLM")
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
     parser.add_argument("--output", type=Path, help="where to write the numbers as JSON")
     parser.add_argument("--table", type=Path, help="print such a file, and measure nothing")
@@ -83,10 +83,13 @@ def main() -> None:
     import compare
     from table import versions
 
+    from minilora.bert.load import packaged_model
+
+    model = asked.model or str(packaged_model())
     results = {
         "date": datetime.date.today().isoformat(), "commit": compare.commit(), "machine": compare.cpu(),
         "versions": versions(), "texts": "/".join(Path(asked.train).parts[-2:]),
-        "operators": {dtype: operators(asked.train, dtype) for dtype in asked.dtypes},
+        "operators": {dtype: operators(model, asked.train, dtype) for dtype in asked.dtypes},
     }  # fmt: skip
     if asked.output:
         asked.output.write_text(json.dumps(results, indent=1) + "\n")

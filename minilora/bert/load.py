@@ -115,6 +115,8 @@ def packaged_model() -> Path:
         raise MiniloraError(f"the packaged model is not installed: {how}")
     directory = Path(spec.submodule_search_locations[0]) / "model"
     weights = directory / "model.safetensors"
+    if not weights.is_file():
+        raise MiniloraError(f"{weights} is missing: install minilora[demo] anew")
     with weights.open("rb") as file:
         found = hashlib.file_digest(file, "sha256").hexdigest()
     if found != PACKAGED_SHA256:

@@ -50,7 +50,8 @@ def write_report(runs: Sequence[str | Path], output: str | Path) -> list[str]:
         raise MiniloraError(f"{output}: there is no such directory to write to")
     found = [read_run(Path(run), label) for run, label in zip(runs, labels_of(runs), strict=True)]
     if not any(run.curves for run in found):
-        raise MiniloraError(f"{', '.join(map(str, runs))}: no row has been logged yet; train first")
+        advice = "train first, or with smaller --logging_steps"
+        raise MiniloraError(f"{', '.join(map(str, runs))}: no row has been logged yet; {advice}")
     write_file(output, page_of(found).encode(errors="replace"))
     return [run.label for run in found]
 

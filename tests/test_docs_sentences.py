@@ -28,7 +28,7 @@ from tests.test_hostile_flags import actions_of
 # Of torchrun, of the Hub's client, of the examples and benchmarks.
 OTHERS = {
     "--answers", "--exclude", "--help", "--local-dir", "--max-restarts", "--nnodes",
-    "--nproc_per_node", "--quick", "--rdzv", "--rdzv_backend", "--rdzv_endpoint",
+    "--nproc_per_node", "--quick", "--rows", "--rdzv", "--rdzv_backend", "--rdzv_endpoint",
     "--shutdown-timeout", "--table", "--version",
 }  # fmt: skip
 FLAGS = {each: {f for a in actions_of(each) for f in a.option_strings} for each in COMMANDS}

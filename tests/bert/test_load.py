@@ -280,6 +280,9 @@ def test_packaged_weights_that_are_not_the_official_ones_are_refused(monkeypatch
     )
     with pytest.raises(MiniloraError, match="the official file 53aa5117"):
         packaged_model()
+    (tmp_path / "model" / "model.safetensors").unlink()
+    with pytest.raises(MiniloraError, match="is missing: install"):
+        packaged_model()
 
 
 def damaged(tiny_model, tmp_path, name, data):

@@ -26,7 +26,9 @@ BAD_INPUT = 2
 INTERRUPTED = 128  # plus the signal's number, as shells count
 LONGEST_LINE = 2000
 # What torch says, in a RuntimeError, where an argument asks for more memory than there can be.
-NO_MEMORY = re.compile(r"can't allocate memory|not enough memory|size calculation overflowed")
+NO_MEMORY = re.compile(
+    r"can't allocate memory|not enough memory|size calculation overflowed|out of memory"
+)
 # What a path can be that nobody can open: the user's words, not the disk.
 NO_NAMES = (errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EISDIR, errno.EEXIST)
 # Which page of docs/ explains what is raised in which rooms, or functions of theirs: the first that

@@ -5,6 +5,7 @@ import signal
 import threading
 
 import pytest
+import torch
 
 from minilora import MiniloraError
 from minilora.command import Parser, run_command, stop_signals
@@ -33,17 +34,23 @@ def raises(error: BaseException):
     return main
 
 
+NO_MEMORY = (
+    "error: not enough memory: give a lower rank, batch size or max_length"
+    " (see docs/troubleshooting.md#out-of-memory)\n"
+)
+
+
 @pytest.mark.parametrize(
     ("main", "code", "said"),
     [
         (lambda: 3, 3, ""),
         (raises(MiniloraError("bad\n  file")), 2, "error: bad file\n"),
         (raises(OSError(28, "No space left", "out/a")), 1, "error: out/a: No space left\n"),
+        (raises(MemoryError()), 2, NO_MEMORY),
         (
-            raises(MemoryError()),
+            raises(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")),
             2,
-            "error: not enough memory: give a lower rank, batch size or max_length"
-            " (see docs/troubleshooting.md#out-of-memory)\n",
+            NO_MEMORY,
         ),
         (raises(KeyboardInterrupt()), 130, "interrupted\n"),
         (lambda: signal.raise_signal(signal.SIGTERM), 143, ""),

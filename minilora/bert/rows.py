@@ -13,12 +13,13 @@ blank one, too. Blank lines of other files are left out.
 
 import math
 import re
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 from minilora.bert.lines import (
     Lines,
@@ -42,19 +43,21 @@ USUAL_NAMES = {
     "label": ["label", "labels", "class", "target", "score", "sentiment"],
     "kind": ["kind"],
 }  # fmt: skip
+NOTHING: Mapping[str, Any] = MappingProxyType({})
 FLAGS = {"text": "--text_column", "pair": "--text_pair_column", "label": "--label_column"}
 
 
-@dataclass(frozen=True)
-class Row:
-    """One example as the file has it, and where."""
+class Row(NamedTuple):
+    """One example as the file has it, and where. There may be millions: a dataclass that is frozen
+    takes five times as long to make.
+    """
 
     text: str
     pair: str | None
     label: Any  # a str, or what the task's own reader makes of it; None if it was not asked for
     kind: str | None
     line: int  # from 1; in a json array, the number of the object
-    fields: dict[str, Any] = field(default_factory=dict)  # what else a task keeps of a row, as JSON
+    fields: Mapping[str, Any] = NOTHING  # what else a task keeps of a row, as JSON
 
 
 @dataclass(frozen=True)
@@ -102,7 +105,7 @@ def read_rows(
         value: Any = {name: record.get(name) for name in columns.labels}
         value = value or record.get(found.get("label", ""))
         row = row_of(path, line, record, found)
-        yield replace(row, label=label_of(path, line, value)) if labelled else row
+        yield row._replace(label=label_of(path, line, value)) if labelled else row
 
 
 def read_texts(path: Source, arguments: Any, labelled: bool) -> Iterator[Row]:
@@ -279,6 +282,6 @@ def text_of(path: Source, line: int, role: str, value: Any) -> str:
     if value is None or isinstance(value, dict | list):
         raise bad(path, line, f"the {role} is {value!r}; it must be text or a number")
     text = str(value).lower() if isinstance(value, bool) else str(value)
-    if re.search("[\ud800-\udfff]", text):
+    if not text.isascii() and re.search("[\ud800-\udfff]", text):
         raise bad(path, line, f"the {role} holds half of a surrogate pair: no character")
     return text

@@ -100,4 +100,4 @@ def tokens_key(
 
 
 def _values(rows: Iterable[Row]) -> list[list[Any]]:
-    return [[r.text, r.pair, r.label, r.kind, r.line, r.fields] for r in rows]
+    return [[*row[:-1], {**row.fields}] for row in rows]

@@ -67,7 +67,7 @@ def rows_of_file(
     config = dataclasses.replace(run.record.arguments, **given)
     rows = list(run.task.read_rows(Path(file), config, labelled))
     if run.record.pairs is False and not labelled:
-        return [dataclasses.replace(row, pair=None) for row in rows]
+        return [row._replace(pair=None) for row in rows]
     return rows
 
 

@@ -76,7 +76,7 @@ def test_a_tokenizer_that_was_used_before_finds_its_entries(load, calls):
 def test_whatever_the_arrays_depend_on_is_part_of_the_key(load, calls):
     tokens(load())
     tokens(load(), rows_of("the film was good", "so dull"))
-    tokens(load(), [dataclasses.replace(ROWS[0], label="b"), ROWS[1]])
+    tokens(load(), [ROWS[0]._replace(label="b"), ROWS[1]])
     tokens(load(), max_length=9)
     tokens(load(), labels=("0", "a", "b"))
     tokens(load(), rows_of("the film", label="1"), labels=("1", "2"))

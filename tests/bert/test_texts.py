@@ -1,7 +1,6 @@
 """Texts as examples: windows of long ones, and what their logits together say."""
 
 import json
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -62,7 +61,7 @@ def test_a_text_that_just_fills_its_example_is_not_cut_whatever_the_tokenizer(
     slow = BertTokenizerLegacy(str(tiny_model / "vocab.txt"))
     assert not slow.is_fast
     texts = ["good " * 6, "good " * 7, "good " * 8]
-    rows = [replace(row, pair=pair) for row in rows_of(*texts)]
+    rows = [row._replace(pair=pair) for row in rows_of(*texts)]
     length = 9 + 2 * (pair is not None)
     for each in (tokenizer, slow):
         found = encode_texts(rows, np.zeros(3), each, length, None)

@@ -9,7 +9,6 @@ A span is a score and where in the passage it starts and ends, in characters; (s
 answer. B windows of a batch; T tokens, P of them of the passage.
 """
 
-import dataclasses
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from itertools import pairwise
@@ -238,7 +237,7 @@ def _row(
         raise bad(path, line, f"the {question} or the {passage} is empty")
     label = _answers(path, row, record, arguments.label_column or "answers") if labelled else None
     fields = {"id": record["id"]} if "id" in record else {}
-    return dataclasses.replace(row, label=label, fields=fields)
+    return row._replace(label=label, fields=fields)
 
 
 def _answers(path: Source, row: Row, record: dict[str, Any], column: str) -> list[tuple[int, str]]:

@@ -135,7 +135,7 @@ class TrainConfig:
     dropout: str | None = option(
         None, "whose masks; by default fast, ours, on a CPU, else torch", choices=("fast", "torch"))
     dtype: str = option("float32", "of frozen weights and activations only", choices=DTYPES)
-    gradient_checkpointing: bool = option(False, "recompute activations instead of keeping them")
+    gradient_checkpointing: bool = free(False, "recompute activations instead of keeping them")
     torch_compile: bool = option(False, "compile the forward; with padding and torch's dropout")
 
     eval_strategy: str | None = free(

@@ -227,6 +227,24 @@ def test_a_resume_is_exact_in_every_mode(mode, tmp_path, tiny_model, sentences):
     assert_same_run(tmp_path / "run", tmp_path / "whole")
 
 
+@pytest.mark.parametrize("changed", [True, False], ids=["begun", "ended"])
+@pytest.mark.parametrize("batching", ["packed", "padded"])
+@pytest.mark.parametrize("dropout", ["fast", "torch"])
+def test_a_run_out_of_memory_goes_on_with_recomputed_activations_to_the_same_bits(
+    dropout, batching, changed, tmp_path, tiny_model, sentences
+):
+    """And one that has room again without them."""
+    values = arguments(
+        tiny_model, sentences, save_steps=1000, dropout=dropout, batching=batching,
+        gradient_accumulation_steps=2,
+    )  # fmt: skip
+    fine_tune(TrainConfig(**values, output_dir=str(tmp_path / "whole")))
+    stop_at(2, {**values, "gradient_checkpointing": not changed}, tmp_path / "run")
+    again = {"resume_from_checkpoint": str(tmp_path / "run"), "gradient_checkpointing": changed}
+    fine_tune(TrainConfig(**again))
+    assert_same_run(tmp_path / "run", tmp_path / "whole")
+
+
 RATES = {"head_learning_rate": 3e-4, "loraplus_lr_ratio": 8.0}
 
 

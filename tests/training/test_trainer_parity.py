@@ -20,6 +20,7 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
     DataCollatorWithPadding,
+    EarlyStoppingCallback,
     Trainer,
     TrainerCallback,
     TrainingArguments,
@@ -142,6 +143,7 @@ RUNS = {
     "accumulation 2": {"gradient_accumulation_steps": 2},
     "accumulation 4 with a ragged end": {"gradient_accumulation_steps": 4, "num_train_epochs": 3},
     "evaluation every 2 steps": {"eval_strategy": "steps", "eval_steps": 2},
+    "evaluation every 5 steps, and at the end": {"eval_strategy": "steps", "eval_steps": 5},
     "evaluation each epoch": {"eval_strategy": "epoch"},
     "max_steps inside an epoch": {"max_steps": 8},
     "means of three steps": {"logging_steps": 3},
@@ -257,12 +259,15 @@ def test_we_continue_trainers_checkpoint_bitwise(step, tmp_path, tiny_model, sen
 
 @pytest.mark.parametrize(
     "settings",
-    [{"gradient_accumulation_steps": 4}, {"eval_strategy": "steps", "eval_steps": 2}],
+    [
+        {"gradient_accumulation_steps": 4},
+        {"eval_strategy": "steps", "eval_steps": 2},
+        {"eval_strategy": "epoch"},
+        {"lr_scheduler_type": "constant"},
+    ],
     ids=str,
 )
-def test_interchange_is_bitwise_with_accumulation_and_evaluation(
-    settings, tmp_path, tiny_model, sentences
-):
+def test_interchange_is_bitwise_with_other_settings(settings, tmp_path, tiny_model, sentences):
     settings = {**settings, "num_train_epochs": 3}
     run = trainer(tiny_model, sentences, tmp_path / "whole", {**EACH_STEP, **settings})
     run.train()
@@ -274,6 +279,27 @@ def test_interchange_is_bitwise_with_accumulation_and_evaluation(
         result = run_fine_tuning(flags, {}, lambda: False)
         assert compared(result.log_history) == expected, step
         assert_same_tensors(tensors, load_file(checkpoint.parent / "adapter_model.safetensors"))
+
+
+def test_early_stopping_counts_on_in_either_ones_checkpoint(tmp_path, tiny_model, sentences):
+    """At a rate of zero no evaluation is better than the first."""
+    settings = {"eval_strategy": "steps", "eval_steps": 1, "metric_for_best_model": "eval_loss"}
+    settings |= {**EACH_STEP, "greater_is_better": False, "learning_rate": 0.0}
+    own = {**settings, "early_stopping_patience": 4}
+    theirs = {**settings, "restore_callback_states_from_checkpoint": True}
+    runs = [trainer(tiny_model, sentences, tmp_path / name, theirs) for name in ("whole", "out")]
+    for run in runs:
+        run.add_callback(EarlyStoppingCallback(4))
+    runs[0].train()
+    expected = compared(runs[0].state.log_history)
+    assert expected[-1]["step"] == 5
+    whole = ours(tiny_model, sentences, tmp_path / "ours", own)
+    assert compared(whole.log_history) == expected
+    runs[1].train(resume_from_checkpoint=str(tmp_path / "ours" / "checkpoint-3"))
+    assert compared(runs[1].state.log_history) == expected
+    flags = flags_to_resume(tiny_model, sentences, tmp_path / "whole" / "checkpoint-3", own)
+    result = run_fine_tuning({**flags, "output_dir": str(tmp_path / "on")}, {}, lambda: False)
+    assert compared(result.log_history) == expected
 
 
 @pytest.mark.parametrize("kept", [100, 2])

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from minilora.errors import MiniloraError
+from minilora.files import commit_directory
 from minilora.lora.config import BOOKKEEPING, LoraConfig
 from minilora.options import differences
 from minilora.training import distributed
@@ -48,6 +49,16 @@ class ResumePlan:
         moved = (old.max_steps, old.num_train_epochs) != (new.max_steps, new.num_train_epochs)
         step = self.stored.progress["global_step"] if self.stored is not None else 0
         return [*self.record.extended, *[step] * moved]
+
+    def bring_best(self) -> None:
+        """Copy the best checkpoint so far, if the run goes on in another directory: it may end so."""
+        if self.stored is None or not CHECKPOINT.fullmatch(self.stored.path.name):
+            return
+        name = f"checkpoint-{self.stored.progress.get('best_global_step')}"
+        there, here = self.stored.path.parent / name, self.output_dir / name
+        if there.is_dir() and not here.exists():
+            held = {file.name: file.read_bytes() for file in there.iterdir() if file.is_file()}
+            commit_directory(here, held)
 
     def accepted(self) -> "ResumePlan":
         """Itself, or an error with every reason to refuse it."""

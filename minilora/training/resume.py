@@ -50,15 +50,21 @@ class ResumePlan:
         step = self.stored.progress["global_step"] if self.stored is not None else 0
         return [*self.record.extended, *[step] * moved]
 
-    def bring_best(self) -> None:
-        """Copy the best checkpoint so far, if the run goes on in another directory: it may end so."""
-        if self.stored is None or not CHECKPOINT.fullmatch(self.stored.path.name):
+    def bring(self) -> None:
+        """Copy the checkpoint to go on from, and the best so far, to where the run goes on, if that
+        is another directory: it may be stopped before it saves there, and may end with the best.
+        """
+        if self.stored is None:
             return
-        name = f"checkpoint-{self.stored.progress.get('best_global_step')}"
-        there, here = self.stored.path.parent / name, self.output_dir / name
-        if there.is_dir() and not here.exists():
-            held = {file.name: file.read_bytes() for file in there.iterdir() if file.is_file()}
-            commit_directory(here, held)
+        path, progress = self.stored.path, self.stored.progress
+        found = {f"checkpoint-{progress['global_step']}": path}
+        if CHECKPOINT.fullmatch(path.name):  # else nothing beside it is the run's
+            best = f"checkpoint-{progress.get('best_global_step')}"
+            found[best] = path.parent / best
+        for name, there in found.items():
+            if there.is_dir() and not (self.output_dir / name).exists():
+                held = {file.name: file.read_bytes() for file in there.iterdir() if file.is_file()}
+                commit_directory(self.output_dir / name, held)
 
     def accepted(self) -> "ResumePlan":
         """Itself, or an error with every reason to refuse it."""

@@ -56,7 +56,7 @@ def fit_in_directory(
     if plan.stored is not None:
         step = restore(plan.stored, training).global_step
         say(f"resuming {plan.stored.path} at step {step}")
-        distributed.by_first(plan.bring_best)
+        distributed.by_first(plan.bring)
         if is_extended:
             follow_schedule(training.scheduler)
             say(f"extended from step {step} to {training.timetable.max_steps}")

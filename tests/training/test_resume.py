@@ -505,6 +505,17 @@ def test_a_damaged_best_checkpoint_does_not_become_the_final_adapter(
     assert final.read_bytes() == other.read_bytes() and result.metrics["eval_loss"] == losses[1]
 
 
+def test_a_run_that_is_stopped_before_it_saves_in_another_directory_goes_on_from_there(
+    tmp_path, tiny_model, sentences, uninterrupted, capfd
+):
+    stop_at(4, arguments(tiny_model, sentences), tmp_path / "run")
+    stop_at(0, {"resume_from_checkpoint": str(tmp_path / "run")}, tmp_path / "new")
+    shutil.rmtree(tmp_path / "run")
+    fine_tune(TrainConfig(resume_from_checkpoint=str(tmp_path / "new")))
+    assert f"resuming {tmp_path / 'new' / 'checkpoint-4'}" in capfd.readouterr().err
+    assert_same_run(tmp_path / "new", uninterrupted)
+
+
 def test_the_best_checkpoint_goes_with_a_run_to_another_directory(tmp_path, tiny_model, sentences):
     """The best is the first, which was saved before the run went on elsewhere, twice."""
     values = arguments(

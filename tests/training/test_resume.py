@@ -531,6 +531,14 @@ def test_the_best_checkpoint_goes_with_a_run_to_another_directory(tmp_path, tiny
     assert_same_run(tmp_path / "three", tmp_path / "whole")
 
 
+def test_the_untrained_model_is_not_looked_for_as_the_best(tmp_path, tiny_model, sentences, capfd):
+    """At a rate of zero it is as good as any checkpoint, and before them."""
+    best = {"load_best_model_at_end": True, "save_strategy": "epoch", "eval_on_start": True}
+    values = arguments(tiny_model, sentences, **{**best, "learning_rate": 0.0})
+    result = fine_tune(TrainConfig(**values, output_dir=str(tmp_path / "run")))
+    assert result.log_history[0]["step"] == 0 and "passed over" not in capfd.readouterr().err
+
+
 @pytest.mark.parametrize("with_output_dir", [True, False])
 def test_a_copy_of_a_checkpoint_is_a_starting_point_beside_which_nothing_is_touched(
     with_output_dir, tmp_path, tiny_model, sentences, uninterrupted

@@ -269,7 +269,7 @@ def final_evaluation(training: Training, output_dir: Path, config: TrainConfig) 
     """
     metric, rows = config.best_metric() or "", training.state.log_history
     every = read_rows(output_dir) if config.load_best_model_at_end else []
-    ranked = [row for row in every if row.get(metric) is not None]  # null is NaN or infinity
+    ranked = [row for row in every if row["step"] and row.get(metric) is not None]  # null is NaN
     ranked.sort(key=lambda row: row[metric], reverse=config.best_is_greatest())
     for row in ranked:
         try:

@@ -106,8 +106,8 @@ def _write(
         files[name] = _torch_bytes(part.state_dict())
     for rank, own in enumerate(generators):
         files[generators_name(rank, len(generators))] = _torch_bytes(own)
-    batch_size = (record.arguments if record else TrainConfig()).per_device_train_batch_size
-    files[STATE_NAME] = trainer_files.progress_bytes(training, batch_size, output_dir)
+    arguments = record.arguments if record else TrainConfig()
+    files[STATE_NAME] = trainer_files.progress_bytes(training, arguments, output_dir)
     files[MANIFEST_NAME] = manifest_bytes(state, record, files)
     path = output_dir / f"checkpoint-{state.global_step}"
     make_directory(output_dir)

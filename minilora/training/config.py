@@ -140,7 +140,7 @@ class TrainConfig:
 
     eval_strategy: str | None = free(
         None, "by default epoch, given validation data", choices=STRATEGIES, group="evaluation")
-    eval_steps: int = free(500, "with eval_strategy steps, optimizer steps between two", least=1)
+    eval_steps: int = free(500, "with eval_strategy steps, how often; at the end, too", least=1)
     eval_on_start: bool = option(False, "evaluate the untrained model, too")
     per_device_eval_batch_size: int = option(32, "examples in a batch", least=1)
     load_best_model_at_end: bool = option(False, "end with the best checkpoint, not the last")

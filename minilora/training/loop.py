@@ -124,7 +124,7 @@ def fit(training: Training, config: TrainConfig, run: Callbacks) -> None:
     state, timetable = training.state, training.timetable
     saved_step = state.global_step
     if state.step_in_epoch == timetable.steps_per_epoch:
-        # Only the first version of minilora saved before the evaluation that is due here.
+        # HF Trainer and the first version of minilora save before the evaluation that is due here.
         end_epoch(training, config, run)
     while not is_finished(state, timetable):
         for batches in run.batches(state.epoch, state.step_in_epoch):
@@ -145,7 +145,7 @@ def fit(training: Training, config: TrainConfig, run: Callbacks) -> None:
             run.progress(batches, sum(losses), learning_rate)
             if is_due(timetable.logging_steps, state):
                 log_loss(training, run, grad_norm, learning_rate)
-            if is_due(timetable.eval_steps, state):
+            if is_due(timetable.eval_steps, state, timetable.max_steps):
                 evaluate_and_rank(training, config, run)
             ends = state.step_in_epoch == timetable.steps_per_epoch or is_finished(state, timetable)
             if ends:
@@ -268,9 +268,9 @@ def end_epoch(training: Training, config: TrainConfig, run: Callbacks) -> None:
         state.epoch, state.step_in_epoch = state.epoch + 1, 0
 
 
-def is_due(every: int, state: TrainState) -> bool:
-    """Whether something that happens every so many steps happens now; 0 is never."""
-    return every > 0 and state.global_step % every == 0
+def is_due(every: int, state: TrainState, end: int = 0) -> bool:
+    """Whether what happens every so many steps, and at an `end`, happens now; 0 is never."""
+    return every > 0 and (state.global_step % every == 0 or state.global_step == end)
 
 
 def is_finished(state: TrainState, timetable: Timetable) -> bool:

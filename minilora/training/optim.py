@@ -141,6 +141,8 @@ def check_scheduler(scheduler: LRScheduler, loaded: Any, place: Path, is_trainer
     """
     check_like(dict, loaded, place)
     ours = {**scheduler.state_dict(), "last_epoch": int}
+    if is_trainers:  # its constant schedule is a closure, of which nothing is stored
+        ours["lr_lambdas"] = [dict | None] * len(scheduler.base_lrs)
     known = loaded.keys() | {"last_epoch", "_last_lr", "base_lrs"}
     check_like({name: ours[name] for name in ours.keys() & known}, loaded, place)
     if is_trainers:

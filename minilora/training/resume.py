@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from minilora.errors import MiniloraError
+from minilora.files import commit_directory
 from minilora.lora.config import BOOKKEEPING, LoraConfig
 from minilora.options import differences
 from minilora.training import distributed
@@ -48,6 +49,22 @@ class ResumePlan:
         moved = (old.max_steps, old.num_train_epochs) != (new.max_steps, new.num_train_epochs)
         step = self.stored.progress["global_step"] if self.stored is not None else 0
         return [*self.record.extended, *[step] * moved]
+
+    def bring(self) -> None:
+        """Copy the checkpoint to go on from, and the best so far, to where the run goes on, if that
+        is another directory: it may be stopped before it saves there, and may end with the best.
+        """
+        if self.stored is None:
+            return
+        path, progress = self.stored.path, self.stored.progress
+        found = {f"checkpoint-{progress['global_step']}": path}
+        if CHECKPOINT.fullmatch(path.name):  # else nothing beside it is the run's
+            best = f"checkpoint-{progress.get('best_global_step')}"
+            found[best] = path.parent / best
+        for name, there in found.items():
+            if there.is_dir() and not (self.output_dir / name).exists():
+                held = {file.name: file.read_bytes() for file in there.iterdir() if file.is_file()}
+                commit_directory(self.output_dir / name, held)
 
     def accepted(self) -> "ResumePlan":
         """Itself, or an error with every reason to refuse it."""

@@ -56,11 +56,11 @@ def fit_in_directory(
     if plan.stored is not None:
         step = restore(plan.stored, training).global_step
         say(f"resuming {plan.stored.path} at step {step}")
+        distributed.by_first(plan.bring)
         if is_extended:
             follow_schedule(training.scheduler)
             say(f"extended from step {step} to {training.timetable.max_steps}")
-    is_begun = (output_dir / RUN_NAME).is_file
-    as_it_is = distributed.by_first(is_begun) and not is_extended
+    as_it_is = distributed.by_first((output_dir / RUN_NAME).is_file) and not is_extended
     distributed.by_first(lambda: None if as_it_is else record.write(output_dir))
     for path, reason in plan.set_aside:
         aside = distributed.by_first(partial(files.set_aside, path, reason))

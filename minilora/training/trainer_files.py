@@ -18,6 +18,7 @@ import torch
 
 from minilora.errors import MiniloraError
 from minilora.reading import check_like
+from minilora.training.config import TrainConfig
 from minilora.training.loop import Timetable, Training, TrainState, epochs_done
 
 STATE_NAME = "trainer_state.json"
@@ -47,9 +48,9 @@ PROGRESS = {"global_step": int, "epoch": float, "max_steps": int, "log_history":
 BEST = {"best_metric": float | None, "best_global_step": int | None}
 
 
-def progress_bytes(training: Training, train_batch_size: int, output_dir: Path) -> bytes:
+def progress_bytes(training: Training, arguments: TrainConfig, output_dir: Path) -> bytes:
     """The contents of `trainer_state.json`, with exactly Trainer's keys: it refuses one it does not
-    know, and fails later without `stateful_callbacks`.
+    know, and fails later without `stateful_callbacks`, those of early stopping included.
     """
     state, timetable = training.state, training.timetable
     best = None if state.best_step is None else str(output_dir / f"checkpoint-{state.best_step}")
@@ -60,6 +61,11 @@ def progress_bytes(training: Training, train_batch_size: int, output_dir: Path) 
         "should_save": True,
         "should_training_stop": 0 < timetable.max_steps <= state.global_step,
     }
+    callbacks: dict[str, Any] = {"TrainerControl": {"args": control, "attributes": {}}}
+    if (patience := arguments.early_stopping_patience) is not None:
+        asked = {"early_stopping_patience": patience, "early_stopping_threshold": 0.0}
+        counted = {"early_stopping_patience_counter": state.evaluations_since_best}
+        callbacks["EarlyStoppingCallback"] = {"args": asked, "attributes": counted}
     values = {
         "best_global_step": state.best_step,
         "best_metric": state.best_metric,
@@ -72,8 +78,8 @@ def progress_bytes(training: Training, train_batch_size: int, output_dir: Path) 
         "max_steps": timetable.max_steps or state.global_step,
         "num_train_epochs": math.ceil(timetable.max_steps / timetable.steps_per_epoch),
         "save_steps": timetable.save_steps or UNUSED_STEPS,
-        "stateful_callbacks": {"TrainerControl": {"args": control, "attributes": {}}},
-        "train_batch_size": train_batch_size,
+        "stateful_callbacks": callbacks,
+        "train_batch_size": arguments.per_device_train_batch_size,
         "is_hyper_param_search": False,
         "is_local_process_zero": True,
         "is_world_process_zero": True,
@@ -105,15 +111,20 @@ def state_of_progress(progress: dict[str, Any], timetable: Timetable, place: Pat
     if timetable.max_steps == 0:
         raise MiniloraError(f"{place} counts its position in epochs: give Training a timetable")
     rows = [{"step": 0}, *(row for row in log_history if "loss" in row)]
+    evaluated = [row["step"] for row in log_history if "eval_loss" in row]
+    best_step, length = progress.get("best_global_step"), timetable.steps_per_epoch
+    # Saved by steps as an epoch ended, it stands before the evaluation that was due there.
+    is_pending = timetable.eval_each_epoch and step % length == 0 < step and step not in evaluated
     sums = (row["loss"] * (row["step"] - last["step"]) for last, row in pairwise(rows))
     state = TrainState(
         global_step=step,
-        epoch=step // timetable.steps_per_epoch,
-        step_in_epoch=step % timetable.steps_per_epoch,
+        epoch=step // length - is_pending,
+        step_in_epoch=length if is_pending else step % length,
         loss_total=sum(sums, 0.0),
         logged_step=step,
         best_metric=progress.get("best_metric"),
-        best_step=progress.get("best_global_step"),
+        best_step=best_step,
+        evaluations_since_best=sum(at > best_step for at in evaluated) if best_step else 0,
         log_history=log_history,
     )
     here = epochs_done(state, timetable)

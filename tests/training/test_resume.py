@@ -523,6 +523,40 @@ def test_a_damaged_best_checkpoint_does_not_become_the_final_adapter(
     assert final.read_bytes() == other.read_bytes() and result.metrics["eval_loss"] == losses[1]
 
 
+def test_a_run_that_is_stopped_before_it_saves_in_another_directory_goes_on_from_there(
+    tmp_path, tiny_model, sentences, uninterrupted, capfd
+):
+    stop_at(4, arguments(tiny_model, sentences), tmp_path / "run")
+    stop_at(0, {"resume_from_checkpoint": str(tmp_path / "run")}, tmp_path / "new")
+    shutil.rmtree(tmp_path / "run")
+    fine_tune(TrainConfig(resume_from_checkpoint=str(tmp_path / "new")))
+    assert f"resuming {tmp_path / 'new' / 'checkpoint-4'}" in capfd.readouterr().err
+    assert_same_run(tmp_path / "new", uninterrupted)
+
+
+def test_the_best_checkpoint_goes_with_a_run_to_another_directory(tmp_path, tiny_model, sentences):
+    """The best is the first, which was saved before the run went on elsewhere, twice."""
+    values = arguments(
+        tiny_model, sentences, save_strategy="epoch", load_best_model_at_end=True,
+        metric_for_best_model="loss", greater_is_better=False, num_train_epochs=3,
+    )  # fmt: skip
+    fine_tune(TrainConfig(**values, output_dir=str(tmp_path / "whole")))
+    losses = [row["eval_loss"] for row in read_rows(tmp_path / "whole") if "eval_loss" in row]
+    assert losses[0] < min(losses[1:])
+    stop_at(8, values, tmp_path / "one")
+    stop_at(2, {"resume_from_checkpoint": str(tmp_path / "one")}, tmp_path / "two")
+    stop_at(100, {"resume_from_checkpoint": str(tmp_path / "two")}, tmp_path / "three")
+    assert_same_run(tmp_path / "three", tmp_path / "whole")
+
+
+def test_the_untrained_model_is_not_looked_for_as_the_best(tmp_path, tiny_model, sentences, capfd):
+    """At a rate of zero it is as good as any checkpoint, and before them."""
+    best = {"load_best_model_at_end": True, "save_strategy": "epoch", "eval_on_start": True}
+    values = arguments(tiny_model, sentences, **{**best, "learning_rate": 0.0})
+    result = fine_tune(TrainConfig(**values, output_dir=str(tmp_path / "run")))
+    assert result.log_history[0]["step"] == 0 and "passed over" not in capfd.readouterr().err
+
+
 @pytest.mark.parametrize("with_output_dir", [True, False])
 def test_a_copy_of_a_checkpoint_is_a_starting_point_beside_which_nothing_is_touched(
     with_output_dir, tmp_path, tiny_model, sentences, uninterrupted

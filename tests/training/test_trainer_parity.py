@@ -8,6 +8,7 @@ every evaluation's loss, and the final tensors.
 import json
 import os
 import pickle
+import random
 import shutil
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
     DataCollatorWithPadding,
+    EarlyStoppingCallback,
     Trainer,
     TrainerCallback,
     TrainingArguments,
@@ -142,6 +144,7 @@ RUNS = {
     "accumulation 2": {"gradient_accumulation_steps": 2},
     "accumulation 4 with a ragged end": {"gradient_accumulation_steps": 4, "num_train_epochs": 3},
     "evaluation every 2 steps": {"eval_strategy": "steps", "eval_steps": 2},
+    "evaluation every 5 steps, and at the end": {"eval_strategy": "steps", "eval_steps": 5},
     "evaluation each epoch": {"eval_strategy": "epoch"},
     "max_steps inside an epoch": {"max_steps": 8},
     "means of three steps": {"logging_steps": 3},
@@ -257,12 +260,15 @@ def test_we_continue_trainers_checkpoint_bitwise(step, tmp_path, tiny_model, sen
 
 @pytest.mark.parametrize(
     "settings",
-    [{"gradient_accumulation_steps": 4}, {"eval_strategy": "steps", "eval_steps": 2}],
+    [
+        {"gradient_accumulation_steps": 4},
+        {"eval_strategy": "steps", "eval_steps": 2},
+        {"eval_strategy": "epoch"},
+        {"lr_scheduler_type": "constant"},
+    ],
     ids=str,
 )
-def test_interchange_is_bitwise_with_accumulation_and_evaluation(
-    settings, tmp_path, tiny_model, sentences
-):
+def test_interchange_is_bitwise_with_other_settings(settings, tmp_path, tiny_model, sentences):
     settings = {**settings, "num_train_epochs": 3}
     run = trainer(tiny_model, sentences, tmp_path / "whole", {**EACH_STEP, **settings})
     run.train()
@@ -274,6 +280,73 @@ def test_interchange_is_bitwise_with_accumulation_and_evaluation(
         result = run_fine_tuning(flags, {}, lambda: False)
         assert compared(result.log_history) == expected, step
         assert_same_tensors(tensors, load_file(checkpoint.parent / "adapter_model.safetensors"))
+
+
+# All that a run may be told at once.
+DRAWN = {
+    "per_device_train_batch_size": (4, 5, 8, 64), "per_device_eval_batch_size": (3, 32),
+    "gradient_accumulation_steps": (1, 1, 2, 3), "num_train_epochs": (0.5, 1, 1.3, 2),
+    "max_steps": (-1, -1, -1, 3, 7), "warmup_steps": (0, 2, 2.7, 0.3),
+    "lr_scheduler_type": ("linear", "cosine", "constant", "constant_with_warmup"),
+    "weight_decay": (0.0, 0.1), "adam_beta1": (0.9, 0.0), "adam_beta2": (0.999, 0.9),
+    "adam_epsilon": (1e-8, 1.0), "max_grad_norm": (1.0, 0.0, 0.01), "seed": (42, 2**32 - 1),
+    "data_seed": (None, 0, 2**40), "eval_strategy": ("no", "steps", "epoch"), "eval_steps": (2, 3),
+}  # fmt: skip
+DRAWN_LORA = {
+    "r": (1, 4), "lora_alpha": (1, 16), "lora_dropout": (0.0, 0.5), "use_rslora": (False, True),
+    "target_modules": (["query", "value"], "all-linear", r".*(query|value|output\.dense)"),
+    "init_lora_weights": (True, "gaussian", "pissa", "olora"), "rank_pattern": ({}, {"query": 3}),
+    "use_dora": (False, True), "alpha_pattern": ({}, {"value": 32}),
+}  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", range(14))
+def test_drawn_settings_are_trainers_whole_and_resumed_by_either(
+    number, tmp_path, tiny_model, sentences
+):
+    draw = random.Random(number)
+    settings, lora = ({n: draw.choice(of[n]) for n in of} for of in (DRAWN, DRAWN_LORA))
+    settings |= EACH_STEP
+    places = [tmp_path / name for name in ("theirs", "ours", "there", "here")]
+    whole = trainer(tiny_model, sentences, places[0], settings, {**lora})
+    whole.train()
+    expected, tensors = compared(whole.state.log_history), clone(peft_tensors(whole.model))
+    result = ours(tiny_model, sentences, places[1], settings, lora)
+    assert compared(result.log_history) == expected
+    assert_same_tensors(tensors, load_file(places[1] / "adapter_model.safetensors"))
+    if whole.state.max_steps == 1:
+        return
+    name = f"checkpoint-{draw.randrange(1, whole.state.max_steps)}"
+    resumed = trainer(tiny_model, sentences, places[2], settings, {**lora})
+    resumed.train(resume_from_checkpoint=str(places[1] / name))
+    assert compared(resumed.state.log_history) == expected
+    assert_same_tensors(tensors, peft_tensors(resumed.model))
+    flags = our_arguments(tiny_model, sentences, settings)
+    flags |= {"resume_from_checkpoint": str(places[0] / name), "output_dir": str(places[3])}
+    assert compared(run_fine_tuning(flags, {}, lambda: False).log_history) == expected
+    assert_same_tensors(tensors, load_file(places[3] / "adapter_model.safetensors"))
+
+
+def test_early_stopping_counts_on_in_either_ones_checkpoint(tmp_path, tiny_model, sentences):
+    """At a rate of zero no evaluation is better than the first."""
+    settings = {"eval_strategy": "steps", "eval_steps": 1, "metric_for_best_model": "eval_loss"}
+    settings |= {**EACH_STEP, "greater_is_better": False, "learning_rate": 0.0}
+    own = {**settings, "early_stopping_patience": 4}
+    theirs = {**settings, "restore_callback_states_from_checkpoint": True}
+    runs = [trainer(tiny_model, sentences, tmp_path / name, theirs) for name in ("whole", "out")]
+    for run in runs:
+        run.add_callback(EarlyStoppingCallback(4))
+    runs[0].train()
+    expected = compared(runs[0].state.log_history)
+    assert expected[-1]["step"] == 5
+    whole = ours(tiny_model, sentences, tmp_path / "ours", own)
+    assert compared(whole.log_history) == expected
+    runs[1].train(resume_from_checkpoint=str(tmp_path / "ours" / "checkpoint-3"))
+    assert compared(runs[1].state.log_history) == expected
+    flags = flags_to_resume(tiny_model, sentences, tmp_path / "whole" / "checkpoint-3", own)
+    result = run_fine_tuning({**flags, "output_dir": str(tmp_path / "on")}, {}, lambda: False)
+    assert compared(result.log_history) == expected
 
 
 @pytest.mark.parametrize("kept", [100, 2])

@@ -34,11 +34,12 @@ def resolve_config(model: nn.Module, config: LoraConfig) -> LoraConfig:
     """A copy of `config` with what it leaves to the model filled in, as PEFT writes it."""
     targets, saved = config.target_modules, saved_modules(config)
     if isinstance(targets, str) and targets.lower() == "all-linear":
-        # All but the output embeddings and the head.
+        # All but the output embeddings and the head; what lies in a head is saved (`is_saved`).
         output = getattr(model, "get_output_embeddings", lambda: None)()
         others = [(name, m) for name, m in plain_modules(model) if m is not output]
         linear = [name for name, m in others if isinstance(m, nn.Linear | LoRALinear)]
-        targets = [name for name in linear if not is_saved(name, saved)]
+        heads = TASK_HEADS.get(config.task_type or "", [])
+        targets = [name for name in linear if name not in heads]
     elif targets is None:
         family = getattr(getattr(model, "config", None), "model_type", None)
         if family not in DEFAULT_TARGETS:
@@ -145,7 +146,9 @@ def trainable_tokens(model: nn.Module, config: LoraConfig) -> dict[str, list[int
         if max(indices) >= rows:
             problem = f"{max(indices)} is outside {names[0]!r}, which has {rows} rows"
             raise MiniloraError(f"trainable_token_indices: {problem}")
-        found = dict.fromkeys(names, indices) | found  # the first key that names it counts
+        if twice := [name for name in names if found.get(name, indices) != indices]:
+            raise MiniloraError(f"trainable_token_indices: two keys name {twice[0]!r}: give one")
+        found |= dict.fromkeys(names, indices)
     return found
 
 

@@ -149,6 +149,14 @@ def test_keys_whose_order_matters_are_refused_for_pefts_files_have_them_sorted(f
         minilora.unload(model)
 
 
+def test_two_keys_of_one_embedding_are_refused_for_files_have_them_sorted():
+    keys = {"word_embeddings": [1], "bert.embeddings.word_embeddings": [2]}
+    with pytest.raises(MiniloraError, match=r"two keys name 'bert\..*word_embeddings': give one"):
+        minilora.add_adapter(tiny_classifier(), LoraConfig(trainable_token_indices=keys))
+    keys["word_embeddings"] = [2]
+    minilora.add_adapter(tiny_classifier(), LoraConfig(trainable_token_indices=keys))
+
+
 def test_what_only_holds_modules_cannot_be_trained_whole_as_in_peft():
     import peft
 

@@ -272,3 +272,6 @@ def test_what_no_sweep_wrote_is_refused(tmp_path):
     (tmp_path / "sweep.json").write_text('{"runs": [{"name": 3}], "halving": null, "scores": []}')
     with pytest.raises(MiniloraError, match=r"runs\.0"):
         Sweep.read(tmp_path)
+    (tmp_path / "sweep.json").write_text('{"runs": [], "halving": null, "scores": []}')
+    with pytest.raises(MiniloraError, match=r"sweep\.json has no runs"):
+        Sweep.read(tmp_path)

@@ -161,7 +161,8 @@ def print_summary(sweep: "Sweep", output_dir: Path, is_done: bool) -> None:
     if not is_done:
         go_on = f"--resume_from_checkpoint {shlex.quote(str(output_dir))}"
         print(f"stopped; nothing is lost: python -m minilora.sweep {go_on}")
-    best = str(output_dir / table[0][0].name) if table else None
+    # The first has failed only where all have that came as far.
+    best = str(output_dir / table[0][0].name) if table and table[0][2] is not None else None
     if is_done and best:
         print(f"side by side: {output_dir / 'report.html'}")
     told = {"finished": is_done, "runs": len(sweep.runs), "metric": metric, "best": best}

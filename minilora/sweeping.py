@@ -71,6 +71,8 @@ class Sweep:
         values = read_json(path)
         found = {"runs": list[Any], "halving": int | None, "scores": list[dict[str, float | None]]}
         check_like(found, values, path)
+        if not values["runs"]:
+            raise MiniloraError(f"{path} has no runs: begin the sweep anew")
         run = {"name": str, "train": dict, "lora": dict, "axes": dict}
         for place, runs in enumerate(values["runs"]):
             check_like(run, runs, path, f"runs.{place}")

@@ -260,7 +260,18 @@ def test_a_run_that_fails_is_named_and_the_others_go_on(tmp_path, tiny_model, se
     assert done.summary()["best"].endswith("run-000")
 
 
+def test_where_all_fail_none_is_the_best(tmp_path, tiny_model, sentences, command):
+    asked = ("--learning_rate", 1e30, 1e35, "--max_steps", 4, "--output_dir", tmp_path / "out")
+    done = command("sweep", *flags(tiny_model, sentences), *asked)
+    assert [line.split()[2] for line in done.out.splitlines()[1:3]] == ["failed", "failed"]
+    assert done.summary()["finished"] and done.summary()["best"] is None
+    assert "side by side" not in done.out and not (tmp_path / "out" / "report.html").exists()
+
+
 def test_what_no_sweep_wrote_is_refused(tmp_path):
     (tmp_path / "sweep.json").write_text('{"runs": [{"name": 3}], "halving": null, "scores": []}')
     with pytest.raises(MiniloraError, match=r"runs\.0"):
+        Sweep.read(tmp_path)
+    (tmp_path / "sweep.json").write_text('{"runs": [], "halving": null, "scores": []}')
+    with pytest.raises(MiniloraError, match=r"sweep\.json has no runs"):
         Sweep.read(tmp_path)

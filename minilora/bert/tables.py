@@ -84,7 +84,7 @@ def _reading(what: str) -> Iterator[None]:
 
 
 def _records(dataset: Any) -> list[Numbered]:
-    rows = json.loads(json.dumps(dataset.to_list(), default=str))  # dates and the like are text
+    rows = json.loads(json.dumps(dataset.to_list(), default=_as_text))
     for column, feature in dataset.features.items():
         one = getattr(feature, "feature", feature)  # of a list, what it holds
         names = dict(enumerate(getattr(one, "names", [])))  # a class below 0 is none
@@ -92,3 +92,8 @@ def _records(dataset: Any) -> list[Numbered]:
             ids = row[column]
             row[column] = list(map(names.get, ids)) if isinstance(ids, list) else names.get(ids)
     return list(enumerate(rows, start=1))
+
+
+def _as_text(value: Any) -> str:
+    # Bytes, which some writers make of texts; dates and the like. Other bytes are refused as texts.
+    return value.decode(errors="surrogateescape") if isinstance(value, bytes) else str(value)

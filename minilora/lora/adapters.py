@@ -19,7 +19,7 @@ from minilora.lora import targets
 from minilora.lora.config import LoraConfig
 from minilora.lora.embedding import LoRAEmbedding, TiedOutput, TokenRows, TrainableTokens
 from minilora.lora.heads import ModulesToSave
-from minilora.lora.initialise import new_lora, reduces_base
+from minilora.lora.initialise import new_lora
 from minilora.lora.layer import LoRALinear, Wrapper
 
 
@@ -72,7 +72,7 @@ def add_adapter(
         _freeze(model, adapters)
     adapters.configs[adapter_name] = config
     adapters.active = adapters.active or (adapter_name,)
-    changed: list[Any] = [base.weight for base in adapted.values() if reduces_base(config)]
+    changed: list[Any] = [base.weight for base in adapted.values() if targets.reduces_base(config)]
     if config.bias != "none":
         changed += [p for name, p in model.named_parameters() if f".{name}".endswith(".bias")]
     adapters.originals |= {p: p.detach().clone() for p in changed}
@@ -224,7 +224,7 @@ def _check_addable(adapters: Adapters, config: LoraConfig, adapter_name: str) ->
     if not is_name or hasattr(nn.ModuleDict(), adapter_name):
         problem = "cannot be a module's name: take letters, digits, - and _"
         raise MiniloraError(f"adapter name {adapter_name!r} {problem}")
-    changes_base = config.bias != "none" or reduces_base(config)
+    changes_base = config.bias != "none" or targets.reduces_base(config)
     if adapters.configs and (changes_base or adapters.originals):
         name = adapter_name if changes_base else next(iter(adapters.configs))
         problem = "changes the base (bias, pissa, olora, embeddings): it must be alone on its model"

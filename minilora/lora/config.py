@@ -125,7 +125,7 @@ def differing_fields(old: LoraConfig, new: LoraConfig) -> list[str]:
 
 def _relations(c: LoraConfig) -> list[tuple[Any, str]]:
     init, targets, indices = c.init_lora_weights, c.target_modules, c.trainable_token_indices
-    is_expression = isinstance(targets, str) and targets.lower() != "all-linear"
+    is_pissa, alphas = str(init).startswith("pissa"), [c.lora_alpha, *c.alpha_pattern.values()]
     rows = list(indices.values()) if isinstance(indices, dict) else [indices or [0]]
     inits = r"gaussian|orthogonal|olora|pissa(_niter_[0-9]{1,3})?"
     checks = [
@@ -139,9 +139,11 @@ def _relations(c: LoraConfig) -> list[tuple[Any, str]]:
         (any(not ids or min(ids) < 0 or len(set(ids)) < len(ids) for ids in rows),
          f"trainable_token_indices is {indices!r}; it must be a list of distinct token ids, or an "
          "object from an embedding's name to one"),
-        (is_expression and c.layers_to_transform is not None,
-         "layers_to_transform needs target_modules as a list of names, not the regular expression "
-         f"{targets!r}: say it in the expression"),
+        (is_pissa and min(alphas) <= 0,
+         f"init_lora_weights={init!r} needs lora_alpha above 0, not {min(alphas)}"),
+        (isinstance(targets, str) and c.layers_to_transform is not None,
+         f"layers_to_transform needs target_modules as a list of names, not {targets!r}: say it in "
+         "a regular expression"),
         (c.layers_pattern and c.layers_to_transform is None,
          "layers_pattern is set without layers_to_transform: say which layers"),
         (c.lora_bias and c.use_dora, "lora_bias=True cannot be combined with use_dora=True"),

@@ -46,11 +46,6 @@ def new_lora(base: nn.Linear | nn.Embedding, name: str, config: LoraConfig) -> L
     return lora
 
 
-def reduces_base(config: LoraConfig) -> bool:
-    """Whether adding an adapter of `config` changes the weights beneath it."""
-    return str(config.init_lora_weights).startswith(("pissa", "olora"))
-
-
 def _initialise_linear(lora: Lora, base: nn.Linear, init: bool | str) -> None:
     A, B = lora.lora_A.weight, lora.lora_B.weight
     r = len(A)

@@ -21,9 +21,8 @@ from minilora.lora.adapters import adapter_layers, adapters_of
 from minilora.lora.config import LoraConfig
 from minilora.lora.embedding import TrainableTokens
 from minilora.lora.heads import ModulesToSave
-from minilora.lora.initialise import reduces_base
 from minilora.lora.layer import LoRALinear
-from minilora.lora.targets import plain_modules, unwrapped
+from minilora.lora.targets import plain_modules, reduces_base, unwrapped
 
 PREFIX = "base_model.model."
 MAX_CONFIG_BYTES = 50_000_000  # it may list very many labels

@@ -34,11 +34,12 @@ def resolve_config(model: nn.Module, config: LoraConfig) -> LoraConfig:
     """A copy of `config` with what it leaves to the model filled in, as PEFT writes it."""
     targets, saved = config.target_modules, saved_modules(config)
     if isinstance(targets, str) and targets.lower() == "all-linear":
-        # All but the output embeddings and the head.
+        # All but the output embeddings and the head; what lies in a head is saved (`is_saved`).
         output = getattr(model, "get_output_embeddings", lambda: None)()
         others = [(name, m) for name, m in plain_modules(model) if m is not output]
         linear = [name for name, m in others if isinstance(m, nn.Linear | LoRALinear)]
-        targets = [name for name in linear if not is_saved(name, saved)]
+        heads = TASK_HEADS.get(config.task_type or "", [])
+        targets = [name for name in linear if name not in heads]
     elif targets is None:
         family = getattr(getattr(model, "config", None), "model_type", None)
         if family not in DEFAULT_TARGETS:
@@ -46,7 +47,7 @@ def resolve_config(model: nn.Module, config: LoraConfig) -> LoraConfig:
             known = f"(known: {', '.join(DEFAULT_TARGETS)})"
             raise MiniloraError(f"{problem} {known}: name the modules; {_this_model_has(model)}")
         targets = list[str](DEFAULT_TARGETS[family])
-    if isinstance(targets, list) and len(targets) >= 20 and config.layers_to_transform is None:
+    if isinstance(targets, list) and len(targets) >= 20:
         names = [*(name for name, _ in plain_modules(model)), *_hidden_names(model)]
         targets = shortened(targets, [name for name in names if not is_named(name, targets)])
     # PEFT's hint for its AutoPeftModel, written only where task_type does not tell the class.
@@ -100,23 +101,29 @@ def target_modules(model: nn.Module, config: LoraConfig) -> dict[str, nn.Linear 
         raise MiniloraError(f"{problem}; {_this_model_has(model)}")
     if left_out and not any(is_named(name, left_out) for name in [*modules, *hidden]):
         warnings.warn(f"exclude_modules={left_out!r} excludes nothing in this model", stacklevel=3)
-    for field in ("rank_pattern", "alpha_pattern"):
-        keys = getattr(config, field)
-        unused = [key for key in keys if not any(_is_key(key, name) for name in matched)]
-        if unused:
-            warnings.warn(f"{field} keys {unused} match no adapted module", stacklevel=3)
+    _check_patterns(config, list(matched))
+    for name, base in matched.items() if reduces_base(config) else ():
+        for other, module in modules.items():
+            if module is not base and getattr(module, "weight", None) is base.weight:
+                problem = f"would reduce the weight of {name!r}, which is that of {other!r}, too"
+                raise MiniloraError(f"init_lora_weights {problem}: leave it out of target_modules")
     return matched
 
 
 def saved_names(model: nn.Module, config: LoraConfig) -> list[str]:
     """The modules that a resolved config trains in full."""
     asked = config.modules_to_save or []
-    found = [name for name, _ in plain_modules(model) if name.endswith(tuple(asked))]
+    modules = {n: m for n, m in plain_modules(model) if n.endswith(tuple(asked))}
+    found = list(modules)
     # Heads that task_type adds are candidates, of which a model has one; others must be there.
     named = [name for name in asked if name not in TASK_HEADS.get(config.task_type or "", [])]
     missing = [name for name in named if not any(other.endswith(name) for other in found)]
     if missing:
         raise MiniloraError(f"modules_to_save {missing} are not there; {_this_model_has(model)}")
+    for name, module in modules.items():
+        if type(module).forward is nn.Module.forward:
+            problem = f"matches {name!r}, a {type(module).__name__}, which only holds others"
+            raise MiniloraError(f"modules_to_save {problem}: name what is in it")
     # A module trained whole is trained with all that lies in it.
     return [name for name in found if not any(name.startswith(f"{other}.") for other in found)]
 
@@ -139,7 +146,9 @@ def trainable_tokens(model: nn.Module, config: LoraConfig) -> dict[str, list[int
         if max(indices) >= rows:
             problem = f"{max(indices)} is outside {names[0]!r}, which has {rows} rows"
             raise MiniloraError(f"trainable_token_indices: {problem}")
-        found = dict.fromkeys(names, indices) | found  # the first key that names it counts
+        if twice := [name for name in names if found.get(name, indices) != indices]:
+            raise MiniloraError(f"trainable_token_indices: two keys name {twice[0]!r}: give one")
+        found |= dict.fromkeys(names, indices)
     return found
 
 
@@ -224,6 +233,11 @@ def pattern_value(pattern: Mapping[str, float], name: str, default: float) -> fl
     return next((value for key, value in pattern.items() if _is_key(key, name)), default)
 
 
+def reduces_base(config: LoraConfig) -> bool:
+    """Whether adding an adapter of `config` changes the weights beneath it."""
+    return str(config.init_lora_weights).startswith(("pissa", "olora"))
+
+
 def unwrapped(model: nn.Module) -> nn.Module:
     """The model within torch.compile's wrapper, or that of distributed training."""
     distributed = (nn.parallel.DistributedDataParallel, nn.DataParallel)
@@ -260,3 +274,19 @@ def _this_model_has(model: nn.Module) -> str:
 
 def _is_key(key: str, name: str) -> bool:
     return re.match(rf"(.*\.)?({key})$", name) is not None
+
+
+def _check_patterns(config: LoraConfig, names: list[str]) -> None:
+    for field in ("rank_pattern", "alpha_pattern"):
+        keys = getattr(config, field)
+        unused = [key for key in keys if not any(_is_key(key, name) for name in names)]
+        if unused:
+            warnings.warn(f"{field} keys {unused} match no adapted module", stacklevel=4)
+        stored = dict(sorted(keys.items()))  # as PEFT writes them
+        for name in names:
+            value, other = (pattern_value(pattern, name, 0) for pattern in (keys, stored))
+            if value != other:
+                problem = (
+                    f"gives {name!r} {value}; with its keys sorted, as files have them, {other}"
+                )
+                raise MiniloraError(f"{field} {problem}: let one key match it")

@@ -7,6 +7,7 @@ import pytest
 from datasets import ClassLabel, Dataset, DatasetDict, Features, List, Value
 
 from minilora import MiniloraError, TrainConfig
+from minilora.bert.rows import read_rows
 from minilora.bert.splits import read_splits
 from minilora.bert.tables import file_fingerprint, read_dataset
 from minilora.bert.tasks import task_class
@@ -68,6 +69,20 @@ def sentences_of(path) -> Dataset:
     pairs = [line.split("\t") for line in path.read_text().splitlines()[1:]]
     rows = [{"text": text, "label": names.index(label)} for text, label in pairs]
     return Dataset.from_list(rows, Features({"text": TEXT, "label": ClassLabel(names=names)}))
+
+
+def rows_of_parquet(path, rows):
+    Dataset.from_list(rows).to_parquet(path)
+    return list(read_rows(path))
+
+
+def test_bytes_are_the_text_that_they_spell(tmp_path):
+    """Some writers of parquet have no other texts; what is no text is refused where it is one."""
+    pixels = {"image": b"\xff\xd8", "label": "b"}
+    [row] = rows_of_parquet(tmp_path / "a.parquet", [{"text": "caf\xe9".encode(), **pixels}])
+    assert (row.text, row.label) == ("caf\xe9", "b")
+    with pytest.raises(MiniloraError, match=r"b\.parquet, line 1: the text holds half of a"):
+        rows_of_parquet(tmp_path / "b.parquet", [{"text": b"\xff\xd8", **pixels}])
 
 
 @pytest.fixture

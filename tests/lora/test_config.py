@@ -109,6 +109,15 @@ def test_bookkeeping_is_preserved():
         ({"rank_pattern": {"query": 0}}, "every rank must be 1 or more"),
         ({"layers_pattern": "layer"}, "layers_pattern is set without layers_to_transform"),
         ({"target_modules": ".*q", "layers_to_transform": 1}, "needs target_modules as a list"),
+        (
+            {"target_modules": "all-linear", "layers_to_transform": 1},
+            "needs target_modules as a list of names, not 'all-linear'",
+        ),
+        ({"init_lora_weights": "pissa", "lora_alpha": 0}, "needs lora_alpha above 0, not 0"),
+        (
+            {"init_lora_weights": "pissa_niter_4", "alpha_pattern": {"query": -1}},
+            "needs lora_alpha above 0, not -1",
+        ),
         ({"trainable_token_indices": [1, 1]}, "a list of distinct token ids"),
         ({"trainable_token_indices": {"word_embeddings": []}}, "a list of distinct token ids"),
         ({"lora_bias": True, "use_dora": True}, "cannot be combined with use_dora"),

@@ -11,7 +11,12 @@ import torch
 import torch.distributed as dist
 import yaml
 from torch import nn
-from transformers import BertForMaskedLM, BertForSequenceClassification
+from transformers import (
+    BertForMaskedLM,
+    BertForSequenceClassification,
+    RobertaConfig,
+    RobertaForSequenceClassification,
+)
 
 import minilora
 from minilora import LoraConfig, MiniloraError
@@ -333,3 +338,17 @@ def test_twenty_targets_or_more_are_shortened_as_in_peft(targets, layers):
     assert len(config.target_modules) < (20 if layers == 5 else 99)
     matched = {name.removeprefix("base_model.model.") for name in theirs.targeted_module_names}
     assert set(names) == matched
+
+
+@pytest.mark.parametrize("saved", [None, ["layer.1.attention.self.key"]])
+@pytest.mark.parametrize("layers", [2, 5])
+def test_all_linear_is_written_as_peft_writes_it_where_a_head_has_layers(layers, saved):
+    """RoBERTa's head is two layers, which no adapter has."""
+    settings = {"target_modules": "all-linear", "modules_to_save": saved, **TASK}
+    config = RobertaConfig(**tiny_config(num_hidden_layers=layers).to_diff_dict())
+    ours = RobertaForSequenceClassification(config)
+    theirs = peft.get_peft_model(copy.deepcopy(ours), peft.LoraConfig(**copy.deepcopy(settings)))
+    names = minilora.add_adapter(ours, LoraConfig(**settings))
+    found = ours.minilora_adapters.configs["default"].target_modules
+    assert set(found) == set(theirs.peft_config["default"].target_modules)
+    assert not any("classifier" in name for name in names)

@@ -3,11 +3,14 @@
 """
 
 import pytest
+import torch
+from torch import nn
+from transformers import BertForMaskedLM
 
 import minilora
 from minilora import LoraConfig, MiniloraError
 from minilora.lora.targets import is_target, layer_index, pattern_value
-from tests.conftest import tiny_classifier
+from tests.conftest import tiny_classifier, tiny_config
 
 # (module, target_modules, layers_to_transform, layers_pattern, matches), after PEFT's
 # REGEX_TEST_CASES
@@ -128,6 +131,69 @@ def test_an_unknown_family_needs_targets():
 def test_a_named_module_to_save_must_exist():
     with pytest.raises(MiniloraError, match=r"modules_to_save \['poler'\]"):
         minilora.add_adapter(tiny_classifier(), LoraConfig(modules_to_save=["poler"]))
+
+
+@pytest.mark.parametrize("field", ["rank_pattern", "alpha_pattern"])
+def test_keys_whose_order_matters_are_refused_for_pefts_files_have_them_sorted(field, tmp_path):
+    import peft
+
+    theirs = peft.LoraConfig(**{field: {"query": 4, ".*": 2}})
+    theirs.save_pretrained(tmp_path)
+    assert list(getattr(peft.LoraConfig.from_pretrained(tmp_path), field)) == [".*", "query"]
+    model = tiny_classifier()
+    with pytest.raises(MiniloraError, match=rf"{field} gives '.*query' 4; .*sorted.*, 2: let one"):
+        minilora.add_adapter(model, LoraConfig(**{field: {"query": 4, ".*": 2}}))
+    assert not hasattr(model, "minilora_adapters")
+    for keys in ({".*": 2, "query": 4}, {"value": 4, "query": 2}, {"query": 4, ".*": 4}):
+        minilora.add_adapter(model, LoraConfig(**{field: keys}))
+        minilora.unload(model)
+
+
+def test_two_keys_of_one_embedding_are_refused_for_files_have_them_sorted():
+    keys = {"word_embeddings": [1], "bert.embeddings.word_embeddings": [2]}
+    with pytest.raises(MiniloraError, match=r"two keys name 'bert\..*word_embeddings': give one"):
+        minilora.add_adapter(tiny_classifier(), LoraConfig(trainable_token_indices=keys))
+    keys["word_embeddings"] = [2]
+    minilora.add_adapter(tiny_classifier(), LoraConfig(trainable_token_indices=keys))
+
+
+def test_what_only_holds_modules_cannot_be_trained_whole_as_in_peft():
+    import peft
+
+    settings = {"target_modules": ["bert.pooler.dense"], "modules_to_save": ["layer"]}
+    with pytest.raises(TypeError, match="ModuleList"):
+        peft.get_peft_model(tiny_classifier(), peft.LoraConfig(**settings))
+    with pytest.raises(MiniloraError, match=r"'bert\.encoder\.layer', a ModuleList, which only"):
+        minilora.add_adapter(tiny_classifier(), LoraConfig(**settings))
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_a_weight_that_two_modules_share_is_not_reduced(init):
+    """It would be beneath the embeddings, too, and the model no longer start as the plain one."""
+    config = LoraConfig(r=2, target_modules=["decoder", "query"], init_lora_weights=init)
+    with pytest.raises(MiniloraError, match=r"'cls.*decoder', which is that of .*word_embeddings'"):
+        minilora.add_adapter(BertForMaskedLM(tiny_config()), config)
+    model = BertForMaskedLM(tiny_config(tie_word_embeddings=False)).eval()
+    ids = torch.arange(8).reshape(2, 4)
+    before = model(ids).logits
+    minilora.add_adapter(model, config)
+    torch.testing.assert_close(model(ids).logits, before)
+
+
+def test_layers_to_transform_count_among_twenty_names_or_more_as_in_peft():
+    """Whole names would win over them; shortened as PEFT shortens them, they are none."""
+    import peft
+
+    model = tiny_classifier(num_hidden_layers=5)
+    modules = model.bert.encoder.named_modules(prefix="bert.encoder")
+    linear = [name for name, module in modules if isinstance(module, nn.Linear)]
+    settings = {"target_modules": linear, "layers_to_transform": [1], "task_type": "SEQ_CLS"}
+    theirs = peft.get_peft_model(
+        tiny_classifier(num_hidden_layers=5), peft.LoraConfig(**settings, layers_pattern="layer")
+    )
+    names = minilora.add_adapter(model, LoraConfig(**settings, layers_pattern="layer"))
+    assert len(linear) >= 20 and len(names) == 6
+    assert set(names) == {n.removeprefix("base_model.model.") for n in theirs.targeted_module_names}
 
 
 def test_settings_without_effect_are_said_aloud():

@@ -192,7 +192,9 @@ def _sentences(path: Source, labelled: bool) -> Iterator[Row]:
     tokens, tags, start = [], [], 1
     for line, text in chain(lines_of(path), [(0, "")]):
         text = text.removeprefix("\ufeff")  # of a file that was appended to another
-        fields = [field.strip() for field in text.split("\t")] if "\t" in text else text.split()
+        # Not str.split, which also splits inside tokens, at U+00A0 and U+2028.
+        between = "\t" if "\t" in text else " +"
+        fields = [field.strip(" ") for field in re.split(between, text.strip(" \r"))]
         if not text.strip() or fields[0] == "-DOCSTART-":
             if tokens:
                 yield _row(path, start, tokens, tags if labelled else None)
@@ -202,7 +204,7 @@ def _sentences(path: Source, labelled: bool) -> Iterator[Row]:
         else:
             start = start if tokens else line
             tokens.append(fields[0])
-            tags.append(fields[-1])
+            tags.append(fields[-1].strip())
 
 
 def _objects(path: Source, records: Records, arguments: Arguments, labelled: bool) -> Iterator[Row]:

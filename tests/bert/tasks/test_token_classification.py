@@ -51,6 +51,14 @@ def test_columns_are_token_first_and_tag_last(name, text, read):
     assert [(r.line, r.fields["tokens"], r.label) for r in read(name, text)] == GOOD
 
 
+@pytest.mark.parametrize("between", [" ", "\t", "  NN "])
+@pytest.mark.parametrize("token", ["10\xa0000", "\u2028so", "so\x85", "\u3000"])
+def test_a_token_is_all_that_stands_between_spaces_or_tabs(token, between, read):
+    """Python's own split knows more white space, and would leave a part of the token."""
+    [row] = read("a.conll", f"{token}{between}O\r\nfine{between}O\r\n")
+    assert (row.fields["tokens"], row.label) == ([token, "fine"], ["O", "O"])
+
+
 def test_objects_have_tokens_and_tags_under_these_names_or_the_given(read):
     rows = read("a.jsonl", '{"tokens": ["so", "a b"], "tags": ["O", "B-x"]}\n')
     assert rows == [row_of(["so", "a b"], ["O", "B-x"])]

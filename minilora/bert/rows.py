@@ -49,7 +49,7 @@ FLAGS = {"text": "--text_column", "pair": "--text_pair_column", "label": "--labe
 
 class Row(NamedTuple):
     """One example as the file has it, and where. There may be millions: a dataclass that is frozen
-    takes five times as long to make.
+    takes three times as long to make.
     """
 
     text: str

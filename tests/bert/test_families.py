@@ -257,7 +257,7 @@ def test_nothing_of_tokens_times_vocabulary_is_computed(forward, family):
 @pytest.mark.parametrize(
     ("family", "block"),
     [("mpnet", "attention"), ("deberta-v2", "intermediate"), ("distilbert", "attention"),
-     ("albert", "albert_layers"), ("modernbert", "attn"), ("modernbert", "layers")],
+     ("albert", "albert_layers.0"), ("modernbert", "attn"), ("modernbert", "layers.0")],
 )  # fmt: skip
 def test_a_block_that_is_trained_in_full_is_not_packed(family, block):
     """Its copy has other names, or a config of its own, which asks for other attention."""

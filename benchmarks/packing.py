@@ -1,10 +1,11 @@
 """How much of a batch is padding, what packing leaves of it, and what that saves of a step.
 
-    python benchmarks/packing.py [--tables]
+    python benchmarks/packing.py [--tables] [--quick]
 
 Counts are of the packaged sentences in MiniLM's tokens ([demo] extra); a step is a forward and a
 backward pass of a random model of MiniLM's shape, padded and packed in turn, on one thread. About
-two minutes. Writes docs/figures/packing.json and its pictures; --tables prints what is there.
+two minutes; --quick takes one pair of steps, and writes nothing. Writes docs/figures/packing.json and its pictures; --tables
+prints what is there.
 """
 
 import argparse
@@ -67,8 +68,8 @@ def count(lengths, order, batch):
     }
 
 
-def time_steps(examples):
-    """Seconds of forward and backward, (packed, padded) of each pair, by the order of lengths."""
+def time_steps(examples, count):
+    """Seconds of forward and backward, (packed, padded) of so many pairs, by the order of lengths."""
     import dataclasses
 
     import numpy as np
@@ -100,7 +101,7 @@ def time_steps(examples):
         source = cut if name == "equal" else examples
         order = order_of(np.diff(source.offsets), "random" if name == "equal" else name)
         # Batches from all over: sorted, the first ones are the shortest.
-        starts = np.linspace(0, len(order) - 32, PAIRS + 1).astype(int)
+        starts = np.linspace(0, len(order) - 32, count + 1).astype(int)
         pairs = []
         for number, start in enumerate(starts):
             taken = {}
@@ -115,7 +116,7 @@ def time_steps(examples):
     return found
 
 
-def measure():
+def measure(pairs=PAIRS):
     import numpy as np
     import torch
     import transformers
@@ -136,7 +137,7 @@ def measure():
         "lengths": {"mean": lengths.mean(), "shortest": int(lengths.min()), "longest": int(lengths.max())},
         "shown": sorted(lengths[order_of(lengths, "random")[:SHOWN]].tolist()),
         "shares": shares,
-        "seconds": time_steps(examples),
+        "seconds": time_steps(examples, pairs),
     }  # fmt: skip
 
 
@@ -183,7 +184,12 @@ def draw(results: dict) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--tables", action="store_true", help="print the measured tables")
-    if not parser.parse_args().tables:
+    parser.add_argument("--quick", action="store_true")
+    asked = parser.parse_args()
+    if asked.quick:
+        print("\n\n".join(tables(measure(pairs=1))))
+        return
+    if not asked.tables:
         RESULTS.parent.mkdir(exist_ok=True)
         RESULTS.write_text(json.dumps(measure(), indent=1, default=float) + "\n")
         draw(json.loads(RESULTS.read_text()))

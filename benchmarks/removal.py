@@ -1,6 +1,7 @@
 """What each part of a checkpoint is for: one that is resumed whole, and without one part at a time.
 
     python benchmarks/removal.py             measure, write docs/figures/removal.json, draw
+    python benchmarks/removal.py --quick     a few steps: which step differs first; writes nothing
     python benchmarks/removal.py --draw      draw again, from the JSON
     python benchmarks/removal.py --tables    print the tables of docs/04_checkpoint.md from the JSON
 
@@ -353,7 +354,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--tables", action="store_true")
     parser.add_argument("--draw", action="store_true")
+    parser.add_argument("--quick", action="store_true")
     asked = parser.parse_args()
+    if asked.quick:
+        globals().update(STEPS=8, MIDDLE=4, EVAL_STEPS=4, HALF_STEPS=8, HALF_MIDDLE=4)
+        measure_all()
+        return
     if not asked.tables and not asked.draw:
         RESULTS.parent.mkdir(exist_ok=True)
         RESULTS.write_text(json.dumps(measure_all()) + "\n")

@@ -105,7 +105,13 @@ def test_a_run_prints_every_row_and_writes_the_same_numbers(tiny_model, tmp_path
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("command", ["checkpoint.py --saves 2", "merging.py"])
+@pytest.mark.parametrize(
+    "command",
+    [
+        "checkpoint.py --saves 2", "merging.py", "myths.py --quick --part accumulation",
+        "packing.py --quick", "removal.py --quick",
+    ],
+)  # fmt: skip
 def test_a_script_that_a_page_names_measures_what_the_page_shows(command, tmp_path):
     """Where they write what they measured: the same tables, with this machine's numbers in them."""
     pytest.importorskip("peft")

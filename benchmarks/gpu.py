@@ -140,7 +140,8 @@ def main() -> None:
                 continue
             if SHAPES[shape] is not None:
                 model = Path(directory, shape)
-                model.exists() or bert_shape(asked.model, model, **SHAPES[shape])
+                if not model.exists():
+                    bert_shape(asked.model, model, **SHAPES[shape])
             settings = {
                 "model": str(model), "train": asked.train, "steps": asked.steps, "batch": batch,
                 "accumulation": 1, "max_length": LONGEST, "targets": QUERY_VALUE,

@@ -265,7 +265,7 @@ def final_evaluation(training: Training, output_dir: Path, config: TrainConfig) 
 
     With `load_best_model_at_end` it is the best, and the model is put back to it: of the
     checkpoints that are there and verify, for one may have been deleted, or never written to a full
-    disk.
+    disk, and step 0 has none.
     """
     metric, rows = config.best_metric() or "", training.state.log_history
     every = read_rows(output_dir) if config.load_best_model_at_end else []

@@ -43,8 +43,10 @@ USUAL_NAMES = {
     "label": ["label", "labels", "class", "target", "score", "sentiment"],
     "kind": ["kind"],
 }  # fmt: skip
-NOTHING: Mapping[str, Any] = MappingProxyType({})
 FLAGS = {"text": "--text_column", "pair": "--text_pair_column", "label": "--label_column"}
+
+
+NOTHING: Mapping[str, Any] = MappingProxyType({})  # which all rows may share, for none can write
 
 
 class Row(NamedTuple):

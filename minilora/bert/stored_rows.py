@@ -100,4 +100,4 @@ def tokens_key(
 
 
 def _values(rows: Iterable[Row]) -> list[list[Any]]:
-    return [[*row[:-1], {**row.fields}] for row in rows]
+    return [[*row[:-1], {**row.fields}] for row in rows]  # JSON knows dicts alone

@@ -5,6 +5,7 @@ Training begins here, and so does what opens a trained model again.
 
 import dataclasses
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,10 @@ from minilora.training.record import BASE_NAME
 # and keeps what it prepared. Without it, 60 different lengths took the process from 0.7 to 1.5 GB
 # (`benchmarks/README.md`).
 BFLOAT16_MULTIPLE = 32
+
+# Where each length of batches is compiled, and recorded as a CUDA graph, it is a multiple of the
+# one, so that there are few, and torch may compile as many as the other.
+GRAPH_MULTIPLE, GRAPHS = 32, 64
 
 # Of a config.json: what says nothing of how a model computes.
 NAMES = {
@@ -234,7 +239,17 @@ def choose_forward(
             half_on_cpu = config.dtype == "bfloat16" and device.type == "cpu"
             return Packed(model, pad_token_id, BFLOAT16_MULTIPLE if half_on_cpu else 1)
         say(f"batches are padded: a {model.config.model_type} is not known how to pack")
-    return Padded(model, pad_token_id)
+    # A divisor of what the model has positions for: no batch is filled up to more.
+    graphs_multiple = math.gcd(GRAPH_MULTIPLE, load.positions(model) or 0)
+    return Padded(model, pad_token_id, graphs_multiple if has_graphs(config, device) else 1)
+
+
+def has_graphs(config: TrainConfig, device: torch.device) -> bool:
+    """Whether a step replays CUDA graphs: of a small model, it is spent launching kernels. (Not
+    where gradients outlive their graph, to be added up: its next run writes over them.)
+    """
+    is_alone = config.gradient_accumulation_steps == distributed.world_size() == 1
+    return config.torch_compile and device.type == "cuda" and is_alone
 
 
 def prepare_training(config: TrainConfig, forward: Packed | Padded) -> nn.Module:
@@ -254,7 +269,10 @@ def prepare_training(config: TrainConfig, forward: Packed | Padded) -> nn.Module
         # Its name until transformers 5.23.
         old_name = model.gradient_checkpointing_enable
         getattr(model, "activation_checkpointing_enable", old_name)(checkpointing)
-    if config.torch_compile:
+    if has_graphs(config, model.device):
+        torch._dynamo.config.recompile_limit = GRAPHS
+        model.base_model.compile(mode="reduce-overhead", dynamic=False)
+    elif config.torch_compile:
         forward.compile()
     return distributed.replicated(forward)
 

@@ -93,13 +93,16 @@ def token_positions(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
     return np.repeat(starts - (ends - lengths), lengths) + np.arange(ends[-1])
 
 
-def collate_padded(examples: Examples, indices: np.ndarray, pad_token_id: int) -> Batch:
-    """The examples `indices` (B,) padded on the right to the longest: (B, T); `labelled` adds the
-    rest.
+def collate_padded(
+    examples: Examples, indices: np.ndarray, pad_token_id: int, multiple: int = 1
+) -> Batch:
+    """The examples `indices` (B,) padded on the right to the longest, or a multiple: (B, T);
+    `labelled` adds the rest.
     """
     starts, ends = examples.offsets[indices], examples.offsets[indices + 1]
     lengths = ends - starts
-    real = np.arange(lengths.max()) < lengths[:, None]  # (B, T), False where padding
+    longest = -(-lengths.max() // multiple) * multiple
+    real = np.arange(longest) < lengths[:, None]  # (B, T), False where padding
     flat = token_positions(starts, lengths)
 
     def padded(values: np.ndarray, filler: int) -> Tensor:

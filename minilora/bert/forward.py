@@ -47,13 +47,14 @@ HEADS = (OF_SEQUENCES, "ForTokenClassification", "ForQuestionAnswering", "ForMas
 class Padded(nn.Module):
     """Rectangular batches: what everything else must agree with."""
 
-    def __init__(self, model: PreTrainedModel, pad_token_id: int) -> None:
+    def __init__(self, model: PreTrainedModel, pad_token_id: int, multiple: int = 1) -> None:
         super().__init__()
         self.model = model
         self.pad_token_id = pad_token_id
+        self.multiple = multiple
 
     def collate(self, examples: Examples, indices: np.ndarray) -> Batch:
-        return collate_padded(examples, indices, self.pad_token_id)
+        return collate_padded(examples, indices, self.pad_token_id, self.multiple)
 
     def forward(self, batch: Batch) -> Tensor:
         """Logits (B, C) or (B, T, C), or (M, V) of places `masked` (M,) of the B * T; the labels

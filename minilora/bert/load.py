@@ -15,7 +15,6 @@ and transformers reads pickled weights with `weights_only=True`.
 import contextlib
 import hashlib
 import importlib.util
-import math
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -250,16 +249,20 @@ def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
     return tokenizer.pad_token_id
 
 
+def positions(model: PreTrainedModel) -> int | None:
+    """How many tokens the model has positions for; None where their number does not matter."""
+    for name, module in model.named_modules():
+        padding = getattr(module, "padding_idx", None)
+        if name.endswith("position_embeddings") and padding is not None:
+            return module.num_embeddings - padding - 1  # RoBERTa counts from behind it
+    return getattr(model.config, "max_position_embeddings", None)
+
+
 def input_length(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, asked: int | None
 ) -> int:
     """Tokens kept of each example: as many as `asked`, by default what the model can take."""
-    positions = getattr(model.config, "max_position_embeddings", None)
-    for name, module in model.named_modules():
-        padding = getattr(module, "padding_idx", None)
-        if name.endswith("position_embeddings") and padding is not None:
-            positions = module.num_embeddings - padding - 1  # RoBERTa counts from behind it
-    longest = min(positions or math.inf, tokenizer.model_max_length)
+    longest = min(filter(None, (positions(model), tokenizer.model_max_length)))
     embeddings: Any = model.get_input_embeddings()
     known, rows = len(tokenizer), len(embeddings.weight)
     if known > rows:

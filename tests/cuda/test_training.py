@@ -106,20 +106,26 @@ def start_scaling_at(scale, monkeypatch):
     monkeypatch.setattr(torch.amp, "GradScaler", lambda *a, **k: scaler(*a, init_scale=scale, **k))
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("dtype", "accumulation"), [("float32", 1), ("bfloat16", 1), ("float16", 1), ("float32", 2)]
+)
 def test_a_compiled_forward_gives_the_losses_of_the_plain_one(
-    dtype, tmp_path, tiny_model, sentences
+    dtype, accumulation, tmp_path, tiny_model, sentences
 ):
-    """With nothing dropped, to rounding."""
+    """With nothing dropped, to rounding, over so many steps that graphs are replayed."""
     losses = {}
     for compiled in (False, True):
-        output_dir = tmp_path / str(compiled)
         values = arguments(
             without_dropout(tiny_model, tmp_path), sentences, device="cuda", dtype=dtype,
-            batching="padded", dropout="torch", torch_compile=compiled, max_steps=4,
+            batching="padded", dropout="torch", torch_compile=compiled, max_steps=20,
+            gradient_accumulation_steps=accumulation, eval_strategy="steps", eval_steps=7,
+            learning_rate=3e-4,
         )  # fmt: skip
-        run_fine_tuning({**values, "output_dir": str(output_dir)}, {"lora_dropout": 0.0}, never)
-        losses[compiled] = [row["loss"] for row in read_rows(output_dir) if "loss" in row]
+        values |= {"output_dir": str(tmp_path / str(compiled))}
+        run_fine_tuning(values, {"lora_dropout": 0.0}, never)
+        rows = read_rows(tmp_path / str(compiled))
+        losses[compiled] = [row.get("loss", row.get("eval_loss")) for row in rows]
+    assert None not in losses[True] and len(set(losses[True])) > 10
     assert losses[True] == pytest.approx(losses[False], rel=1e-3 if dtype == "float32" else 2e-2)
 
 

@@ -96,9 +96,7 @@ def token_positions(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
 def collate_padded(
     examples: Examples, indices: np.ndarray, pad_token_id: int, multiple: int = 1
 ) -> Batch:
-    """The examples `indices` (B,) padded on the right to the longest, or a multiple: (B, T);
-    `labelled` adds the rest.
-    """
+    """The examples `indices` (B,) padded on the right: (B, T), T a multiple of `multiple`."""
     starts, ends = examples.offsets[indices], examples.offsets[indices + 1]
     lengths = ends - starts
     longest = -(-lengths.max() // multiple) * multiple

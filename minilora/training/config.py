@@ -136,7 +136,8 @@ class TrainConfig:
         None, "whose masks; by default fast, ours, on a CPU, else torch", choices=("fast", "torch"))
     dtype: str = option("float32", "of frozen weights and activations only", choices=DTYPES)
     gradient_checkpointing: bool = free(False, "recompute activations instead of keeping them")
-    torch_compile: bool = option(False, "compile the forward; with padding and torch's dropout")
+    torch_compile: bool = option(
+        False, "compile the forward, on a GPU as CUDA graphs; with padding and torch's dropout")
 
     eval_strategy: str | None = free(
         None, "by default epoch, given validation data", choices=STRATEGIES, group="evaluation")

@@ -110,9 +110,7 @@ class Callbacks:
     log: Callable[[dict[str, Any]], None]  # takes a row of metrics.jsonl
     save: Callable[[], None]  # writes a checkpoint
     should_stop: Callable[[], bool]  # asked before each step; if true, the loop saves and ends
-    progress: Callable[
-        [list[Batch], float, float], None
-    ]  # told of each step, with its loss and rate
+    progress: Callable[[list[Batch], float, float], None]  # told of each step: its loss, its rate
 
 
 def fit(training: Training, config: TrainConfig, run: Callbacks) -> None:

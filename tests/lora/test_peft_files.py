@@ -93,9 +93,14 @@ def test_files_do_not_depend_on_the_hash_seed(tmp_path):
         "minilora.add_adapter(model, config)\n"
         "minilora.save_adapter(model, sys.argv[1])"
     )
-    for seed in ("1", "2"):
-        environment = {**os.environ, "PYTHONHASHSEED": seed}
-        subprocess.run([sys.executable, "-c", code, tmp_path / seed], check=True, env=environment)
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", code, tmp_path / seed],
+            env={**os.environ, "PYTHONHASHSEED": seed},
+        )
+        for seed in ("1", "2")
+    ]
+    assert [process.wait() for process in processes] == [0, 0]
     for name in ("adapter_model.safetensors", "adapter_config.json"):
         assert (tmp_path / "1" / name).read_bytes() == (tmp_path / "2" / name).read_bytes()
 

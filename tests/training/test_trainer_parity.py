@@ -262,9 +262,9 @@ def test_we_continue_trainers_checkpoint_bitwise(step, tmp_path, tiny_model, sen
     "settings",
     [
         {"gradient_accumulation_steps": 4},
-        {"eval_strategy": "steps", "eval_steps": 2},
+        pytest.param({"eval_strategy": "steps", "eval_steps": 2}, marks=pytest.mark.slow),
         {"eval_strategy": "epoch"},
-        {"lr_scheduler_type": "constant"},
+        pytest.param({"lr_scheduler_type": "constant"}, marks=pytest.mark.slow),
     ],
     ids=str,
 )

@@ -2,9 +2,9 @@
 
 import ast
 import re
+import resource
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -165,10 +165,13 @@ def test_help_answers_without_torch_and_groups_its_flags():
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_help_answers_in_under_a_second(command):
-    start = time.perf_counter()
+    """Of the processor's time: on a machine that is busy otherwise, too."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     flags = [sys.executable, "-m", f"minilora.{command}", "--help"]
     result = subprocess.run(flags, capture_output=True, text=True)
-    assert time.perf_counter() - start < 1 and result.returncode == 0
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 1
+    assert result.returncode == 0
     assert f"python -m minilora.{command}" in result.stdout
 
 

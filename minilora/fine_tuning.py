@@ -226,10 +226,9 @@ def new_record(
         environment(plan.config.device),
         world_size=plan.record.world_size if plan.record else distributed.world_size(),
         extended=plan.extended(),
+        resumed=plan.resumed(),
         base_settings=start.settings(),
-        tokens_sha256={
-            split: dataset.tokens_fingerprint(found) for split, found in examples.items()
-        },
+        tokens_sha256={s: dataset.tokens_fingerprint(found) for s, found in examples.items()},
     )
 
 

@@ -79,8 +79,10 @@ def read_run(path: Path, label: str) -> Run:
         flat = {**settings.get(section, {}), **flat}
     told = [f"step {log[-1]['step'] if log else 0}"]
     told += ["unfinished"] if position.get("finished") is False else []
-    marked = list(settings.get("extended", ()))
-    told += [f"extended at step {step}" for step in marked]
+    marked = []
+    for event in ("extended", "resumed"):
+        marked += settings.get(event, [])
+        told += [f"{event} at step {step}" for step in settings.get(event, [])]
     newest = directory.checkpoint or first_valid(sorted_checkpoints(path))
     inexact = newest and newest.manifest and newest.manifest.state["inexact_from"]
     if inexact is not None:

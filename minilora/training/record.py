@@ -63,6 +63,7 @@ class RunRecord:
     result: dict[str, Any] | None = None  # the final metrics of a finished run
     world_size: int = 1  # processes that it began with: a step has their batches, whoever trains it
     extended: list[int] = field(default_factory=list)  # the steps at which its end was moved
+    resumed: list[int] = field(default_factory=list)  # those at which it was gone on with
     # What stands beside the base's weights; older versions did not record it.
     base_settings: dict[str, Any] = field(default_factory=dict)  # of its config.json
     tokens_sha256: dict[str, str] = field(default_factory=dict)  # its tokenizer's, of each split
@@ -77,7 +78,7 @@ class RunRecord:
         arguments["output_dir"] = arguments["resume_from_checkpoint"] = None
         arguments["extend"] = False  # it is asked anew each time
         values = vars(self) | {"arguments": arguments, "lora": dataclasses.asdict(self.lora)}
-        return {name: value for name, value in values.items() if name != "result" or value}
+        return {n: value for n, value in values.items() if value or n not in ("result", "resumed")}
 
     def write(self, output_dir: Path) -> None:
         """As run.json, before the first step, and with the result at the end."""
@@ -94,7 +95,8 @@ class RunRecord:
         """What `to_json` returned, whichever version wrote it."""
         hints = typing.get_type_hints(RunRecord) | {"arguments": dict, "lora": dict}
         absent = {"labels": None, "pairs": None, "environment": {}, "result": None}
-        absent |= {"world_size": 1, "extended": [], "base_settings": {}, "tokens_sha256": {}}
+        absent |= {"world_size": 1, "base_settings": {}, "tokens_sha256": {}}
+        absent |= {"extended": [], "resumed": []}
         found = {**absent, **{name: values[name] for name in hints.keys() & values.keys()}}
         check_like(hints, found, f"{place} does not record a run")
         arguments = train_config_from_dict(found.pop("arguments"), place)
@@ -190,7 +192,8 @@ def manifest_bytes(state: TrainState, record: RunRecord | None, files: dict[str,
     document = {
         "schema_version": SCHEMA_VERSION,
         "state": {name: getattr(state, name) for name in STATE},
-        "run": {} if record is None else record.to_json(),
+        # A checkpoint is the uninterrupted run's: to the byte, but for times in its log.
+        "run": {} if record is None else dataclasses.replace(record, resumed=[]).to_json(),
         "environment": environment(None if record is None else record.arguments.device),
         "files": {name: _described(data) for name, data in files.items()},
     }

@@ -50,6 +50,11 @@ class ResumePlan:
         step = self.stored.progress["global_step"] if self.stored is not None else 0
         return [*self.record.extended, *[step] * moved]
 
+    def resumed(self) -> list[int]:
+        """The steps at which the run was gone on with, this one included."""
+        before = self.record.resumed if self.record is not None else []
+        return before if self.stored is None else [*before, self.stored.progress["global_step"]]
+
     def bring(self) -> None:
         """Copy the checkpoint to go on from, and the best so far, to where the run goes on, if that
         is another directory: it may be stopped before it saves there, and may end with the best.
@@ -136,6 +141,7 @@ def plan_resume(
             written = RunRecord.read(own)
             # A run that was extended and killed before it saved.
             record = written if len(written.extended) > len(record.extended) else record
+            record = dataclasses.replace(record, resumed=written.resumed)
     if stored is None and record is None:
         raise MiniloraError(f"resume_from_checkpoint {str(path)!r} {NOTHING}")
     config, lora, refusals = None, None, []

@@ -60,8 +60,8 @@ def fit_in_directory(
         if is_extended:
             follow_schedule(training.scheduler)
             say(f"extended from step {step} to {training.timetable.max_steps}")
-    as_it_is = distributed.by_first((output_dir / RUN_NAME).is_file) and not is_extended
-    distributed.by_first(lambda: None if as_it_is else record.write(output_dir))
+    if not is_finished(training.state, training.timetable):  # whose run.json has its result
+        distributed.by_first(lambda: record.write(output_dir))
     for path, reason in plan.set_aside:
         aside = distributed.by_first(partial(files.set_aside, path, reason))
         say(f"warning: {path.name} is {reason} and now named {aside.name}")

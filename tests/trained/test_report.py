@@ -60,7 +60,7 @@ def copy_of(finished_run: Path, path: Path, log: list[dict] | None = None, **cha
     shutil.copytree(finished_run, path)
     run = json.loads((path / "run.json").read_text())
     for name, value in changes.items():
-        (run if name in run else run["arguments"])[name] = value
+        (run["arguments"] if name in run["arguments"] else run)[name] = value
     (path / "run.json").write_text(json.dumps(run))
     if log is not None:
         (path / "metrics.jsonl").write_text("".join(json_text(row) + "\n" for row in log))
@@ -192,16 +192,17 @@ def test_runs_of_one_name_are_told_apart(finished_run, tmp_path):
     assert labels == [f"out ({k}: {run})" for k, run in enumerate([*runs, runs[0]], start=1)]
 
 
-def test_where_a_run_was_extended_or_became_inexact_is_marked(finished_run, tmp_path):
-    run = copy_of(finished_run, tmp_path / "a", extended=[3])
+def test_where_a_run_was_resumed_extended_or_became_inexact_is_marked(finished_run, tmp_path):
+    run = copy_of(finished_run, tmp_path / "a", extended=[3], resumed=[2, 3])
     manifest = json.loads((run / "checkpoint-6" / "minilora.json").read_text())
     del manifest["sha256"]
     manifest["state"]["inexact_from"] = 4
     manifest["sha256"] = record._checksum(manifest)
     (run / "checkpoint-6" / "minilora.json").write_text(json.dumps(manifest))
     page = page_of(copy_of(finished_run, tmp_path / "b"), run)
-    assert page.data["marked"] == [[], [3, 4]]
-    assert "step 6; extended at step 3; inexact from step 4" in page.text
+    assert page.data["marked"] == [[], [3, 2, 3, 4]]
+    resumed = "resumed at step 2; resumed at step 3"
+    assert f"step 6; extended at step 3; {resumed}; inexact from step 4" in page.text
 
 
 def test_checkpoints_are_shown_beside_runs_trainers_too(finished_run, trainers, tmp_path):

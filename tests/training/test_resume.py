@@ -101,6 +101,19 @@ def test_a_run_stopped_at_any_step_resumes_to_the_same_bits(
     assert_same_run(tmp_path / "run", uninterrupted)
 
 
+def test_a_resume_is_noted_in_run_json_and_leaves_no_trace_in_a_checkpoint(
+    tmp_path, tiny_model, sentences, uninterrupted
+):
+    run = tmp_path / "run"
+    stop_at(2, arguments(tiny_model, sentences), run)
+    stop_at(1, {"resume_from_checkpoint": str(run)}, run)
+    fine_tune(TrainConfig(resume_from_checkpoint=str(run)))
+    assert RunRecord.read(run).resumed == [2, 3] and RunRecord.read(uninterrupted).resumed == []
+    for number in range(4, STEPS_PER_EPOCH):  # before an evaluation, whose time is in the log
+        for file in (uninterrupted / f"checkpoint-{number}").iterdir():
+            assert (run / f"checkpoint-{number}" / file.name).read_bytes() == file.read_bytes()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("step", range(1, STEPS))
 def test_a_run_killed_in_one_process_resumes_in_another_to_the_same_bits(

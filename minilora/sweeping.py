@@ -13,7 +13,10 @@ import math
 import multiprocessing
 import os
 import signal
+import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
@@ -172,21 +175,30 @@ def each(
         return
     # Spawned: a fork of a process that has used torch's threads may hang.
     spawned = multiprocessing.get_context("spawn")
-    with spawned.Pool(jobs, prepare_worker, (jobs,)) as pool:
-        results = [(task[0].name, pool.apply_async(advance, (task,))) for task in tasks]
-        while results and not should_stop():
-            ready = [pair for pair in results if pair[1].ready()]
-            results = [pair for pair in results if pair not in ready]
-            yield from ((name, result.get()) for name, result in ready)
-            if results:
-                results[0][1].wait(0.1)
+    with ProcessPoolExecutor(jobs, spawned, prepare_worker, (jobs,)) as pool:
+        # What a Ctrl-C means, the sweep decides: its processes never get it.
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+        left = {pool.submit(advance, task): task[0].name for task in tasks}
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        workers = multiprocessing.active_children()
+        try:
+            while left and not should_stop():
+                ready, _ = wait(left, timeout=0.1, return_when=FIRST_COMPLETED)
+                yield from ((left.pop(future), future.result()) for future in ready)
+        except BrokenProcessPool:
+            if not should_stop():  # by a signal to all of them
+                raise OSError("a process was killed: too little memory for --jobs?") from None
+        finally:
+            for worker in workers if left else []:
+                worker.terminate()
 
 
 def prepare_worker(jobs: int) -> None:
-    """A share of the cores, unless OMP_NUM_THREADS says how many. What a Ctrl-C means, the sweep
-    decides: it ends its processes, and every run resumes.
+    """A share of the cores, unless OMP_NUM_THREADS says how many. Whatever ends the sweep ends its
+    processes, which hold runs that are to be resumed.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    sweep: Any = multiprocessing.parent_process()
+    threading.Thread(target=lambda: [sweep.join(), os._exit(1)], daemon=True).start()
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, torch.get_num_threads() // jobs))
 
@@ -211,7 +223,8 @@ def advance(
             return result.get(metric)
         # Beside the run, of which nothing changes by it.
         paused, file = open_run(place / f"checkpoint-{pause}"), run.train.get("validation_file")
-        return evaluate_file(paused, file or PACKAGED).metrics.get(metric)
+        score = evaluate_file(paused, file or PACKAGED).metrics.get(metric, math.nan)
+        return score if math.isfinite(score) else None  # as a file has it
     except MiniloraError as error:
         say(f"warning: {run.name} failed: {error}")
         return None

@@ -1,17 +1,21 @@
 """python -m minilora.sweep: many runs, the worst paused for good, the best as if alone."""
 
+import contextlib
 import json
 import os
 import random
+import re
 import shutil
 import signal
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
 
 import pytest
 
-from minilora import MiniloraError, sweep, sweeping
+from minilora import MiniloraError, files, sweep, sweeping
 from minilora.sweeping import Run, Sweep
 from tests.conftest import read_rows
 from tests.forked import run_forked
@@ -275,3 +279,73 @@ def test_what_no_sweep_wrote_is_refused(tmp_path):
     (tmp_path / "sweep.json").write_text('{"runs": [], "halving": null, "scores": []}')
     with pytest.raises(MiniloraError, match=r"sweep\.json has no runs"):
         Sweep.read(tmp_path)
+
+
+def test_a_paused_run_whose_score_is_no_number_has_failed_at_once(
+    tmp_path, tiny_model, sentences, command
+):
+    asked = ("--learning_rate", 1e-3, 1e38, "--max_steps", 2, "--halving", 2)
+    out = tmp_path / "out"
+    done = command("sweep", *flags(tiny_model, sentences), *asked, "--output_dir", out)
+    assert done.code == 0 and done.out.splitlines()[2].split()[2] == "failed"
+    again = command("sweep", "--resume_from_checkpoint", out)
+    assert again.out == done.out
+
+
+@contextlib.contextmanager
+def endless(out, tiny_model, sentences):
+    """A sweep by two processes in the midst of its runs, and those processes' ids."""
+    asked = flags(tiny_model, sentences, "--r", 2, 4, 8, "--max_steps", 10**6, "--jobs", 2)
+    asked = map(str, [*asked, "--eval_strategy", "epoch", "--output_dir", out])
+    line = [sys.executable, "-m", "minilora.sweep", *asked]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    started = subprocess.Popen(line, start_new_session=True, **pipes)
+    try:
+        until(lambda: len(list(out.glob("run-*/metrics.jsonl"))) == 2)
+        children = Path(f"/proc/{started.pid}/task/{started.pid}/children").read_text().split()
+        ids = [int(pid) for pid in children if b"spawn_main" in read("cmdline", pid)]
+        assert len(ids) == 2
+        yield started, ids
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(started.pid, signal.SIGKILL)  # what a fault has left behind, too
+        started.communicate()
+
+
+def read(name: str, pid: object) -> bytes:
+    return Path(f"/proc/{pid}/{name}").read_bytes()
+
+
+def until(is_so, seconds: int = 60) -> None:
+    end = time.monotonic() + seconds
+    while not is_so():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+@pytest.mark.slow
+def test_a_killed_sweep_leaves_no_process_that_holds_a_run(tmp_path, tiny_model, sentences):
+    with endless(tmp_path / "out", tiny_model, sentences) as (started, _):
+        places = [tmp_path / "out" / name for name in ("run-000", "run-001")]
+        assert all(map(files.is_held, places))
+        started.kill()
+        until(lambda: not any(map(files.is_held, places)), seconds=5)
+
+
+@pytest.mark.slow
+def test_a_sweep_one_of_whose_processes_is_killed_says_so_and_ends(tmp_path, tiny_model, sentences):
+    with endless(tmp_path / "out", tiny_model, sentences) as (started, ids):
+        os.kill(ids[0], signal.SIGKILL)
+        _, err = started.communicate(timeout=30)
+    assert started.returncode == 1 and "error: a process was killed" in err
+    assert "Traceback" not in err and not files.is_held(tmp_path / "out" / "run-001")
+
+
+@pytest.mark.slow
+def test_no_ctrl_c_reaches_the_processes_of_a_sweep(tmp_path, tiny_model, sentences):
+    with endless(tmp_path / "out", tiny_model, sentences) as (started, ids):
+        for pid in ids:  # of the threads that start with the process, too
+            blocked = re.search(rb"SigBlk:\s*(\w+)", read("status", pid))
+            assert int(blocked[1], 16) & 1 << signal.SIGINT - 1
+        mine = re.search(rb"SigBlk:\s*(\w+)", read("status", started.pid))
+        assert not int(mine[1], 16) & 1 << signal.SIGINT - 1

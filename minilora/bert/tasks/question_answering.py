@@ -95,8 +95,10 @@ class QuestionAnswering:
                 problem = f"the question has {left} {max_length}: none are left for the passage"
                 raise bad(place, rows[index].line, problem)
             ids, types = np.array(encoding.ids), np.array(encoding.type_ids)
+            answer = _places(rows[index], spans)
             for at in windows(is_passage, max_length, min(self.doc_stride, room // 2)):
-                places = _places(rows[index], spans[at])
+                is_whole = len(answer) and np.isin(answer[[0, -1]], at).all()
+                places = np.searchsorted(at, answer[[0, -1]]) if is_whole else (0, 0)
                 found.append((ids[at], types[at], spans[at], places, index))
         ids, types, spans, labels, owners = zip(*found, strict=True)
         # PEFT 0.21's PeftModelForQuestionAnswering takes token_type_ids and leaves them out.
@@ -205,15 +207,13 @@ def best_spans(logits: np.ndarray, spans: np.ndarray) -> list[Span]:
     return [none, *zip(scores.flat[best].tolist(), *places, strict=True)]
 
 
-def _places(row: Row, spans: np.ndarray) -> tuple[int, int]:
-    """The tokens of a window in which the row's first answer starts and ends; (0, 0) of none."""
+def _places(row: Row, spans: np.ndarray) -> np.ndarray:
+    """Which tokens hold any of the row's first answer; a character's may be several, or none."""
     if not row.label:
-        return 0, 0
-    inside, (first, text) = np.flatnonzero(spans[:, 0] >= 0), row.label[0]
-    start = np.searchsorted(spans[inside, 0], first, side="right") - 1
-    end = np.searchsorted(spans[inside, 1], first + len(text))
-    is_whole = 0 <= start <= end < len(inside)
-    return (inside[start].item(), inside[end].item()) if is_whole else (0, 0)
+        return np.zeros(0, dtype=np.int64)
+    first, text = row.label[0]
+    is_passage = spans[:, 0] >= 0
+    return np.flatnonzero(is_passage & (spans[:, 0] < first + len(text)) & (spans[:, 1] > first))
 
 
 def _of_squad(path: Source) -> Records:

@@ -13,6 +13,7 @@ from transformers import AutoTokenizer, BertForQuestionAnswering, set_seed
 from minilora import MiniloraError, TrainConfig
 from minilora.bert.dataset import collate_padded, tokenize
 from minilora.bert.packing import collate_packed
+from minilora.bert.rows import Row
 from minilora.bert.tasks import task_class
 from minilora.bert.tasks.question_answering import ANSWER, ANSWER_OR_NONE, N_BEST, best_spans
 from tests.conftest import WORDS, task_of, tiny_config
@@ -188,6 +189,31 @@ def test_labels_are_the_answers_tokens_or_the_first_where_a_window_lacks_it(rows
             ((first, text),) = row.label
             assert of_passage[0, 0] > first or of_passage[-1, 1] < first + len(text)
     assert seen == {owner for owner, row in enumerate(rows) if row.label}
+
+
+@pytest.mark.parametrize(
+    ("offsets", "answer", "expected"),
+    [
+        ([(0, 1), (0, 1), (0, 1), (1, 2)], (0, "국"), (1, 3)),  # a syllable cut into its letters
+        ([(0, 3), (4, 5), (4, 5), (6, 8)], (4, "😀"), (2, 3)),  # bytes
+        ([(0, 3), (4, 8)], (4, "cafe\u0301"), (2, 2)),  # an accent that is stripped, at the end
+        ([(0, 3), (4, 8), (9, 10)], (4, "cafe\u0301"), (2, 2)),  # and before a full stop
+        ([(0, 3), (4, 8)], (3, " plot \n"), (2, 2)),  # spaces, in no token
+        ([(0, 3), (4, 8)], (1, "h"), (1, 1)),  # part of a token
+        ([(0, 3), (6, 8)], (4, "\u200b"), (0, 0)),  # what no token has
+    ],
+)
+def test_an_answer_s_tokens_are_all_that_hold_any_of_it(offsets, answer, expected, monkeypatch):
+    passage = " " * answer[0] + answer[1] + " " * 9
+    row = Row("q", passage, [answer], None, 1)
+    sequences = [None, *(1 for _ in offsets), None]
+    offsets = [(0, 0), *offsets, (0, 0)]
+    ids, types = list(range(len(offsets))), [0] * len(offsets)
+    made = SimpleNamespace(offsets=offsets, sequence_ids=sequences, ids=ids, type_ids=types)
+    room = "minilora.bert.tasks.question_answering"
+    monkeypatch.setattr(f"{room}.whole_encodings", lambda *_: [made])
+    names = SimpleNamespace(model_input_names=[])
+    assert tuple(task_of(NAME).encode([row], names, 9, "f")["labels"][0]) == expected
 
 
 def test_a_question_that_leaves_no_room_is_refused_with_its_line(rows, tokenizer):

@@ -184,8 +184,7 @@ def train(plan: resume.ResumePlan, should_stop: Callable[[], bool]) -> TrainResu
         task.weigh(examples["train"])  # pyright: ignore[reportAttributeAccessIssue]
 
     starting_model.attach_adapter(start, config, lora)
-    pad_token_id = load.pad_token_id(start.tokenizer)
-    forward = starting_model.choose_forward(config, start.model, pad_token_id, device)
+    forward = starting_model.choose_forward(config, start.model, start.tokenizer, device)
     trained = starting_model.prepare_training(config, forward)
     starting_model.describe_start(start, config, output_dir)
 

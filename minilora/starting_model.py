@@ -37,8 +37,8 @@ BFLOAT16_MULTIPLE = 32
 
 # Of a config.json: what says nothing of how a model computes.
 NAMES = {
-    "_name_or_path", "architectures", "dtype", "id2label", "label2id", "problem_type",
-    "transformers_version",
+    "_name_or_path", "architectures", "dtype", "id2label", "label2id", "output_attentions",
+    "problem_type", "return_dict", "transformers_version",
 }  # fmt: skip
 
 
@@ -224,9 +224,13 @@ def load_trained(
 
 
 def choose_forward(
-    config: TrainConfig, model: PreTrainedModel, pad_token_id: int, device: torch.device
+    config: TrainConfig,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    device: torch.device,
 ) -> Packed | Padded:
     """The forward of an adapted model, on `device`: how its batches are made and its layers run."""
+    pad_token_id = load.pad_token_id(tokenizer)
     model.to(device)  # pyright: ignore[reportArgumentType]
     set_fused(model, not config.hf_parity)
     if config.batching == "packed":
@@ -234,7 +238,7 @@ def choose_forward(
             half_on_cpu = config.dtype == "bfloat16" and device.type == "cpu"
             return Packed(model, pad_token_id, BFLOAT16_MULTIPLE if half_on_cpu else 1)
         say(f"batches are padded: a {model.config.model_type} is not known how to pack")
-    return Padded(model, pad_token_id)
+    return Padded(model, pad_token_id, tokenizer.padding_side)
 
 
 def prepare_training(config: TrainConfig, forward: Packed | Padded) -> nn.Module:

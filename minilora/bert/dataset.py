@@ -93,13 +93,14 @@ def token_positions(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
     return np.repeat(starts - (ends - lengths), lengths) + np.arange(ends[-1])
 
 
-def collate_padded(examples: Examples, indices: np.ndarray, pad_token_id: int) -> Batch:
-    """The examples `indices` (B,) padded on the right to the longest: (B, T); `labelled` adds the
-    rest.
-    """
+def collate_padded(
+    examples: Examples, indices: np.ndarray, pad_token_id: int, side: str = "right"
+) -> Batch:
+    """The examples `indices` (B,) padded on a side to the longest: (B, T); `labelled` adds more."""
     starts, ends = examples.offsets[indices], examples.offsets[indices + 1]
     lengths = ends - starts
     real = np.arange(lengths.max()) < lengths[:, None]  # (B, T), False where padding
+    real = real[:, ::-1] if side == "left" else real
     flat = token_positions(starts, lengths)
 
     def padded(values: np.ndarray, filler: int) -> Tensor:

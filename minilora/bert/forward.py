@@ -22,7 +22,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from minilora.bert import interface
 from minilora.bert.dataset import collate_padded
@@ -45,15 +44,15 @@ HEADS = (OF_SEQUENCES, "ForTokenClassification", "ForQuestionAnswering", "ForMas
 
 
 class Padded(nn.Module):
-    """Rectangular batches: what everything else must agree with."""
+    """Rectangular batches, padded on the tokenizer's side: what all else must agree with."""
 
-    def __init__(self, model: PreTrainedModel, pad_token_id: int) -> None:
+    def __init__(self, model: PreTrainedModel, pad_token_id: int, side: str = "right") -> None:
         super().__init__()
         self.model = model
-        self.pad_token_id = pad_token_id
+        self.padding = (pad_token_id, side)
 
     def collate(self, examples: Examples, indices: np.ndarray) -> Batch:
-        return collate_padded(examples, indices, self.pad_token_id)
+        return collate_padded(examples, indices, *self.padding)
 
     def forward(self, batch: Batch) -> Tensor:
         """Logits (B, C) or (B, T, C), or (M, V) of places `masked` (M,) of the B * T; the labels
@@ -114,7 +113,8 @@ def can_pack(model: PreTrainedModel) -> bool:
     layers = [f"encoder.layer.{number}" for number in range(config.num_hidden_layers)]
     names = [*layers, *(f"{layer}.{block}" for layer in layers for block in blocks)]
     of_the_family = all(type(modules.get(name)).__module__ == own for name in names)
-    return of_the_family and "encoder.conv" not in modules  # of DeBERTa's largest
+    has_padding = config.pad_token_id is not None or config.model_type not in FAIRSEQ
+    return of_the_family and has_padding and "encoder.conv" not in modules  # of DeBERTa's largest
 
 
 def walked(model: Any, batch: Batch, layout: Layout, first_only: bool) -> Tensor:
@@ -178,7 +178,7 @@ def headed(model: Any, hidden: Tensor) -> Tensor:
         first = hidden[:, 0] if model.config.model_type == "albert" else hidden
         activation = getattr(encoder, "pooler_activation", lambda x: x)  # ALBERT's
         summary = activation(encoder.pooler(first))
-    output = BaseModelOutputWithPooling(last_hidden_state=hidden, pooler_output=summary)  # pyright: ignore
+    output = interface.Hidden(last_hidden_state=hidden, pooler_output=summary)  # pyright: ignore
     encoder.forward = lambda *_, **__: output
     try:
         return logits_of(model())

@@ -37,8 +37,10 @@ def tokenizer(tiny_model):
     return AutoTokenizer.from_pretrained(tiny_model)
 
 
+@pytest.mark.parametrize("side", ["right", "left"])
 @pytest.mark.parametrize("paired", [False, True])
-def test_a_batch_is_what_transformers_collator_makes(tokenizer, paired):
+def test_a_batch_is_what_transformers_collator_makes(tokenizer, paired, side):
+    tokenizer.padding_side = side
     texts = ["it is good", "bad", "the plot was very very dull and the cast awful"]
     pairs = ["we loved it", "", "so long"] if paired else None
     labels = ["1", "0", "0"]
@@ -48,7 +50,7 @@ def test_a_batch_is_what_transformers_collator_makes(tokenizer, paired):
     for feature, i in zip(features, (2, 0, 1), strict=True):
         feature["label"] = int(labels[i])
     expected = DataCollatorWithPadding(tokenizer)(features)
-    found = collate_padded(examples, np.array([2, 0, 1]), tokenizer.pad_token_id)
+    found = collate_padded(examples, np.array([2, 0, 1]), tokenizer.pad_token_id, side)
     assert found.pop("example").tolist() == [2, 0, 1]
     assert found.keys() == expected.keys()
     for name in expected:

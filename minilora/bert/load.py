@@ -261,8 +261,9 @@ def input_length(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, asked: int | None
 ) -> int:
     """Tokens kept of each example: as many as `asked`, by default what the model can take."""
-    positions = getattr(model.config, "max_position_embeddings", None)
-    for name, module in model.named_modules():
+    positions = getattr(model.config, "max_position_embeddings", None) or -1  # XLNet: no limit
+    modules: Any = model.named_modules()
+    for name, module in modules:
         padding = getattr(module, "padding_idx", None)
         if name.endswith("position_embeddings") and padding is not None:
             positions = len(module.weight) - padding - 1  # RoBERTa counts from behind it
@@ -270,7 +271,7 @@ def input_length(
     named = f"the tokenizer {tokenizer.name_or_path!r}"
     if not isinstance(most, int | float) or not most >= 3:  # one token between two special ones
         raise MiniloraError(f"{named} has model_max_length {most!r}: it must be 3 or more")
-    longest = int(min(positions or UNCUT, most, UNCUT))
+    longest = int(min(positions if positions > 0 else UNCUT, most, UNCUT))
     known, rows = len(tokenizer), getattr(model.config, "vocab_size", None)
     if rows is not None and known > rows:
         advice = "give a model whose embeddings were resized, or its own tokenizer"

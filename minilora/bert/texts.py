@@ -81,7 +81,7 @@ def whole_encodings(rows: list[Row], tokenizer: Tokenizer, max_length: int) -> l
     return found
 
 
-def _check_tokens(rows: list[Row], lengths: Sequence[int], tokenizer: Tokenizer) -> None:
+def _check_tokens(rows: list[Row], lengths: Any, tokenizer: Tokenizer) -> None:
     # A tokenizer without special tokens may leave nothing of a text: nothing to be attended to.
     for row, length in zip(rows, lengths, strict=True):
         if not length:

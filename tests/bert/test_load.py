@@ -285,6 +285,16 @@ def test_inputs_are_as_long_as_the_model_takes(tiny_model):
         input_length(tiny_classifier(), tokenizer, 65)
 
 
+def test_a_model_without_positions_takes_what_its_tokenizer_does(tiny_model):
+    """XLNet's config says -1; of a tokenizer that says nothing, either, no text is cut."""
+    model, tokenizer = tiny_classifier(), AutoTokenizer.from_pretrained(tiny_model)
+    model.config.max_position_embeddings = -1
+    assert input_length(model, tokenizer, None) == 64
+    tokenizer.model_max_length = int(1e30)
+    longest, text = input_length(model, tokenizer, None), "good " * 99
+    assert len(tokenizer(text, truncation=True, max_length=longest)["input_ids"]) == 101
+
+
 @pytest.mark.parametrize("most", [2, -1, "20", float("nan")])
 def test_a_tokenizer_whose_texts_have_no_room_is_refused(most, tiny_model):
     """transformers would not cut at all at less than the special tokens."""

@@ -16,6 +16,7 @@ layer: layers are called as they are.
 B sequences, padded to T tokens; N tokens of the row; D hidden.
 """
 
+import copy
 from typing import Any
 
 import numpy as np
@@ -171,19 +172,18 @@ def encoder_layer(
 def headed(model: Any, hidden: Tensor) -> Tensor:
     """What the model's own head makes of hidden states (b, t, D): logits (b, C) or (b, t, C).
 
-    The whole model runs, and its encoder has no more to do than to give them.
+    The whole model runs, and its encoder has no more to do than to give them: copies of both, which
+    share their parts, for another thread may be using the model.
     """
-    encoder, summary = model.base_model, None
+    encoder, summary = copy.copy(model.base_model), None
     if getattr(encoder, "pooler", None) is not None:
         first = hidden[:, 0] if model.config.model_type == "albert" else hidden
         activation = getattr(encoder, "pooler_activation", lambda x: x)  # ALBERT's
         summary = activation(encoder.pooler(first))
     output = interface.Hidden(last_hidden_state=hidden, pooler_output=summary)  # pyright: ignore
     encoder.forward = lambda *_, **__: output
-    try:
-        return logits_of(model())
-    finally:
-        del encoder.forward
+    (whole := copy.copy(model))._modules = model._modules | {model.base_model_prefix: encoder}
+    return logits_of(whole())
 
 
 def logits_of(output: Any) -> Tensor:

@@ -31,6 +31,7 @@ NO_MEMORY = re.compile(
 )
 # What a path can be that nobody can open: the user's words, not the disk.
 NO_NAMES = (errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EISDIR, errno.EEXIST)
+MODELS = ("transformers.models.", "transformers.modeling_utils.")
 # Which page of docs/ explains what is raised in which rooms, or functions of theirs: the first that
 # fits, of the innermost. What others complain of says all there is.
 PAGES = {
@@ -133,11 +134,18 @@ def run_command(main: Callable[[], int | None]) -> NoReturn:
             place = f"{error.filename}: " if error.filename else ""
             told = _complain(f"{place}{error.strerror or error}")
             code = told if error.errno in NO_NAMES else 1  # the disk: full, read-only, gone
-        except (MemoryError, RuntimeError) as error:
-            if not isinstance(error, MemoryError) and not NO_MEMORY.search(str(error)):
+        except Exception as error:
+            family = _family_that_raised(error)
+            if isinstance(error, MemoryError) or NO_MEMORY.search(str(error)):
+                advice = "give a lower rank, batch size or max_length"
+                code = _complain(f"not enough memory: {advice}", "troubleshooting.md#out-of-memory")
+            elif family:
+                said = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+                problem = f"{family} of transformers cannot take what it is given ({said})"
+                advice = "give a base whose config.json and tokenizer belong together"
+                code = _complain(f"{problem}: {advice}", "troubleshooting.md#the-model")
+            else:
                 raise
-            advice = "give a lower rank, batch size or max_length"
-            code = _complain(f"not enough memory: {advice}", "troubleshooting.md#out-of-memory")
         except KeyboardInterrupt:
             sys.stderr.write("interrupted\n")
             code = INTERRUPTED + signal.SIGINT
@@ -210,12 +218,23 @@ def stop_signals() -> Iterator[list[int]]:
 def page_of(error: MiniloraError) -> str:
     """The page of docs/ that explains it, or an empty string."""
     page = ""
+    for place in _places(error):
+        place = place.removeprefix("minilora.")
+        page = next((name for name, rooms in PAGES.items() if place.startswith(rooms)), page)
+    return page
+
+
+def _family_that_raised(error: Exception) -> str:
+    # What of transformers' code for a model did, or called, and not one of our layers in it.
+    own = [place for place in _places(error) if place.startswith(("minilora.", *MODELS))]
+    return own[-1].split(".")[2] if own and own[-1].startswith(MODELS) else ""
+
+
+def _places(error: BaseException) -> Iterator[str]:
     for frame, _ in traceback.walk_tb(error.__traceback__):
         # By its spec: of a command that was started, `__name__` is "__main__".
         room = getattr(frame.f_globals.get("__spec__"), "name", "")
-        place = f"{room}.{frame.f_code.co_qualname}".removeprefix("minilora.")
-        page = next((name for name, rooms in PAGES.items() if place.startswith(rooms)), page)
-    return page
+        yield f"{room}.{frame.f_code.co_qualname}"
 
 
 def _to_nowhere(descriptor: int) -> None:

@@ -193,6 +193,20 @@ def is_held(directory: Path) -> bool:
     return False
 
 
+@contextlib.contextmanager
+def disk_errors(directory: Path) -> Iterator[None]:
+    """Let what the disk refuses to tokenizers and safetensors, which are code in Rust and raise
+    errors of their own, come out as the `OSError` it is.
+    """
+    try:
+        yield
+    except Exception as error:
+        number = re.search(r"\(os error (\d+)\)", str(error))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(directory)) from error
+
+
 def sync(path: Path) -> None:
     """Make what was written to a file, or a directory's names, safe from a power loss."""
     descriptor = os.open(path, os.O_RDONLY)

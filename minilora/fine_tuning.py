@@ -23,7 +23,7 @@ from minilora.bert.forward import Packed, Padded
 from minilora.bert.splits import Splits, read_splits
 from minilora.bert.tasks import Task, build_task, tables_of, varied
 from minilora.errors import MiniloraError
-from minilora.files import scratch_directory, write_file
+from minilora.files import disk_errors, scratch_directory, write_file
 from minilora.lora.config import LoraConfig
 from minilora.lora.peft_files import CARD_NAME, assign_adapter, save_adapter
 from minilora.model_card import model_card
@@ -184,8 +184,7 @@ def train(plan: resume.ResumePlan, should_stop: Callable[[], bool]) -> TrainResu
         task.weigh(examples["train"])  # pyright: ignore[reportAttributeAccessIssue]
 
     starting_model.attach_adapter(start, config, lora)
-    pad_token_id = load.pad_token_id(start.tokenizer)
-    forward = starting_model.choose_forward(config, start.model, pad_token_id, device)
+    forward = starting_model.choose_forward(config, start.model, start.tokenizer, device)
     trained = starting_model.prepare_training(config, forward)
     starting_model.describe_start(start, config, output_dir)
 
@@ -289,7 +288,7 @@ def write_final_files(start: StartingModel, output_dir: Path, record: RunRecord)
         card = model_card(output_dir.resolve().name, start.base.location, merged, record)
         write_file(output_dir / CARD_NAME, card.encode(errors="replace"))
     save_adapter(start.model, output_dir)
-    with scratch_directory(output_dir / "tokenizer") as directory, load.disk_errors(directory):
+    with scratch_directory(output_dir / "tokenizer") as directory, disk_errors(directory):
         for file in start.tokenizer.save_pretrained(directory):
             if Path(file).is_file():
                 write_file(output_dir / Path(file).name, Path(file).read_bytes())

@@ -19,7 +19,7 @@ from minilora.bert.dropout import MaskStream, use_fast_dropout
 from minilora.bert.forward import Packed, Padded, can_pack
 from minilora.bert.tasks import Task, task_class
 from minilora.errors import MiniloraError
-from minilora.files import new_directory
+from minilora.files import disk_errors, new_directory
 from minilora.lora import peft_files
 from minilora.lora.adapters import add_adapter, set_fused
 from minilora.lora.config import BOOKKEEPING, LoraConfig, differing_fields
@@ -42,8 +42,8 @@ GRAPH_MULTIPLE, GRAPHS = 32, 64
 
 # Of a config.json: what says nothing of how a model computes.
 NAMES = {
-    "_name_or_path", "architectures", "dtype", "id2label", "label2id", "problem_type",
-    "transformers_version",
+    "_name_or_path", "architectures", "dtype", "id2label", "label2id", "output_attentions",
+    "problem_type", "return_dict", "transformers_version",
 }  # fmt: skip
 
 
@@ -144,7 +144,7 @@ def keep_merged(start: StartingModel, config: TrainConfig, place: Path) -> None:
     if start.adapter is None or config.on_adapter == "continue":
         return
     start.model.name_or_path = str(place.resolve())
-    with new_directory(place) as directory, load.disk_errors(place):
+    with new_directory(place) as directory, disk_errors(place):
         start.model.save_pretrained(directory)
         start.tokenizer.save_pretrained(directory)
 
@@ -229,9 +229,13 @@ def load_trained(
 
 
 def choose_forward(
-    config: TrainConfig, model: PreTrainedModel, pad_token_id: int, device: torch.device
+    config: TrainConfig,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    device: torch.device,
 ) -> Packed | Padded:
     """The forward of an adapted model, on `device`: how its batches are made and its layers run."""
+    pad_token_id = load.pad_token_id(tokenizer)
     model.to(device)  # pyright: ignore[reportArgumentType]
     set_fused(model, not config.hf_parity)
     if config.batching == "packed":
@@ -241,7 +245,8 @@ def choose_forward(
         say(f"batches are padded: a {model.config.model_type} is not known how to pack")
     # A divisor of what the model has positions for: no batch is filled up to more.
     graphs_multiple = math.gcd(GRAPH_MULTIPLE, load.positions(model) or 0)
-    return Padded(model, pad_token_id, graphs_multiple if has_graphs(config, device) else 1)
+    multiple = graphs_multiple if has_graphs(config, device) else 1
+    return Padded(model, pad_token_id, tokenizer.padding_side, multiple)
 
 
 def has_graphs(config: TrainConfig, device: torch.device) -> bool:

@@ -1,14 +1,16 @@
 """What every command does around its work: its flags' spelling, its last words, its signals."""
 
 import os
+import re
 import signal
 import threading
 
 import pytest
 import torch
 
-from minilora import MiniloraError
+from minilora import LoraConfig, MiniloraError, add_adapter, trainable_parameters
 from minilora.command import Parser, run_command, stop_signals
+from tests.conftest import tiny_classifier
 
 
 @pytest.fixture(autouse=True)
@@ -66,6 +68,19 @@ def test_a_line_has_a_length_that_can_be_read(capsys):
     with pytest.raises(SystemExit):
         run_command(raises(MiniloraError("x" * 100_000)))
     assert len(capsys.readouterr().err) < 5000
+
+
+def test_what_a_model_of_transformers_cannot_take_is_one_line_and_our_layer_s_fault_is_not(capsys):
+    model = tiny_classifier()
+    with pytest.raises(SystemExit) as ended:
+        run_command(lambda: model(torch.tensor([[10_000]])))
+    refusal = r"error: bert of transformers cannot take what it is given \((Runtime|Index)Error: .*"
+    assert ended.value.code == 2 and re.fullmatch(refusal, capsys.readouterr().err.strip())
+    add_adapter(model, LoraConfig(r=2))
+    for _, parameter in trainable_parameters(model):
+        parameter.data = parameter.data[:, :1]
+    with pytest.raises(RuntimeError):
+        run_command(lambda: model(torch.tensor([[1]])))
 
 
 def test_our_own_mistakes_keep_their_traceback():

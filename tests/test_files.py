@@ -7,11 +7,13 @@ import os
 import resource
 
 import pytest
+from transformers import AutoTokenizer
 
 from minilora import MiniloraError
 from minilora.files import (
     NotConfirmed,
     commit_directory,
+    disk_errors,
     exclusive,
     is_held,
     is_leftover,
@@ -254,3 +256,11 @@ def test_files_get_the_permissions_the_umask_gives(tmp_path):
     finally:
         os.umask(before)
     assert (tmp_path / "file").stat().st_mode & 0o777 == 0o600
+
+
+def test_a_tokenizer_that_cannot_be_written_is_an_os_error(tiny_model, tmp_path):
+    """Its library, in Rust, raises no such thing itself."""
+    (tmp_path / "tokenizer.json").mkdir()
+    with pytest.raises(OSError, match="directory"):
+        with disk_errors(tmp_path):
+            AutoTokenizer.from_pretrained(tiny_model).save_pretrained(tmp_path)

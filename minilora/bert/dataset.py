@@ -94,13 +94,14 @@ def token_positions(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
 
 
 def collate_padded(
-    examples: Examples, indices: np.ndarray, pad_token_id: int, multiple: int = 1
+    examples: Examples, indices: np.ndarray, pad_token_id: int, side: str = "right", multiple=1
 ) -> Batch:
-    """The examples `indices` (B,) padded on the right: (B, T), T a multiple of `multiple`."""
+    """The examples `indices` (B,) padded on a side to the longest, or a multiple: (B, T)."""
     starts, ends = examples.offsets[indices], examples.offsets[indices + 1]
     lengths = ends - starts
     longest = -(-lengths.max() // multiple) * multiple
     real = np.arange(longest) < lengths[:, None]  # (B, T), False where padding
+    real = real[:, ::-1] if side == "left" else real
     flat = token_positions(starts, lengths)
 
     def padded(values: np.ndarray, filler: int) -> Tensor:

@@ -16,13 +16,13 @@ layer: layers are called as they are.
 B sequences, padded to T tokens; N tokens of the row; D hidden.
 """
 
+import copy
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from minilora.bert import interface
 from minilora.bert.dataset import collate_padded
@@ -45,16 +45,17 @@ HEADS = (OF_SEQUENCES, "ForTokenClassification", "ForQuestionAnswering", "ForMas
 
 
 class Padded(nn.Module):
-    """Rectangular batches: what everything else must agree with."""
+    """Rectangular batches, padded on the tokenizer's side: what all else must agree with."""
 
-    def __init__(self, model: PreTrainedModel, pad_token_id: int, multiple: int = 1) -> None:
+    def __init__(
+        self, model: PreTrainedModel, pad_token_id: int, side: str = "right", multiple: int = 1
+    ) -> None:
         super().__init__()
         self.model = model
-        self.pad_token_id = pad_token_id
-        self.multiple = multiple
+        self.padding = (pad_token_id, side, multiple)
 
     def collate(self, examples: Examples, indices: np.ndarray) -> Batch:
-        return collate_padded(examples, indices, self.pad_token_id, self.multiple)
+        return collate_padded(examples, indices, *self.padding)
 
     def forward(self, batch: Batch) -> Tensor:
         """Logits (B, C) or (B, T, C), or (M, V) of places `masked` (M,) of the B * T; the labels
@@ -115,7 +116,8 @@ def can_pack(model: PreTrainedModel) -> bool:
     layers = [f"encoder.layer.{number}" for number in range(config.num_hidden_layers)]
     names = [*layers, *(f"{layer}.{block}" for layer in layers for block in blocks)]
     of_the_family = all(type(modules.get(name)).__module__ == own for name in names)
-    return of_the_family and "encoder.conv" not in modules  # of DeBERTa's largest
+    has_padding = config.pad_token_id is not None or config.model_type not in FAIRSEQ
+    return of_the_family and has_padding and "encoder.conv" not in modules  # of DeBERTa's largest
 
 
 def walked(model: Any, batch: Batch, layout: Layout, first_only: bool) -> Tensor:
@@ -172,19 +174,18 @@ def encoder_layer(
 def headed(model: Any, hidden: Tensor) -> Tensor:
     """What the model's own head makes of hidden states (b, t, D): logits (b, C) or (b, t, C).
 
-    The whole model runs, and its encoder has no more to do than to give them.
+    The whole model runs, and its encoder has no more to do than to give them: copies of both, which
+    share their parts, for another thread may be using the model.
     """
-    encoder, summary = model.base_model, None
+    encoder, summary = copy.copy(model.base_model), None
     if getattr(encoder, "pooler", None) is not None:
         first = hidden[:, 0] if model.config.model_type == "albert" else hidden
         activation = getattr(encoder, "pooler_activation", lambda x: x)  # ALBERT's
         summary = activation(encoder.pooler(first))
-    output = BaseModelOutputWithPooling(last_hidden_state=hidden, pooler_output=summary)  # pyright: ignore
+    output = interface.Hidden(last_hidden_state=hidden, pooler_output=summary)  # pyright: ignore
     encoder.forward = lambda *_, **__: output
-    try:
-        return logits_of(model())
-    finally:
-        del encoder.forward
+    (whole := copy.copy(model))._modules = model._modules | {model.base_model_prefix: encoder}
+    return logits_of(whole())
 
 
 def logits_of(output: Any) -> Tensor:

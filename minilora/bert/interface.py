@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from minilora.bert.examples import Batch
 from minilora.bert.packing import Layout, attention
@@ -22,6 +23,12 @@ IMPLEMENTATION = "minilora_packed"
 # config.model_type -> the dropout in an attention module that probabilities see; ModernBERT's
 # module has but a number for it, which is its output's, too.
 DROPOUT = {"albert": "attention_dropout", "distilbert": "dropout", "modernbert": "out_drop"}
+
+
+class Hidden(BaseModelOutputWithPooling):
+    """What an encoder gives; None for all else that a head may look for, as Longformer's does."""
+
+    def __getattr__(self, name: str) -> None: ...
 
 
 def attend(

@@ -15,7 +15,6 @@ and transformers reads pickled weights with `weights_only=True`.
 import contextlib
 import hashlib
 import importlib.util
-import os
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -32,6 +31,7 @@ from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from minilora.bert.tasks import Task
+from minilora.bert.texts import UNCUT
 from minilora.errors import MiniloraError
 from minilora.reading import first_line
 
@@ -51,8 +51,9 @@ WEIGHT_FILES = (
 ADAPTER_CONFIG = "adapter_config.json"
 
 # A tensor of an encoder's layers or embeddings: one that is missing, of another shape, or too many
-# means that the file and its config.json do not belong together.
-OF_ENCODER = re.compile(r"\.\d+\.|embeddings\.(?!position_ids)")
+# means that the file and its config.json do not belong together. Some files hold constant ids, too,
+# and DeBERTa-v3's a part of the word embeddings beside their sum.
+OF_ENCODER = re.compile(r"\.\d+\.|embeddings\.(?!\w+_ids|(word_embeddings\.)?_weight)")
 
 
 @dataclass(frozen=True)
@@ -134,6 +135,8 @@ def load_model(
     with _loading(location):
         config = _from_pretrained(AutoConfig, revision)(location)
         task.configure(config)
+        # Results are read by their names; with attentions asked for, sdpa's cannot be saved.
+        config.return_dict, config.output_attentions = True, False
         model, report = _from_pretrained(task.auto_class, revision)(
             location, config=config, dtype=torch.float32, output_loading_info=True,
             ignore_mismatched_sizes=True,
@@ -202,7 +205,11 @@ def _weight_files(location: str) -> list[str]:
 
 def load_tokenizer(location: str, revision: str | None) -> PreTrainedTokenizerBase:
     with _loading(location):
-        return _from_pretrained(AutoTokenizer, revision)(location)
+        tokenizer = _from_pretrained(AutoTokenizer, revision)(location)
+        # transformers makes one of no files at all: special tokens, and DeBERTa's two more.
+        if len(tokenizer) <= len(tokenizer.all_special_ids) + 2:
+            raise MiniloraError(f"{location} has no tokenizer: put its files there")
+        return tokenizer
 
 
 def _from_pretrained(auto_class: Any, revision: str | None) -> Callable[..., Any]:
@@ -228,20 +235,6 @@ def _loading(location: str) -> Iterator[None]:
         transformers_logging.enable_progress_bar()
 
 
-@contextlib.contextmanager
-def disk_errors(directory: Path) -> Iterator[None]:
-    """Let what the disk refuses to tokenizers and safetensors, which are code in Rust and raise
-    errors of their own, come out as the `OSError` it is.
-    """
-    try:
-        yield
-    except Exception as error:
-        number = re.search(r"\(os error (\d+)\)", str(error))
-        if number is None:
-            raise
-        raise OSError(int(number[1]), os.strerror(int(number[1])), str(directory)) from error
-
-
 def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
     """The id that fills up a batch."""
     if not isinstance(tokenizer.pad_token_id, int):
@@ -251,25 +244,28 @@ def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
 
 def positions(model: PreTrainedModel) -> int | None:
     """How many tokens the model has positions for; None where their number does not matter."""
-    for name, module in model.named_modules():
+    modules: Any = model.named_modules()
+    for name, module in modules:
         padding = getattr(module, "padding_idx", None)
         if name.endswith("position_embeddings") and padding is not None:
-            return module.num_embeddings - padding - 1  # RoBERTa counts from behind it
-    return getattr(model.config, "max_position_embeddings", None)
+            return len(module.weight) - padding - 1  # RoBERTa counts from behind it
+    found = getattr(model.config, "max_position_embeddings", None) or -1  # XLNet's
+    return found if found > 0 else None
 
 
 def input_length(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, asked: int | None
 ) -> int:
     """Tokens kept of each example: as many as `asked`, by default what the model can take."""
-    longest = min(filter(None, (positions(model), tokenizer.model_max_length)))
-    embeddings: Any = model.get_input_embeddings()
-    known, rows = len(tokenizer), len(embeddings.weight)
-    if known > rows:
-        raise MiniloraError(
-            f"the tokenizer {tokenizer.name_or_path!r} knows {known} tokens, the model {rows}: "
-            "give a model whose embeddings were resized, or its own tokenizer"
-        )
+    most: Any = tokenizer.model_max_length
+    named = f"the tokenizer {tokenizer.name_or_path!r}"
+    if not isinstance(most, int | float) or not most >= 3:  # one token between two special ones
+        raise MiniloraError(f"{named} has model_max_length {most!r}: it must be 3 or more")
+    longest = int(min(positions(model) or UNCUT, most, UNCUT))
+    known, rows = len(tokenizer), getattr(model.config, "vocab_size", None)
+    if rows is not None and known > rows:
+        advice = "give a model whose embeddings were resized, or its own tokenizer"
+        raise MiniloraError(f"{named} knows {known} tokens, the model {rows}: {advice}")
     if asked is not None and asked > longest:
         raise MiniloraError(f"max_length is {asked}; this model takes {longest} tokens at most")
     return asked or longest

@@ -18,6 +18,9 @@ from torch import Tensor
 from minilora.bert.examples import Arrays, Batch, Logits, Tokenizer
 from minilora.bert.rows import Row
 from minilora.errors import MiniloraError
+from minilora.reading import first_line
+
+UNCUT = 2**31  # tokens; no text has as many
 
 
 def arrays_of(ids: Sequence, types: Sequence | None, row: Sequence[int] | np.ndarray) -> Arrays:
@@ -42,9 +45,17 @@ def tokenized(rows: list[Row], tokenizer: Tokenizer, max_length: int) -> tuple[A
     texts = [row.text for row in rows]
     pairs = None if rows[0].pair is None else [row.pair or "" for row in rows]
     how: dict[str, Any] = {"max_length": max_length, "return_attention_mask": False}
-    encoded = tokenizer(texts, pairs, truncation=True, **how)
+    try:
+        encoded = tokenizer(texts, pairs, truncation=True, **how)
+    except Exception as error:
+        if type(error) is not Exception:  # as code in Rust raises, of a word that it lacks
+            raise
+        problem = f"the tokenizer {tokenizer.name_or_path!r} fails: {first_line(error)}"
+        raise MiniloraError(problem) from error
     ids: Any = encoded["input_ids"]
     arrays = arrays_of(ids, encoded.get("token_type_ids"), np.arange(len(rows)))
+    if max_length < UNCUT:
+        _check_tokens(rows, arrays["lengths"], tokenizer)
     for index in np.flatnonzero(
         arrays["lengths"] == max_length
     ):  # a text may just fill its example
@@ -65,7 +76,17 @@ def whole_encodings(rows: list[Row], tokenizer: Tokenizer, max_length: int) -> l
     pairs = None if rows[0].pair is None else [row.pair or "" for row in rows]
     encoded = tokenizer(texts, pairs, truncation=False, verbose=False)
     tokenized(rows[:1], tokenizer, max_length)  # leaves its state, which is saved, as always
-    return encoded.encodings or []
+    found = encoded.encodings or []
+    _check_tokens(rows, [len(encoding.ids) for encoding in found], tokenizer)
+    return found
+
+
+def _check_tokens(rows: list[Row], lengths: Any, tokenizer: Tokenizer) -> None:
+    # A tokenizer without special tokens may leave nothing of a text: nothing to be attended to.
+    for row, length in zip(rows, lengths, strict=True):
+        if not length:
+            said = f"the tokenizer {tokenizer.name_or_path!r} makes no token of {row.text[:80]!r}"
+            raise MiniloraError(f"line {row.line}: {said}")
 
 
 def check_fast(tokenizer: Tokenizer) -> None:

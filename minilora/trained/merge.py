@@ -6,9 +6,8 @@ from pathlib import Path
 
 import torch
 
-from minilora.bert.load import disk_errors
 from minilora.errors import MiniloraError
-from minilora.files import new_directory
+from minilora.files import disk_errors, new_directory
 from minilora.lora.combine import combine_adapters
 from minilora.lora.merge import merge_and_unload
 from minilora.lora.peft_files import load_adapter

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from minilora import starting_model
 from minilora.bert.forward import Packed, Padded
-from minilora.bert.load import input_length, load_tokenizer, pad_token_id, recorded_labels
+from minilora.bert.load import input_length, load_tokenizer, recorded_labels
 from minilora.bert.tables import file_fingerprint
 from minilora.bert.tasks import Task, build_task, foreign_task
 from minilora.errors import MiniloraError
@@ -64,7 +64,7 @@ def open_run(
     config = starting_model.resolve_modes(config, placed)
     model, tokenizer = load_base(adapter, record)
     starting_model.load_trained(model, adapter, getattr(torch, config.dtype), is_trainable=False)
-    forward = starting_model.choose_forward(config, model.eval(), pad_token_id(tokenizer), placed)
+    forward = starting_model.choose_forward(config, model.eval(), tokenizer, placed)
     length = input_length(model, tokenizer, config.max_length)
     record = dataclasses.replace(record, arguments=config)
     task = build_task(config, record.labels)

@@ -38,8 +38,10 @@ def tokenizer(tiny_model):
 
 
 @pytest.mark.parametrize("multiple", [1, 8])
+@pytest.mark.parametrize("side", ["right", "left"])
 @pytest.mark.parametrize("paired", [False, True])
-def test_a_batch_is_what_transformers_collator_makes(tokenizer, paired, multiple):
+def test_a_batch_is_what_transformers_collator_makes(tokenizer, paired, side, multiple):
+    tokenizer.padding_side = side
     texts = ["it is good", "bad", "the plot was very very dull and the cast awful"]
     pairs = ["we loved it", "", "so long"] if paired else None
     labels = ["1", "0", "0"]
@@ -49,7 +51,7 @@ def test_a_batch_is_what_transformers_collator_makes(tokenizer, paired, multiple
     for feature, i in zip(features, (2, 0, 1), strict=True):
         feature["label"] = int(labels[i])
     expected = DataCollatorWithPadding(tokenizer, pad_to_multiple_of=multiple)(features)
-    found = collate_padded(examples, np.array([2, 0, 1]), tokenizer.pad_token_id, multiple)
+    found = collate_padded(examples, np.array([2, 0, 1]), tokenizer.pad_token_id, side, multiple)
     assert found.pop("example").tolist() == [2, 0, 1]
     assert found.keys() == expected.keys()
     for name in expected:

@@ -7,6 +7,8 @@ import pytest
 import torch
 from torch import nn
 from transformers import (
+    AutoConfig,
+    AutoModelForMaskedLM,
     AutoModelForSequenceClassification,
     BertConfig,
     BertForNextSentencePrediction,
@@ -168,10 +170,32 @@ def test_a_block_that_is_called_as_a_whole_may_be_trained_in_full(block):
     assert_agree(adapted(classifier(), modules_to_save=[block]), examples_of(LENGTHS["ragged"]))
 
 
+@pytest.mark.parametrize(
+    ("family", "sizes"),
+    [
+        ("longformer", {"attention_window": 4}),
+        ("luke", {"entity_vocab_size": 4, "entity_emb_size": 8}),
+        ("ernie", {}),
+    ],
+)
+def test_masked_words_are_told_by_heads_that_look_for_more_than_hidden_states(family, sizes):
+    """Of the places alone, what the model's own forward says of all."""
+    set_seed(0)
+    widths = {name: getattr(tiny_config(), name) for name in SIZES}
+    config = AutoConfig.for_model(family, **widths, **sizes, pad_token_id=PAD)
+    model = AutoModelForMaskedLM.from_config(config).eval()
+    batch = Padded(model, PAD).collate(examples_of([7, 3, 12]), np.arange(3))
+    places = batch["attention_mask"].flatten().nonzero()[::3, 0]
+    whole = model(batch["input_ids"], attention_mask=batch["attention_mask"]).logits.flatten(0, 1)
+    batch = {name: batch[name] for name in ("input_ids", "attention_mask")} | {"masked": places}
+    torch.testing.assert_close(Padded(model, PAD)(batch), whole[places])
+
+
 def test_what_is_not_known_to_agree_is_not_packed():
     config = MegatronBertConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=4)
     assert not can_pack(AutoModelForSequenceClassification.from_config(config))
     assert not can_pack(classifier(is_decoder=True))
+    assert not can_pack(classifier("roberta", pad_token_id=None))  # transformers cannot run it
     assert not can_pack(BertForNextSentencePrediction(tiny_config()))
 
     class Own(BertForSequenceClassification):

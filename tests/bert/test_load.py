@@ -10,6 +10,7 @@ import pytest
 import safetensors.torch
 import torch
 from transformers import (
+    AutoConfig,
     AutoModel,
     AutoTokenizer,
     BertForMaskedLM,
@@ -23,7 +24,6 @@ from transformers import (
 from minilora import MiniloraError
 from minilora.bert.load import (
     PACKAGE,
-    disk_errors,
     input_length,
     load_model,
     load_tokenizer,
@@ -81,6 +81,44 @@ def test_weights_that_do_not_fit_the_config_are_refused(name, shape, message, ti
     safetensors.torch.save_file(tensors, path, metadata={"format": "pt"})
     with pytest.raises(MiniloraError, match=f"{message}.*{name}"):
         load_model(str(tmp_path / "model"), None, TASK)
+
+
+@pytest.mark.parametrize(
+    "name", ["position_ids", "token_type_ids", "word_embeddings._weight", "strange.weight"]
+)
+def test_what_old_files_hold_besides_the_embeddings_is_left_out(name, tiny_model, tmp_path):
+    """As microsoft/deberta-v3's do; the last is the control."""
+    shutil.copytree(tiny_model, tmp_path / "model")
+    path = tmp_path / "model" / "model.safetensors"
+    tensors = safetensors.torch.load_file(path)
+    tensors = {f"bert.{key}": tensor for key, tensor in tensors.items()}
+    tensors[f"bert.embeddings.{name}"] = torch.zeros(1, 64)
+    safetensors.torch.save_file(tensors, path, metadata={"format": "pt"})
+    is_known = name != "strange.weight"
+    refused = pytest.raises(MiniloraError, match=f"does not know, 1 in all.*{name}")
+    with contextlib.nullcontext() if is_known else refused:
+        model, new = load_model(str(tmp_path / "model"), None, TASK)
+        words = tensors["bert.embeddings.word_embeddings.weight"]
+        assert new == ["classifier"] and torch.equal(model.get_input_embeddings().weight, words)
+
+
+@pytest.mark.parametrize("family", ["bert", "modernbert"])
+def test_what_a_config_asks_to_be_returned_changes_nothing(family, tmp_path):
+    """Neither a tuple nor attentions, with which transformers would not save the model."""
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 40}
+    config = AutoConfig.for_model(family, **sizes, intermediate_size=8, pad_token_id=0)
+    AutoModel.from_config(config).save_pretrained(tmp_path / "plain")
+    shutil.copytree(tmp_path / "plain", tmp_path / "odd")
+    settings = json.loads((tmp_path / "odd" / "config.json").read_text())
+    asked = {"return_dict": False, "output_attentions": True, "output_hidden_states": True}
+    (tmp_path / "odd" / "config.json").write_text(json.dumps({**settings, **asked}))
+    found = []
+    for name in ("plain", "odd"):
+        set_seed(3)
+        model, _ = load_model(str(tmp_path / name), None, TASK)
+        found.append(model(torch.arange(5, 9)[None]).logits)
+        model.save_pretrained(tmp_path / f"{name} again")
+    assert torch.equal(*found)
 
 
 def test_a_masked_language_model_can_be_the_base(tmp_path):
@@ -230,20 +268,42 @@ def test_a_regression_head_is_one_number(tiny_model):
     assert model.classifier.weight.shape[0] == 1 and new == ["classifier"]
 
 
-def test_a_tokenizer_that_cannot_be_written_is_an_os_error(tiny_model, tmp_path):
-    """Its library, in Rust, raises no such thing itself."""
-    (tmp_path / "tokenizer.json").mkdir()
-    with pytest.raises(OSError, match="directory"):
-        with disk_errors(tmp_path):
-            load_tokenizer(str(tiny_model), None).save_pretrained(tmp_path)
-
-
 def test_inputs_are_as_long_as_the_model_takes(tiny_model):
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
     assert input_length(tiny_classifier(), tokenizer, None) == 64
     assert input_length(tiny_classifier(), tokenizer, 9) == 9
     with pytest.raises(MiniloraError, match="this model takes 64 tokens"):
         input_length(tiny_classifier(), tokenizer, 65)
+
+
+def test_a_model_without_positions_takes_what_its_tokenizer_does(tiny_model):
+    """XLNet's config says -1; of a tokenizer that says nothing, either, no text is cut."""
+    model, tokenizer = tiny_classifier(), AutoTokenizer.from_pretrained(tiny_model)
+    model.config.max_position_embeddings = -1
+    assert input_length(model, tokenizer, None) == 64
+    tokenizer.model_max_length = int(1e30)
+    longest, text = input_length(model, tokenizer, None), "good " * 99
+    assert len(tokenizer(text, truncation=True, max_length=longest)["input_ids"]) == 101
+
+
+@pytest.mark.parametrize("most", [2, -1, "20", float("nan")])
+def test_a_tokenizer_whose_texts_have_no_room_is_refused(most, tiny_model):
+    """transformers would not cut at all at less than the special tokens."""
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    tokenizer.model_max_length = most
+    with pytest.raises(MiniloraError, match=f"model_max_length {most!r}: it must be 3 or more"):
+        input_length(tiny_classifier(), tokenizer, None)
+    tokenizer.model_max_length = 20.0
+    assert repr(input_length(tiny_classifier(), tokenizer, None)) == "20"
+
+
+@pytest.mark.parametrize("family", ["bert", "roberta", "xlm-roberta", "deberta-v2", "albert"])
+def test_a_base_without_a_tokenizer_is_refused(family, tmp_path):
+    """transformers makes one that knows no word."""
+    AutoConfig.for_model(family).save_pretrained(tmp_path)
+    assert len(AutoTokenizer.from_pretrained(tmp_path)) < 10
+    with pytest.raises(MiniloraError, match="has no tokenizer: put its files there"):
+        load_tokenizer(str(tmp_path), None)
 
 
 def test_positions_that_are_counted_from_behind_the_padding_s_are_fewer(tiny_model):

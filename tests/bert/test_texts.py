@@ -5,7 +5,8 @@ import json
 import numpy as np
 import pytest
 import torch
-from transformers import AutoTokenizer, BertTokenizerLegacy
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoTokenizer, BertTokenizerLegacy, PreTrainedTokenizerFast
 
 from minilora import MiniloraError, TrainConfig, evaluate_file, fine_tune, open_run, predict_texts
 from minilora.bert.dataset import batches_in_order, tokenize
@@ -67,6 +68,28 @@ def test_a_text_that_just_fills_its_example_is_not_cut_whatever_the_tokenizer(
         found = encode_texts(rows, np.zeros(3), each, length, None)
         assert found["truncated"].tolist() == [False, False, True]
         assert found["lengths"].tolist() == [length - 1, length, length]
+
+
+def bare_tokenizer(**changes):
+    """A tokenizer of words that adds no special token."""
+    words = {word: number for number, word in enumerate(["[PAD]", "[UNK]", *WORDS])}
+    backend = Tokenizer(models.WordLevel(words, **changes))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="[PAD]")
+
+
+@pytest.mark.parametrize("stride", [None, STRIDE])
+def test_a_text_of_which_no_token_is_left_is_refused_by_its_line(stride):
+    with pytest.raises(MiniloraError, match="line 2: the tokenizer .* makes no token of ' '"):
+        encode_texts(rows_of("good", " "), np.zeros(2), bare_tokenizer(), LENGTH, stride)
+    found = encode_texts(rows_of("good", "bad"), np.zeros(2), bare_tokenizer(), LENGTH, stride)
+    assert found["lengths"].tolist() == [1, 1]
+
+
+def test_a_word_that_a_tokenizer_cannot_take_is_our_own_error():
+    """Of one that has no token for what it does not know."""
+    with pytest.raises(MiniloraError, match=r"the tokenizer .* fails: .*Missing \[UNK\]"):
+        encode_texts(rows_of("strange"), np.zeros(1), bare_tokenizer(unk_token="?"), LENGTH, None)
 
 
 def test_what_has_no_windows_is_refused_by_name(tokenizer):

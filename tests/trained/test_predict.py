@@ -6,6 +6,7 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -54,6 +55,22 @@ def test_rows_are_those_of_peft_in_the_order_of_the_texts(finished_run, tiny_mod
         assert row["label"] == ["negative", "positive"][int(expected.argmax())]
         found = torch.tensor(list(row["probabilities"].values()))
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_threads_that_share_a_run_do_not_share_their_texts(run):
+    """A second one predicts, and leaves, while the first is on its way into the head."""
+    texts, others = ["it was good", "so dull"], ["bad bad bad"]
+    expected, theirs = list(predict_texts(run, texts)), []
+
+    def meanwhile(*_):
+        hook.remove()
+        thread = threading.Thread(target=lambda: theirs.extend(predict_texts(run, others)))
+        thread.start()
+        thread.join()
+
+    hook = run.model.register_forward_pre_hook(meanwhile, with_kwargs=True)
+    assert list(predict_texts(run, texts)) == expected
+    assert theirs == list(predict_texts(run, others))
 
 
 @pytest.mark.parametrize("batch_size", [1, 7, 64])

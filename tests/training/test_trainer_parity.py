@@ -186,6 +186,21 @@ def test_every_number_is_trainers_for_other_adapters(lora, tmp_path, tiny_model,
     assert compared(result.log_history) == compared(theirs.state.log_history)
 
 
+def test_every_number_is_trainers_where_the_tokenizer_pads_on_the_left(
+    tmp_path, tiny_model, sentences
+):
+    """There every token's position is another: the run is not that of padding on the right."""
+    left = shutil.copytree(tiny_model, tmp_path / "left")
+    AutoTokenizer.from_pretrained(tiny_model, padding_side="left").save_pretrained(left)
+    settings, logs = {"max_steps": 4, "eval_strategy": "steps", "eval_steps": 2}, []
+    for base in (left, tiny_model):
+        result = ours(base, sentences, tmp_path / f"of {base.name}", settings)
+        logs.append(compared(result.log_history))
+    theirs = trainer(left, sentences, tmp_path / "theirs", dict(settings))
+    theirs.train()
+    assert logs[0] == compared(theirs.state.log_history) and logs[0] != logs[1]
+
+
 def test_without_parity_the_run_is_another(tmp_path, tiny_model, sentences):
     """Negative control: the comparison notices one draw more or less per epoch."""
     theirs = trainer(tiny_model, sentences, tmp_path / "theirs", {})

@@ -23,10 +23,9 @@ from minilora.bert.lines import lines_of, not_empty
 from minilora.bert.rows import Columns, Row, read_rows
 from minilora.bert.tables import Source
 from minilora.bert.tasks import Arguments, Predictions
-from minilora.bert.texts import tokenized
+from minilora.bert.texts import UNCUT, tokenized
 from minilora.errors import MiniloraError
 
-UNCUT = 2**31  # tokens; no text has as many
 PIECE = 2**18  # tokens for which masks are drawn at a time
 EVALUATION = 2**64 - 1  # in the place of an epoch's number
 CANDIDATES = 5  # for each mask

@@ -118,6 +118,8 @@ class QuestionAnswering:
             logits = logits.masked_fill(batch["attention_mask"][..., None] == 0, -torch.inf)
         start, end = (each.contiguous() for each in logits.unbind(dim=-1))  # (B, T) each
         labels = batch["labels"]
+        if "place" not in batch:  # places of tokens, which padding on the left moves
+            labels = labels + batch["attention_mask"].argmax(dim=1, keepdim=True)
         return (F.cross_entropy(start, labels[:, 0]) + F.cross_entropy(end, labels[:, 1])) / 2
 
     training_loss = loss

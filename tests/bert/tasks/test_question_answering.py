@@ -257,6 +257,19 @@ def batches(rows, tokenizer):
     return padded, packed, logits.requires_grad_(), torch.cat([row, filler]).requires_grad_()
 
 
+@pytest.mark.parametrize("hf_parity", [False, True])
+def test_padding_on_the_left_costs_what_it_costs_on_the_right(hf_parity, rows, tokenizer):
+    task = task_of(NAME, doc_stride=5, hf_parity=hf_parity)
+    examples = tokenize(rows, task, tokenizer, 40, "f", keep=False)
+    right, left = (collate_padded(examples, np.arange(17), 0, side) for side in ("right", "left"))
+    logits = torch.randn(*right["input_ids"].shape, 2, generator=torch.manual_seed(0))
+    moved = torch.empty_like(logits)
+    for one, other in ((1, 1), (0, 0)):
+        moved[left["attention_mask"] == one] = logits[right["attention_mask"] == other]
+    assert right["labels"].any() and not torch.equal(left["input_ids"], right["input_ids"])
+    torch.testing.assert_close(task.loss(moved, left), task.loss(logits, right))
+
+
 def test_packed_costs_what_padded_costs_and_padding_nothing(batches):
     padded, packed, logits, row = batches
     task = task_of(NAME)

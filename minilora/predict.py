@@ -45,8 +45,9 @@ def main() -> None:
         if asked.merge or (asked.merge is None and run.record.arguments.dtype == "float32"):
             merge_adapter(run.model)
         count, truncated, start = 0, 0, time.perf_counter()
-        size = asked.per_device_eval_batch_size
-        for predictions, cut in predict.predict_windows(run, rows, size):
+        place = asked.file or ("standard input" if asked.text is None else "--text")
+        how = (asked.per_device_eval_batch_size, place)
+        for predictions, cut in predict.predict_windows(run, rows, *how):
             for prediction in predictions if command.is_first() else []:
                 write(json_text(prediction))
             count, truncated = count + len(predictions), truncated + cut

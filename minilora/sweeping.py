@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tqdm import tqdm
 
 from minilora import files
 from minilora.bert.splits import SENTENCES
@@ -199,6 +200,7 @@ def prepare_worker(jobs: int) -> None:
     """
     sweep: Any = multiprocessing.parent_process()
     threading.Thread(target=lambda: [sweep.join(), os._exit(1)], daemon=True).start()
+    tqdm.set_lock(threading.RLock())  # its own, between processes, would be said to be leaked
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, torch.get_num_threads() // jobs))
 

@@ -73,8 +73,8 @@ def save_adapter(
     plain adapter over the original base (`peft_bases.as_plain_update`).
     """
     directory = Path(path) if adapter_name == "default" else Path(path) / adapter_name
-    if directory.exists() and not directory.is_dir():
-        raise MiniloraError(f"{directory} is a file: give a directory to save the adapter in")
+    if not directory.is_dir() and (directory.exists() or directory.is_symlink()):
+        raise MiniloraError(f"{directory} is no directory: give one to save the adapter in")
     initial = path_initial_model_for_weight_conversion
     started = None if initial is None else read_adapter(initial, adapter_name)
     files = adapter_files(model, adapter_name, started)

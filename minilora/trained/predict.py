@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from minilora.bert.dataset import to_device, tokenize
 from minilora.bert.examples import Examples, by_example
+from minilora.bert.lines import bad
 from minilora.bert.rows import Row
 from minilora.errors import MiniloraError
 from minilora.trained.opened import TrainedRun
@@ -72,17 +73,19 @@ def rows_of_file(
 
 
 def predict_windows(
-    run: TrainedRun, rows: Iterable[Row], batch_size: int | None = None
+    run: TrainedRun, rows: Iterable[Row], batch_size: int | None = None, place: str = "the texts"
 ) -> Iterator[tuple[list[dict[str, Any]], int]]:
-    """The same for rows, by window: predictions, and how many texts were too long, and cut."""
+    """The same for the rows of a place, by window: predictions, and how many texts were too long,
+    and cut.
+    """
     size = batch_size or run.record.arguments.per_device_eval_batch_size
     total, done = len(rows) if isinstance(rows, list) else None, 0
     looks = {"unit": " texts", "leave": False, "delay": 1, "disable": None}
     with tqdm(total=total, desc="predicting", **looks) as bar:
         for window in _windows(rows):
-            check_pairs(run, window)
+            check_pairs(run, window, place)
             how = (run.task, run.tokenizer, run.max_length)
-            examples = tokenize(window, *how, "what is to be predicted", keep=False)
+            examples = tokenize(window, *how, place, keep=False)
             logits = _logits(run, examples, size, bar)
             predictions = run.task.predictions(window, examples, logits)
             yield [{"index": i, **p} for i, p in enumerate(predictions, done)], examples.truncated
@@ -121,11 +124,11 @@ def _windows(rows: Iterable[Row]) -> Iterator[list[Row]]:
         yield window
 
 
-def check_pairs(run: TrainedRun, rows: list[Row]) -> None:
+def check_pairs(run: TrainedRun, rows: list[Row], place: str) -> None:
     """Refuse pairs where training had single texts, and the other way round."""
     pairs = rows[0].pair is not None if run.record.pairs is None else run.record.pairs
     has, trained = ("no", "pairs") if pairs else ("a", "single texts")
     for row in rows:
         if (row.pair is not None) != pairs:
-            what = f"text {row.line} has {has} second text"
-            raise MiniloraError(f"{what}; the run was trained on {trained}: name the columns?")
+            advice = f"the run was trained on {trained}: name the columns?"
+            raise bad(place, row.line, f"there is {has} second text; {advice}")

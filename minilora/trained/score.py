@@ -36,7 +36,7 @@ def evaluate_file(
     """
     config, columns = run.record.arguments, (text_column, text_pair_column, label_column)
     rows = rows_of_file(run, file, columns, labelled=True)
-    check_pairs(run, rows)
+    check_pairs(run, rows, str(file))
     examples = tokenize(rows, run.task, run.tokenizer, run.max_length, str(file))
     if told := shortening(examples, len(rows), run.max_length):
         say(f"{file}: {told}")

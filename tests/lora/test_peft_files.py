@@ -263,12 +263,14 @@ def test_loading_into_an_existing_adapter_checks_the_config(saved):
         minilora.load_adapter(model, saved)
 
 
-def test_saving_into_a_file_is_refused(tmp_path):
+def test_saving_into_what_is_no_directory_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
+    (tmp_path / "link").symlink_to("nowhere")
     model = tiny_classifier()
     minilora.add_adapter(model, LoraConfig())
-    with pytest.raises(MiniloraError, match="is a file"):
-        minilora.save_adapter(model, tmp_path / "file")
+    for name in ("file", "link"):
+        with pytest.raises(MiniloraError, match=f"{name} is no directory"):
+            minilora.save_adapter(model, tmp_path / name)
 
 
 def test_saving_leaves_a_readme_of_the_user_alone(saved):

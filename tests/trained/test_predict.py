@@ -118,7 +118,9 @@ def test_long_texts_end_a_window_early(run, monkeypatch):
 
 
 def test_pairs_where_there_were_none_are_refused(run):
-    with pytest.raises(MiniloraError, match="text 2 has a second text; .* on single texts"):
+    with pytest.raises(
+        MiniloraError, match="the texts, line 2: there is a second text; .* on single texts"
+    ):
         list(predict_texts(run, ["a", ("a", "b")]))
 
 

@@ -112,9 +112,11 @@ def test_one_text_where_training_had_two_is_refused(tiny_model, tmp_path, senten
     )  # fmt: skip
     fine_tune(config)
     result = command("evaluate", tmp_path / "out", "--file", sentences[1])
-    assert result.code == 2 and "has no second text; the run was trained on pairs" in result.err
+    assert (
+        result.code == 2 and "there is no second text; the run was trained on pairs" in result.err
+    )
     result = command("predict", tmp_path / "out", "--text", "good")
-    assert result.code == 2 and "text 1 has no second text" in result.err
+    assert result.code == 2 and "--text, line 1: there is no second text" in result.err
     assert command("predict", tmp_path / "out", "--text", "good", "--text_pair", "so").code == 0
 
 

@@ -43,7 +43,7 @@ class Directory:
             self.settings = RunRecord.read(path).to_json()
             names = [checkpoint.name for checkpoint in sorted_checkpoints(path)]
             self.position = {"finished": "result" in self.settings, "checkpoints": names}
-            self.position |= {"extended": self.settings["extended"]}
+            self.position |= {n: self.settings.get(n, []) for n in ("extended", "resumed")}
             self.log = read_rows(path)
         elif "checkpoint" in self.kind:
             stored = self.checkpoint = read_checkpoint(path)

@@ -54,6 +54,7 @@ def test_a_run_is_described(finished_run, tiny_model):
         "finished": True,
         "checkpoints": ["checkpoint-6", "checkpoint-3"],
         "extended": [],
+        "resumed": [],
     }
     assert found["labels"] == ["negative", "positive"] and found["arguments"]["max_steps"] == 6
     assert found["config"]["r"] == 4 and found["log"]["last"]["step"] == 6

@@ -11,6 +11,7 @@ Slow: a saver without transformers (`saver.py`). Exhaustive: the whole command (
 import contextlib
 import json
 import os
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -45,17 +46,20 @@ def server(request, tiny_model, sentences):
 
 def contents(output_dir: Path) -> dict[str, Any]:
     """What a finished run has come to, by file: the same, whatever happened on the way. How long
-    things took is left out, and `checkpoint-3`, which a disk may have refused.
+    things took is left out, what the directory is called, where the run was resumed, and
+    `checkpoint-3`, which a disk may have refused.
     """
     found: dict[str, Any] = {}
     for file in [*output_dir.iterdir(), *(output_dir / LAST).iterdir()]:
         if file.is_file() and not file.name.startswith("."):
             found[str(file.relative_to(output_dir))] = file.read_bytes()
     found["metrics.jsonl"] = read_rows(output_dir)
+    name = rf"\b{re.escape(output_dir.name)}\b".encode()
+    found["README.md"] = re.sub(name, b"NAME", found["README.md"])
     for name in ("run.json", f"{LAST}/trainer_state.json", f"{LAST}/minilora.json"):
         recorded = json.loads(found[name])
-        for timed in ("result", "log_history", "files", "sha256"):
-            recorded.pop(timed, None)
+        for other in ("result", "log_history", "files", "sha256", "resumed"):
+            recorded.pop(other, None)
         for timed in ("metrics_size", "metrics_sha256"):
             recorded.get("state", {}).pop(timed, None)
         found[name] = recorded
@@ -66,11 +70,11 @@ def contents(output_dir: Path) -> dict[str, Any]:
 def whole(server, tmp_path_factory) -> dict[str, Any]:
     """What a run comes to that nothing disturbs; a second one comes to the same."""
     directory = tmp_path_factory.mktemp("whole")
-    for name in ("one", "other"):
+    for name in ("whole-1", "whole-2"):
         assert server.run(directory / name) == 0
-    assert contents(directory / "one") == contents(directory / "other")
-    assert len(contents(directory / "one")) >= 5 + 7
-    return contents(directory / "one")
+    assert contents(directory / "whole-1") == contents(directory / "whole-2")
+    assert len(contents(directory / "whole-1")) >= 5 + 7
+    return contents(directory / "whole-1")
 
 
 def said(output_dir: Path) -> str:

@@ -10,7 +10,7 @@ Where a flag takes a list, several are given in quotes: --target_modules "query"
 
 import argparse
 import dataclasses
-import itertools
+import math
 import random
 import shlex
 import sys
@@ -41,6 +41,7 @@ COMPARED = (
     "greater_is_better",
     "eval_strategy",
 )
+MOST = 10_000  # runs: more would take long to check, and longer to train
 Combination = tuple[dict[str, Any], dict[str, Any], dict[str, str]]  # as of `sweeping.Run`
 
 
@@ -99,13 +100,19 @@ def grid(asked: argparse.Namespace) -> list[Combination]:
     """
     given = {f.name: getattr(asked, f.name) for f in swept_fields()}
     axes = {name: values(name, words) for name, words in given.items() if words is not None}
-    drawn = list(itertools.product(*axes.values()))
-    if asked.trials is not None and asked.trials < len(drawn):
-        # The same ones whenever the same is asked.
-        drawn = random.Random(0).sample(drawn, asked.trials)
+    total = math.prod(map(len, axes.values()))
+    trials = min(asked.trials or total, total)
+    if (runs := trials * asked.seeds) > MOST or total > sys.maxsize:
+        told = f"{runs:,} runs of {total:,} combinations: at most {MOST:,} are made"
+        raise MiniloraError(f"{told}: give fewer values, or --trials")
+    # The same ones whenever the same is asked; a grid may be too large to be listed.
+    drawn = range(total) if trials == total else random.Random(0).sample(range(total), trials)
     found: list[Combination] = []
-    for of_each in drawn:
-        words = dict(zip(axes, of_each, strict=True))
+    for number in drawn:
+        words = {}
+        for name in reversed(axes):  # the last one varies first
+            number, place = divmod(number, len(axes[name]))
+            words[name] = axes[name][place]
         train, lora = parse_train([word for n, value in words.items() for word in spelt(n, value)])
         LoraConfig(**lora)
         apart = {name: " ".join(words[name]) for name in axes if len(axes[name]) > 1}

@@ -196,6 +196,15 @@ def test_trials_are_of_the_grid_and_the_same_each_time(tiny_model, sentences):
     assert len(pairs) == 5 and drawn == grid(tiny_model, sentences, *asked)
 
 
+def test_of_a_grid_too_large_to_be_listed_some_are_drawn(tiny_model, sentences):
+    many = [word for name in ("r", "lora_alpha", "seed", "save_steps", "logging_steps", "max_steps")
+            for word in (f"--{name}", *range(1, 101))]  # fmt: skip
+    drawn = grid(tiny_model, sentences, *many, "--trials", 20)
+    assert len(drawn) == 20
+    for name in ("r", "lora_alpha", "seed", "max_steps"):
+        assert len({(train | lora)[name] for train, lora, _ in drawn}) > 10
+
+
 def test_seeds_are_runs_of_their_own(tiny_model, sentences):
     found = grid(tiny_model, sentences, "--r", 2, 4, "--seeds", 3, "--seed", 7)
     assert [train["seed"] for train, _, _ in found] == [7, 8, 9, 7, 8, 9]
@@ -214,6 +223,8 @@ def test_seeds_are_runs_of_their_own(tiny_model, sentences):
         (["--task", "regression", "sequence_classification"], "cannot be compared"),
         (["--halving", 1], "--halving is 1"),
         (["--validation_split", 0.2, "--halving", 2, "--max_steps", 4], "validation"),
+        (["--seeds", 10**9], "1,000,000,000 runs of 1 combinations: at most 10,000 are made"),
+        (["--r", *range(1, 200), "--lora_alpha", *range(1, 200)], "39,601 runs"),
         (["--learning_rat", 1], "did you mean --learning_rate?"),
     ],
 )

@@ -42,16 +42,8 @@ def tokenized(rows: list[Row], tokenizer: Tokenizer, max_length: int) -> tuple[A
     """What transformers makes of the rows' texts, cut at `max_length`, the longer text of a pair
     first (of a fast tokenizer, `encodings` know more), and the arrays of an example for each.
     """
-    texts = [row.text for row in rows]
-    pairs = None if rows[0].pair is None else [row.pair or "" for row in rows]
     how: dict[str, Any] = {"max_length": max_length, "return_attention_mask": False}
-    try:
-        encoded = tokenizer(texts, pairs, truncation=True, **how)
-    except Exception as error:
-        if type(error) is not Exception:  # as code in Rust raises, of a word that it lacks
-            raise
-        problem = f"the tokenizer {tokenizer.name_or_path!r} fails: {first_line(error)}"
-        raise MiniloraError(problem) from error
+    encoded = _encoded(rows, tokenizer, truncation=True, **how)
     ids: Any = encoded["input_ids"]
     arrays = arrays_of(ids, encoded.get("token_type_ids"), np.arange(len(rows)))
     if max_length < UNCUT:
@@ -62,9 +54,10 @@ def tokenized(rows: list[Row], tokenizer: Tokenizer, max_length: int) -> tuple[A
         if encoded.encodings:
             is_cut = bool(encoded.encodings[index].overflowing)
         else:  # of a slow tokenizer, which does not tell
-            pair = None if pairs is None else pairs[index]
-            more = tokenizer(texts[index], pair, truncation=True, max_length=max_length + 1)
-            is_cut = len(more["input_ids"]) > max_length
+            more: Any = _encoded(
+                [rows[index]], tokenizer, truncation=True, max_length=max_length + 1
+            )
+            is_cut = len(more["input_ids"][0]) > max_length
         arrays["truncated"][index] = is_cut
     return encoded, arrays
 
@@ -72,13 +65,23 @@ def tokenized(rows: list[Row], tokenizer: Tokenizer, max_length: int) -> tuple[A
 def whole_encodings(rows: list[Row], tokenizer: Tokenizer, max_length: int) -> list[Any]:
     """The tokens of each row, none cut, and where in its texts they are."""
     check_fast(tokenizer)
-    texts = [row.text for row in rows]
-    pairs = None if rows[0].pair is None else [row.pair or "" for row in rows]
-    encoded = tokenizer(texts, pairs, truncation=False, verbose=False)
+    encoded = _encoded(rows, tokenizer, truncation=False, verbose=False)
     tokenized(rows[:1], tokenizer, max_length)  # leaves its state, which is saved, as always
     found = encoded.encodings or []
     _check_tokens(rows, [len(encoding.ids) for encoding in found], tokenizer)
     return found
+
+
+def _encoded(rows: list[Row], tokenizer: Tokenizer, **how: Any) -> Any:
+    texts = [row.text for row in rows]
+    pairs = None if rows[0].pair is None else [row.pair or "" for row in rows]
+    try:
+        return tokenizer(texts, pairs, **how)
+    except Exception as error:
+        if type(error) is not Exception:  # as code in Rust raises, of a word that it lacks
+            raise
+        problem = f"the tokenizer {tokenizer.name_or_path!r} fails: {first_line(error)}"
+        raise MiniloraError(problem) from error
 
 
 def _check_tokens(rows: list[Row], lengths: Any, tokenizer: Tokenizer) -> None:

@@ -31,12 +31,19 @@ def merge_adapter(
     model, record = unwrapped(model), adapters.adapters_of(model, "merge")
     names = record.active if adapter_names is None else tuple(adapter_names)
     check_together(model, record.configs, names)
-    merged = _merged_parameters(model, names)
+    # Of float32 in an autocast block, too.
+    with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+        merged = _merged_parameters(model, names)
     broken = [place for place, after in merged.items() if not torch.isfinite(after).all()]
     if safe_merge and broken:
         layer = broken[0].rpartition(".base_layer.")[0]
         problem = f"merging {', '.join(names)} into {layer} gives NaN or infinity"
         raise MiniloraError(f"{problem}; nothing was changed (safe_merge=False merges anyway)")
+    changed = {model.get_submodule(place.rpartition(".")[0]) for place in merged}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if module in changed and not name.endswith(".base_layer"):
+            problem = f"would change {name!r}, too, which is an adapted module by another name"
+            raise MiniloraError(f"merging {', '.join(names)} {problem}: give it a copy")
     record.merged = names
     for place, after in merged.items():
         record.unmerged[place] = model.get_parameter(place)

@@ -86,10 +86,12 @@ def test_a_text_of_which_no_token_is_left_is_refused_by_its_line(stride):
     assert found["lengths"].tolist() == [1, 1]
 
 
-def test_a_word_that_a_tokenizer_cannot_take_is_our_own_error():
+@pytest.mark.parametrize("stride", [None, STRIDE])
+def test_a_word_that_a_tokenizer_cannot_take_is_our_own_error(stride):
     """Of one that has no token for what it does not know."""
+    tokenizer = bare_tokenizer(unk_token="?")
     with pytest.raises(MiniloraError, match=r"the tokenizer .* fails: .*Missing \[UNK\]"):
-        encode_texts(rows_of("strange"), np.zeros(1), bare_tokenizer(unk_token="?"), LENGTH, None)
+        encode_texts(rows_of("strange"), np.zeros(1), tokenizer, LENGTH, stride)
 
 
 def test_what_has_no_windows_is_refused_by_name(tokenizer):

@@ -18,6 +18,29 @@ def test_merged_logits_are_the_unmerged_ones(settings):
     torch.testing.assert_close(logits(model), before, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("settings", VARIANTS, ids=str)
+def test_merging_in_an_autocast_block_rounds_nothing(settings):
+    model, other = adapted(**settings), adapted(**settings)
+    minilora.merge_adapter(model)
+    with torch.autocast("cpu", torch.bfloat16):
+        minilora.merge_adapter(other)
+        assert torch.is_autocast_enabled("cpu")
+    assert_same(snapshot(other), snapshot(model))
+
+
+def test_a_module_that_is_used_by_another_name_is_not_changed_there():
+    """A whole encoder may be."""
+    model = adapted(target_modules=["query"])
+    model.again = model.bert
+    before = logits(model)
+    minilora.merge_adapter(model)
+    minilora.unmerge_adapter(model)
+    model.alone = model.bert.encoder.layer[1].attention.self.query.base_layer
+    with pytest.raises(MiniloraError, match="would change 'alone', too"):
+        minilora.merge_adapter(model)
+    assert torch.equal(logits(model), before)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("settings", VARIANTS, ids=str)
 def test_unmerging_restores_every_bit(settings, dtype):

@@ -145,9 +145,11 @@ def _class_weights(asked: list[str] | None, labels: list[str]) -> list[float] | 
     if asked is None or asked == ["balanced"]:
         return None
     found: dict[str, float] = {}
-    for name, _, weight in (item.rpartition("=") for item in asked):
+    for name, equals, weight in (item.rpartition("=") for item in asked):
         problem = None
-        if name not in labels:
+        if not equals:
+            problem = f"{weight!r} is not name=weight, nor balanced alone"
+        elif name not in labels:
             problem = f"there is no class {name!r}; there are {', '.join(labels[:20])}"
         elif name in found or not is_number(weight) or float(weight) <= 0:
             problem = f"{name}={weight}: give a class once, with a number above 0"

@@ -197,8 +197,8 @@ def test_accumulated_batches_are_the_weighted_mean_of_the_whole():
     ("weights", "message"),
     [
         (["c=2"], "there is no class 'c'; there are a, b"),
-        (["a"], "there is no class ''; there are a, b"),
-        (["balanced", "a=1"], "there is no class ''"),
+        (["a"], "'a' is not name=weight, nor balanced alone"),
+        (["balanced", "a=1"], "'balanced' is not name=weight, nor balanced alone"),
         (["a=1", "a=2"], "a=2: give a class once, with a number above 0"),
         (["a=0"], "a=0: give a class once"),
         (["a=nan"], "a=nan: give a class once"),

@@ -54,8 +54,9 @@ def contents(output_dir: Path) -> dict[str, Any]:
         if file.is_file() and not file.name.startswith("."):
             found[str(file.relative_to(output_dir))] = file.read_bytes()
     found["metrics.jsonl"] = read_rows(output_dir)
-    name = rf"\b{re.escape(output_dir.name)}\b".encode()
-    found["README.md"] = re.sub(name, b"NAME", found["README.md"])
+    card = found["README.md"]
+    if title := re.search(rb"^# (.+)", card, re.M):  # the name that it was written under
+        found["README.md"] = card.replace(title[1], b"NAME")
     for name in ("run.json", f"{LAST}/trainer_state.json", f"{LAST}/minilora.json"):
         recorded = json.loads(found[name])
         for other in ("result", "log_history", "files", "sha256", "resumed"):

@@ -93,7 +93,7 @@ def directories(path: Path, asked: str | None) -> tuple[Path | None, Path]:
         own = path.parent
     elif (path / MANIFEST_NAME).exists():
         own = None
-    elif not sorted_checkpoints(path) and not (path / RUN_NAME).is_file():
+    elif not (path / RUN_NAME).is_file() and not sorted_checkpoints(path):
         raise MiniloraError(f"resume_from_checkpoint {str(path)!r} {NOTHING}")
     if asked is None and own is None:
         advice = "say with --output_dir where to go on"

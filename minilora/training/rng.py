@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from minilora.errors import MiniloraError
-from minilora.reading import check_like, first_line
+from minilora.errors import MiniloraError, first_line
+from minilora.reading import check_like
 
 
 def seed_all(seed: int) -> None:

@@ -8,9 +8,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from minilora.errors import MiniloraError
+from minilora.errors import MiniloraError, first_line
 from minilora.files import json_text
-from minilora.reading import first_line
 from minilora.training import distributed
 from minilora.training.metrics_file import read_rows
 from minilora.training.progress import say

@@ -188,7 +188,8 @@ def each(
                 yield from ((left.pop(future), future.result()) for future in ready)
         except BrokenProcessPool:
             if not should_stop():  # by a signal to all of them
-                raise OSError("a process was killed: too little memory for --jobs?") from None
+                told = f"a process was killed: too little memory for --jobs {jobs}?"
+                raise OSError(f"{told} --resume_from_checkpoint goes on") from None
         finally:
             for worker in workers if left else []:
                 worker.terminate()
@@ -226,7 +227,7 @@ def advance(
         # Beside the run, of which nothing changes by it.
         paused, file = open_run(place / f"checkpoint-{pause}"), run.train.get("validation_file")
         score = evaluate_file(paused, file or PACKAGED).metrics.get(metric, math.nan)
-        return score if math.isfinite(score) else None  # as a file has it
+        return score if math.isfinite(score) else None  # as a finished run's file has it
     except MiniloraError as error:
         say(f"warning: {run.name} failed: {error}")
         return None

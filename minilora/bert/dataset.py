@@ -96,7 +96,9 @@ def token_positions(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
 def collate_padded(
     examples: Examples, indices: np.ndarray, pad_token_id: int, side: str = "right", multiple=1
 ) -> Batch:
-    """The examples `indices` (B,) padded on a side to the longest, or a multiple: (B, T)."""
+    """The examples `indices` (B,), padded on their `side` to the longest, or to the next `multiple`
+    of tokens: (B, T); `labelled` adds the rest.
+    """
     starts, ends = examples.offsets[indices], examples.offsets[indices + 1]
     lengths = ends - starts
     longest = -(-lengths.max() // multiple) * multiple
@@ -157,15 +159,11 @@ def epoch_batches(
 
 
 def batches_in_order(
-    examples: Examples,
-    batch_size: int,
-    collate: Collate,
-    device: torch.device,
-    description: str = "",
+    examples: Examples, batch_size: int, collate: Collate, device: torch.device, shown: str = ""
 ) -> Iterator[Batch]:
-    """Every example once, in the file's order; on a terminal with a bar, if it is described."""
-    settings = {"unit": " examples", "leave": False, "disable": None if description else True}
-    with tqdm(total=len(examples), desc=description, **settings) as bar:
+    """Every example once, in the file's order; on a terminal with a bar that says what is `shown`."""
+    settings = {"unit": " examples", "leave": False, "disable": None if shown else True}
+    with tqdm(total=len(examples), desc=shown, **settings) as bar:
         for start in range(0, len(examples), batch_size):
             indices = np.arange(start, min(start + batch_size, len(examples)))
             yield to_device(collate(examples, indices), device)

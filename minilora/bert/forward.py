@@ -177,14 +177,14 @@ def headed(model: Any, hidden: Tensor) -> Tensor:
     The whole model runs, and its encoder has no more to do than to give them: copies of both, which
     share their parts, for another thread may be using the model.
     """
-    encoder, summary = copy.copy(model.base_model), None
+    encoder, whole, summary = copy.copy(model.base_model), copy.copy(model), None
+    whole._modules = model._modules | {model.base_model_prefix: encoder}
     if getattr(encoder, "pooler", None) is not None:
         first = hidden[:, 0] if model.config.model_type == "albert" else hidden
         activation = getattr(encoder, "pooler_activation", lambda x: x)  # ALBERT's
         summary = activation(encoder.pooler(first))
     output = interface.Hidden(last_hidden_state=hidden, pooler_output=summary)  # pyright: ignore
     encoder.forward = lambda *_, **__: output
-    (whole := copy.copy(model))._modules = model._modules | {model.base_model_prefix: encoder}
     return logits_of(whole())
 
 

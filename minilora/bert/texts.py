@@ -47,15 +47,12 @@ def tokenized(rows: list[Row], tokenizer: Tokenizer, max_length: int) -> tuple[A
     arrays = arrays_of(ids, encoded.get("token_type_ids"), np.arange(len(rows)))
     if max_length < UNCUT:
         _check_tokens(rows, arrays["lengths"], tokenizer)
-    for index in np.flatnonzero(
-        arrays["lengths"] == max_length
-    ):  # a text may just fill its example
+    full = np.flatnonzero(arrays["lengths"] == max_length)
+    for index in full:  # a text may just fill its example
         if encoded.encodings:
             is_cut = bool(encoded.encodings[index].overflowing)
         else:  # of a slow tokenizer, which does not tell
-            more: Any = _encoded(
-                [rows[index]], tokenizer, truncation=True, max_length=max_length + 1
-            )
+            more = _encoded([rows[index]], tokenizer, truncation=True, max_length=max_length + 1)
             is_cut = len(more["input_ids"][0]) > max_length
         arrays["truncated"][index] = is_cut
     return encoded, arrays

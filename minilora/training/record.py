@@ -81,7 +81,7 @@ class RunRecord:
         return {n: value for n, value in values.items() if value or n not in ("result", "resumed")}
 
     def write(self, output_dir: Path) -> None:
-        """As run.json, before the first step, and with the result at the end."""
+        """As run.json, before the first step, also of a resume, and with the result at the end."""
         text = json_text(self.to_json(), indent=2)
         write_file(output_dir / RUN_NAME, f"{text}\n".encode())
 

@@ -161,7 +161,7 @@ def epoch_batches(
 def batches_in_order(
     examples: Examples, batch_size: int, collate: Collate, device: torch.device, shown: str = ""
 ) -> Iterator[Batch]:
-    """Every example once, in the file's order; on a terminal with a bar that says what is `shown`."""
+    """Every example once, in the file's order; on a terminal with a bar that says `shown`."""
     settings = {"unit": " examples", "leave": False, "disable": None if shown else True}
     with tqdm(total=len(examples), desc=shown, **settings) as bar:
         for start in range(0, len(examples), batch_size):

@@ -3,6 +3,7 @@
 import json
 import os
 import resource
+import subprocess
 import sys
 
 import pytest
@@ -102,6 +103,30 @@ def test_no_file_speaks_to_the_terminal(tiny_model, tmp_path):
         assert not {"\x07", "\u202e"} & {*ended.out, *ended.err} and "\x1b]" not in ended.err
     card = (out / "README.md").read_text()
     assert "\x1b" not in card
+
+
+@pytest.mark.slow
+def test_a_terminal_that_knows_ascii_alone_changes_nothing(tiny_model, tmp_path):
+    file, out = tmp_path / "texts.tsv", tmp_path / "out"
+    file.write_text("text\tlabel\n" + "gut\tschön\nübel\thäßlich\n" * 9, "utf-8")
+    ascii_alone = {"PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "LC_ALL": "C"}
+    for words in (
+        ["train", *train_flags(tiny_model, (file, file), out)],
+        ["evaluate", out, "--file", file, "--confusion_matrix"],
+        ["predict", out, "--text", "gut"],
+        ["inspect", out],
+        ["report", out, "--output", tmp_path / "report.html"],
+        ["merge", out, "--output_dir", tmp_path / "merged"],
+    ):
+        done = subprocess.run(
+            [sys.executable, "-m", f"minilora.{words[0]}", *map(str, words[1:])],
+            env=os.environ | ascii_alone,
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stderr
+    page = (tmp_path / "report.html").read_text("utf-8")
+    assert "schön" in page and "★ the best" in page
 
 
 def test_json_has_no_number_that_is_none():

@@ -108,7 +108,7 @@ def metrics_of(row: dict[str, Any]) -> dict[str, float]:
 
 def page_of(runs: list[Run]) -> str:
     """The page; the same for the same runs, byte by byte."""
-    template, labels = TEMPLATE.read_text(), [run.label for run in runs]
+    template, labels = TEMPLATE.read_text("utf-8"), [run.label for run in runs]
     script = template.partition("<script>")[2].partition("</script>")[0]
     names = list(dict.fromkeys(name for run in runs for name in run.curves))
     names.sort(key=lambda name: (name in UNRANKED, name != "loss"))

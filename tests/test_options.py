@@ -4,6 +4,7 @@
 
 import dataclasses
 import math
+import re
 
 import pytest
 
@@ -166,5 +167,6 @@ def test_every_field_with_a_help_text_has_a_flag_and_no_other(capsys):
     for config in (TrainConfig, LoraConfig):
         for field in dataclasses.fields(config):
             has_help = field.metadata.get("help") is not None
-            assert (f" --{field.name} " in shown) == has_help, field.name
+            # Behind a flag with another name Python 3.13 has a comma.
+            assert (re.search(f" --{field.name}[ ,]", shown) is not None) == has_help, field.name
     assert "(default: 16)" in shown and "LoRA:" in shown and "evaluation:" in shown

@@ -55,9 +55,13 @@ def combine_adapters(model: nn.Module, paths: list[Path], weights: list[float]) 
                 sums[name] = sums.get(name, 0) + factor * difference
     combined = {name: plain[name].double() + total for name, total in sums.items()}
     _check_finite(combined.items())
+    made: dict[str, nn.Parameter] = {}
     for name, tensor in combined.items():
-        value, trainable = tensor.to(plain[name].dtype), plain[name].requires_grad
-        set_parameter(model, name, nn.Parameter(value, requires_grad=trainable))
+        old, value = plain[name], tensor.to(plain[name].dtype)
+        # What was tied stays tied, unless an adapter has parted it.
+        twins = [p for other, p in made.items() if plain[other] is old and torch.equal(p, value)]
+        made[name] = twins[0] if twins else nn.Parameter(value, old.requires_grad)
+        set_parameter(model, name, made[name])
     record_untied(model)
     return model
 

@@ -6,6 +6,7 @@ from collections import defaultdict
 import peft
 import pytest
 import torch
+from transformers import BertForMaskedLM
 
 from minilora import (
     LoraConfig,
@@ -20,7 +21,7 @@ from minilora import (
 )
 from minilora.lora.embedding import LoRAEmbedding
 from minilora.lora.layer import LoRALinear
-from tests.conftest import tiny_classifier
+from tests.conftest import tiny_classifier, tiny_config
 from tests.lora.test_mixed_batch import PLAIN, draw_values
 
 WEIGHTS = [0.7, 0.3]
@@ -240,6 +241,29 @@ def test_rslora_and_heads_are_combined_as_combine_adapters_does(tmp_path):
     expected = combine_adapters(tiny_classifier(), paths, WEIGHTS).state_dict()
     for name, value in expected.items():
         torch.testing.assert_close(merged[name], value, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "setting, stays_tied",
+    [
+        ({"trainable_token_indices": [2, 6]}, True),
+        ({"bias": "all"}, True),
+        ({"target_modules": ["word_embeddings"]}, False),  # whose update the output does not see
+    ],
+)
+def test_what_is_tied_stays_tied_unless_an_adapter_parts_it(setting, stays_tied, tmp_path):
+    model = BertForMaskedLM(tiny_config())
+    add_adapter(model, LoraConfig(**setting))
+    for name, parameter in model.named_parameters():
+        if ".adapters." in name or name.endswith("bias"):
+            torch.nn.init.normal_(parameter)
+    save_adapter(model, tmp_path / "adapter")
+    plain = BertForMaskedLM(tiny_config())
+    combine_adapters(plain, [tmp_path / "adapter"], [0.5])
+    output = plain.get_output_embeddings()
+    assert (output.weight is plain.get_input_embeddings().weight) == stays_tied
+    assert plain.config.tie_word_embeddings == stays_tied
+    assert (output.bias is plain.cls.predictions.bias) == stays_tied
 
 
 @pytest.mark.parametrize(

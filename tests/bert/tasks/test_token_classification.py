@@ -77,6 +77,13 @@ def test_a_documents_first_line_is_no_token(read):
         ("a.conll", "so\tO\nlong\n", r"a.conll, line 2: 'long' is one field"),
         ("a.conll", "so\tO\n\n\tO\n", r"a.conll, line 3: token 1 is empty"),
         ("a.conll", "so\tO\n\nx\tB-\n", r"a.conll, line 3: the tag 'B-' of token 1 is unfinished"),
+        ("a.conll", "so\tO\n\nx\tO\ny\tB-\n", "line 4: the tag 'B-' of token 2 is unfinished"),
+        ("a.bio", "so\tO\nx\tO\n\tO\n", "line 3: token 3 is empty"),
+        (
+            "a.jsonl",
+            '{"tokens": ["a", "b"], "tags": ["O", "B-"]}',
+            "line 1: the tag 'B-' of token 2",
+        ),
         ("a.conll", "\n\n", "a.conll is empty"),
         ("a.csv", "so,O\n", "suffix '.csv'; allowed are .conll"),
         ("a.jsonl", '{"tokens": ["a", "b"], "tags": ["O"]}', "line 1: 2 tokens and 1 tags"),
@@ -118,6 +125,8 @@ def test_a_tag_that_training_does_not_know_is_refused_with_its_place(tokenizer):
     rows = [row_of(["a"], ["O"]), row_of(["a", "film"], ["O", "B-y"], line=7)]
     with pytest.raises(MiniloraError, match="f, line 7: token 2, 'film', has the tag 'B-y', .*B-x"):
         TASK.encode(rows, tokenizer, 8, "f")
+    with pytest.raises(MiniloraError, match="f.conll, line 8: token 2, 'film', has the tag 'B-y'"):
+        TASK.encode(rows, tokenizer, 8, "f.conll")
 
 
 @pytest.mark.parametrize("all_tokens", [False, True])

@@ -189,7 +189,7 @@ class EntityScorer:
 
 
 def _sentences(path: Source, labelled: bool) -> Iterator[Row]:
-    tokens, tags, start = [], [], 1
+    tokens, tags, start, width = [], [], 1, 0
     for line, text in chain(lines_of(path), [(0, "")]):
         text = text.removeprefix("\ufeff")  # of a file that was appended to another
         # Not str.split, which also splits inside tokens, at U+00A0 and U+2028.
@@ -201,8 +201,11 @@ def _sentences(path: Source, labelled: bool) -> Iterator[Row]:
             tokens, tags = [], []
         elif labelled and len(fields) < 2:
             raise bad(path, line, f"{text!r} is one field; a token and its tag are expected")
+        elif not labelled and width not in (0, len(fields)):
+            found = f"{len(fields)} fields where the first line has {width}"
+            raise bad(path, line, f"{found}; texts that are no columns go into a csv or jsonl file")
         else:
-            start = start if tokens else line
+            start, width = start if tokens else line, len(fields)
             tokens.append(fields[0])
             tags.append(fields[-1].strip())
 

@@ -109,6 +109,11 @@ def test_files_without_tags_hold_tokens_or_texts(read):
     assert read("a.csv", "text\nso long\n", False) == [Row("so long", None, None, None, 2)]
 
 
+def test_texts_are_not_taken_for_columns(read):
+    with pytest.raises(MiniloraError, match="a.txt, line 2: 3 fields where the first line has 2"):
+        read("a.txt", "so long\nand thanks again\n", False)
+
+
 def test_a_file_that_holds_both_tokens_and_texts_is_refused(read):
     with pytest.raises(MiniloraError, match="line 2: 'tokens' is None"):
         read("a.jsonl", '{"tokens": ["so"]}\n{"text": "so long"}\n', False)

@@ -61,12 +61,14 @@ class Parser(argparse.ArgumentParser):
         super().__init__(f"python -m minilora.{command}", usage=usage, allow_abbrev=False)
         help_text = "flags, in JSON or YAML, or a run.json; those given here win"
         self.add_argument("--config", metavar="FILE", help=help_text)
+        self.words: list[str] = []
 
     def parse_known_args(self, args: list[str], namespace: Any = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         for word in filter(NO_TEXT.search, args):
             self.error(f"{word!r} is not UTF-8: give another name")
         # Up to a "=": the dashes of a value stay.
         spelt = [re.sub("(?<=^--)[^=]+", lambda flag: flag[0].replace("-", "_"), w) for w in args]
+        self.words = spelt
         scout = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
         scout.add_argument("--config", nargs="?")
         if path := scout.parse_known_args(spelt)[0].config:
@@ -74,9 +76,14 @@ class Parser(argparse.ArgumentParser):
         return super().parse_known_args(spelt, namespace)
 
     def error(self, message: str) -> NoReturn:
-        unknown = re.search(r"unrecognized arguments: (--\w+)", message)
-        hint = config_file.nearest(unknown[1], self._option_string_actions) if unknown else ""
-        raise SystemExit(_complain(f"{message}{hint} (see --help)"))
+        # Whatever else is wrong, such as a flag that is required: it may be the one misspelt.
+        flags = [found[0] for word in self.words if (found := re.match(r"--\w+", word))]
+        if unknown := [flag for flag in flags if flag not in self._option_string_actions]:
+            message += (
+                "" if unknown[0] in re.split("[ =]", message) else f"; {unknown[0]} is no flag"
+            )
+            message += config_file.nearest(unknown[0], self._option_string_actions)
+        raise SystemExit(_complain(f"{message} (see --help)"))
 
 
 def add_run_arguments(parser: argparse.ArgumentParser, *columns: str) -> None:

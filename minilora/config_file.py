@@ -26,17 +26,21 @@ def set_defaults(parser: argparse.ArgumentParser, path: Path) -> None:
     A null is as if it were not there. Raises MiniloraError for a name that is no flag, and for a
     value that its flag would not take.
     """
-    flags = {action.dest: action for action in parser._actions if action.option_strings}
+    flags, taken = {name[2:]: flag for name, flag in parser._option_string_actions.items()}, set()
     for name, value in read_values(path).items():
         key = name.replace("-", "_")
-        if key not in flags or key in ("config", "help"):
+        if key not in flags or key in ("", "config", "help"):
             raise MiniloraError(f"{path}: {name!r} is no flag{nearest(key, flags)}")
+        flag = flags[key]
+        if flag.dest in taken:
+            raise MiniloraError(f"{path}: {name!r} is there under another spelling, too")
+        taken.add(flag.dest)
         if value is not None:
             try:
-                parser.set_defaults(**{key: converted(flags[key], value)})
+                parser.set_defaults(**{flag.dest: converted(flag, value)})
             except (ValueError, argparse.ArgumentTypeError) as error:
                 raise MiniloraError(f"{path}: {name} is {value!r}: {error}") from None
-            flags[key].required = False
+            flag.required = False
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
@@ -49,7 +53,8 @@ def converted(action: argparse.Action, value: Any) -> Any:
     """The value as the flag's own words would give it."""
     convert = action.type if callable(action.type) else str
     if action.default == argparse.SUPPRESS:  # a field of a config, which checks its values itself
-        return convert(value) if isinstance(value, str) else value
+        is_column = type(value) is int and action.metavar == "COLUMN"  # by its number
+        return convert(value) if isinstance(value, str) else str(value) if is_column else value
     takes_several = action.nargs not in (None, 0, "?")
     items = value if takes_several and isinstance(value, list) else [value]
     if any(isinstance(item, list) for item in items):
@@ -83,7 +88,7 @@ def read_values(path: Path) -> dict[str, Any]:
     match values:
         case {"arguments": dict(arguments), "lora": dict(lora)}:
             recorded = {**arguments, **lora}
-            values = {name: recorded[name] for name in recorded.keys() - NOT_REPEATED}
+            values = {name: recorded[name] for name in recorded if name not in NOT_REPEATED}
     return values
 
 

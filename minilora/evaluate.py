@@ -19,6 +19,7 @@ def main() -> None:
         from minilora.trained.opened import check_ranks, open_run
         from minilora.trained.score import evaluate_file
         from minilora.training import distributed
+        from minilora.training.progress import say
 
     with distributed.joined():
         run = open_run(asked.path, asked.model_name_or_path, asked.device)
@@ -31,6 +32,8 @@ def main() -> None:
         rows = [[label, *row] for label, row in zip(labels, counts, strict=True)]
         print_table([["true \\ predicted", *labels], *rows])
         summary |= {"confusion_matrix": counts, "labels": labels}
+    elif asked.confusion_matrix:
+        say(f"warning: no confusion matrix: {run.task.name} gives no text one class of several")
     if scores.by_class:
         rows = [[label, *row.values()] for label, row in scores.by_class.items()]
         print_table([["class", *next(iter(scores.by_class.values()))], *rows])

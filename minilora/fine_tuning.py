@@ -186,11 +186,11 @@ def train(plan: resume.ResumePlan, should_stop: Callable[[], bool]) -> TrainResu
     starting_model.attach_adapter(start, config, lora)
     forward = starting_model.choose_forward(config, start.model, start.tokenizer, device)
     trained = starting_model.prepare_training(config, forward)
-    starting_model.describe_start(start, config, output_dir)
 
     optimizer = build_optimizer(start.model, config)
     lengths = (len(examples["train"]), "validation" in examples, record.world_size)
     timetable = plan_timetable(config, *lengths)
+    starting_model.describe_start(start, config, examples, timetable.max_steps, output_dir)
     scheduler = build_scheduler(optimizer, config, timetable.max_steps)
     # Only float16 needs scaling: its smallest gradients would be zero.
     scaler = torch.amp.GradScaler(device.type, enabled=config.dtype == "float16")

@@ -282,16 +282,19 @@ def prepare_training(config: TrainConfig, forward: Packed | Padded) -> nn.Module
     return distributed.replicated(forward)
 
 
-def describe_start(start: StartingModel, config: TrainConfig, output_dir: Path) -> None:
-    """Say what is about to be trained, with PEFT's line on trainable parameters."""
+def describe_start(
+    start: StartingModel, config: TrainConfig, data: dict[str, Any], steps: int, place: Path
+) -> None:
+    """Say what is about to be trained, with PEFT's line on trainable parameters, and on what."""
     new = ", ".join(start.new_modules) or "-"
     say(f"model: {start.base.description}, a {type(start.model).__name__}; new: {new}")
     if start.adapter is not None:
-        merged = f"merged into it, in {output_dir / BASE_NAME}"
+        merged = f"merged into it, in {place / BASE_NAME}"
         done = "continued" if config.on_adapter == "continue" else merged
         say(f"{start.adapter.description}: {done}")
-    trainable = start.model.num_parameters(only_trainable=True)
-    total = start.model.num_parameters()
+    trainable, total = (start.model.num_parameters(only) for only in (True, False))
     counts = f"trainable params: {trainable:,} || all params: {total:,}"
     say(f"{counts} || trainable%: {100 * trainable / total:.4f}")
-    say(f"output: {output_dir}")
+    sizes = ", ".join(f"{len(examples):,} {split}" for split, examples in data.items())
+    file = config.train_file or config.dataset_name or "the packaged sentences"
+    say(f"data: {file}, {sizes} examples; {steps:,} steps on {start.model.device}\noutput: {place}")

@@ -76,12 +76,18 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     add("--halving", type=int, metavar="N", help="after each Nth of the steps the best Nth go on")
     add("--jobs", type=int, default=1, metavar="N", help="runs at a time, sharing the cores")
     for field in swept_fields():
-        add(f"--{field.name}", nargs="*", metavar="VALUE", help="as of train")
+        names = [f"--{name}" for name in (field.name, field.metadata.get("alias")) if name]
+        add(*names, nargs="*", metavar="VALUE", help="as of train")
     asked = parser.parse_args(arguments)
     if (asked.output_dir is None) == (asked.resume_from_checkpoint is None):
         parser.error(
             "give --output_dir for a new sweep, or --resume_from_checkpoint for an old one"
         )
+    if asked.resume_from_checkpoint:
+        kept = ("resume_from_checkpoint", "jobs", "config")
+        changed = [n for n, value in vars(asked).items() if value != parser.get_default(n)]
+        if changed := [f"--{name}" for name in changed if name not in kept]:
+            parser.error(f"a sweep goes on as it began: leave out {', '.join(changed)}")
     for name, least in (("seeds", 1), ("trials", 1), ("halving", 2), ("jobs", 1)):
         value = getattr(asked, name)
         if value is not None and value < least:
@@ -143,6 +149,9 @@ def spelt(name: str, words: list[str]) -> list[str]:
 def check(asked: argparse.Namespace, axes: dict[str, Any], config: TrainConfig) -> None:
     """Refuse what cannot be compared, or halved."""
     several = {name for name in axes if len(axes[name]) > 1}
+    for name, found in axes.items():
+        if twice := [words for words in found if found.count(words) > 1]:
+            raise MiniloraError(f"--{name} has {' '.join(twice[0])!r} twice: once is enough")
     if asked.seeds > 1 and "seed" in several:
         raise MiniloraError("--seeds and several values of --seed are both given: leave one out")
     for name in several.intersection(COMPARED):

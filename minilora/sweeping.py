@@ -25,21 +25,28 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from minilora import files
-from minilora.bert.splits import SENTENCES
+from minilora import files, starting_model
+from minilora.bert.splits import SENTENCES, Splits
+from minilora.bert.tasks import build_task
 from minilora.errors import MiniloraError
-from minilora.fine_tuning import read_data, run_fine_tuning
+from minilora.fine_tuning import Pieces, read_data, run_fine_tuning, tokenize_all
 from minilora.reading import check_like, read_json
 from minilora.trained.opened import open_run
 from minilora.trained.score import evaluate_file
 from minilora.training.checkpoint import latest_checkpoint
 from minilora.training.config import TrainConfig
+from minilora.training.evaluation import check_computed
 from minilora.training.progress import say
 from minilora.training.record import PATHS, RUN_NAME, RunRecord
 from minilora.training.run_directory import holding
 
 SWEEP_NAME = "sweep.json"
 PACKAGED = SENTENCES / "validation.tsv"
+# What of a run's arguments may be wrong in a way that its model, or its labels, tell.
+BEGINNING = (
+    "model_name_or_path", "model_revision", "on_adapter", "class_weights", "max_length", "device",
+    "dtype",
+)  # fmt: skip
 Scores = dict[str, float | None]  # the metric that ranks, by a run's name; None of one that failed
 
 
@@ -136,10 +143,35 @@ def begin(output_dir: Path, combinations: list[Any], halving: int | None) -> Swe
         given = {name: Path(run.train[name]) for name in PATHS if run.train.get(name)}
         run.train.update({n: str(path.resolve()) for n, path in given.items() if path.exists()})
     sweep = Sweep(runs, halving)
-    read_data(sweep.config())  # what is wrong with a file is said before anything is written
+    # What is wrong with a file, or with a combination, is said before anything is written.
+    try_out(runs, read_data(sweep.config()))
     with holding(output_dir, is_new=True):
         sweep.write(output_dir)
     return sweep
+
+
+def try_out(runs: list[Run], splits: Splits) -> None:
+    """Raise what one of the runs would before its first step, or as its metric is not computed. Of
+    those that begin alike, such as with other learning rates, the first is tried.
+    """
+    tried = []
+    for run in runs:
+        beginning = [run.lora, *map(run.train.get, BEGINNING)]
+        if beginning in tried:
+            continue
+        tried.append(beginning)
+        config = TrainConfig(**run.train)
+        lora = starting_model.new_lora_config(config, run.lora)
+        device = starting_model.chosen_device(config.device)
+        config = starting_model.resolve_modes(config, device)
+        task = build_task(config, splits.labels)
+        start = starting_model.load_starting_model(config, task)
+        examples = tokenize_all(config, splits, task, start)
+        starting_model.attach_adapter(start, config, lora)
+        if len(tried) == 1 and config.metric_for_best_model:
+            forward = starting_model.choose_forward(config, start.model, start.tokenizer, device)
+            pieces = Pieces(config, splits, examples, task, start, forward, world_size=1)
+            check_computed(config.best_metric() or "", pieces.evaluate("validation", "eval"))
 
 
 def run_sweep(sweep: Sweep, output_dir: Path, jobs: int, should_stop: Callable[[], bool]) -> bool:

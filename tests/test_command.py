@@ -114,3 +114,17 @@ def test_signals_are_as_before_afterwards_and_left_alone_in_a_thread():
     thread.start()
     thread.join()
     assert seen == [([], before)] and signal.getsignal(signal.SIGINT) is before
+
+
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [
+        ("evaluate out --fil dev.tsv", "required: --file; --fil is no flag; did you mean --file?"),
+        ("merge out --output-dri m", "--output_dri is no flag; did you mean --output_dir?"),
+        ("train some --lerning_rate 1", "some --lerning_rate 1; did you mean --learning_rate?"),
+        ("train --r four --lerning_rate 1", "--lerning_rate is no flag; did you mean --learning"),
+    ],
+)
+def test_a_flag_that_is_misspelt_is_named_whatever_else_is_wrong(command, line, told):
+    done = command(*line.split())
+    assert done.code == 2 and told in done.err and done.err.count("\n") == 1

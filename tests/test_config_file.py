@@ -120,3 +120,15 @@ def test_somebodys_run_is_repeated_with_one_flag(command, finished_run, tmp_path
     assert (tmp_path / "again" / name).read_bytes() == (finished_run / name).read_bytes()
     assert command("train", *flags[:2], "--max_steps", "1").code == 0  # nor in its place
     assert sorted(path.name for path in tmp_path.iterdir()) == ["again", "runs"]
+
+
+def test_a_flags_second_name_is_one_here_too(tmp_path):
+    assert parse_arguments(["--config", write(tmp_path / "c.yaml", {"lora_r": 4})])[1] == {"r": 4}
+    for twice in ({"lora_r": 4, "r": 2}, {"max-steps": 1, "max_steps": 2}):
+        with pytest.raises(MiniloraError, match="under another spelling, too"):
+            parse_arguments(["--config", write(tmp_path / "d.json", twice)])
+
+
+def test_a_column_may_be_a_number_as_it_may_for_the_flag(tmp_path):
+    path = write(tmp_path / "c.yaml", {"text_column": 1, "label_column": 0})
+    assert parse_arguments(["--config", path])[0] == {"text_column": "1", "label_column": "0"}

@@ -19,8 +19,8 @@ DOCS = PACKAGE.parent / "docs"
 # What these complain of says all there is, or is a file's that the room explains which reads it.
 WITHOUT_A_PAGE = {
     "__main__", "fine_tuning", "predict", "reading", "trained.directory", "trained.opened",
-    "trained.predict", "training.config", "training.loop", "training.optim", "training.record",
-    "training.rng", "training.tensorboard", "training.trainer_files",
+    "trained.predict", "training.config", "training.evaluation", "training.optim",
+    "training.record", "training.rng", "training.tensorboard", "training.trainer_files",
 }  # fmt: skip
 
 

@@ -226,6 +226,12 @@ def test_seeds_are_runs_of_their_own(tiny_model, sentences):
         (["--seeds", 10**9], "1,000,000,000 runs of 1 combinations: at most 10,000 are made"),
         (["--r", *range(1, 200), "--lora_alpha", *range(1, 200)], "39,601 runs"),
         (["--learning_rat", 1], "did you mean --learning_rate?"),
+        (["--class_weights", "good=2", "--r", 2, 4], "there is no class 'good'"),
+        (["--dtype", "float32", "float16"], "float16 needs a GPU"),
+        (["--max_length", 16, 1000], "max_length is 1000"),
+        (["--target_modules", "query", "query no_such", "--exclude_modules", "query"], "matches"),
+        (["--r", 2, 4, 2], "--r has '2' twice"),
+        (["--metric_for_best_model", "acuracy", "--r", 2, 4], "there is no eval_acuracy; computed"),
     ],
 )
 def test_a_bad_grid_is_refused_before_anything_trains(
@@ -233,6 +239,17 @@ def test_a_bad_grid_is_refused_before_anything_trains(
 ):
     done = command("sweep", *flags(tiny_model, sentences), *more, "--output_dir", tmp_path / "out")
     assert done.code == 2 and fault in done.err and not (tmp_path / "out").exists()
+
+
+def test_what_a_sweep_began_with_is_not_changed_on_its_resume(command, tmp_path):
+    asked = ("--resume_from_checkpoint", tmp_path, "--jobs", 2, "--r", 4, "--seeds", 2)
+    done = command("sweep", *asked)
+    assert done.code == 2 and "leave out --seeds, --r" in done.err
+
+
+def test_a_flags_second_name_is_one_of_a_sweep(tiny_model, sentences):
+    found = grid(tiny_model, sentences, "--lora_r", 2, 4)
+    assert [lora["r"] for _, lora, _ in found] == [2, 4]
 
 
 def test_several_data_sets_are_not_compared(command, tmp_path):

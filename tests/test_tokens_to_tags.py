@@ -215,6 +215,12 @@ def test_predict_takes_tokens_texts_and_a_stream(finished, files, tmp_path, comm
     assert found["index"] == 0 and "tags" not in found and found["entities"]
 
 
+def test_a_matrix_that_there_is_not_is_said(finished, files, command):
+    done = command("evaluate", finished, "--file", files[1], "--confusion_matrix")
+    assert done.code == 0 and "confusion_matrix" not in done.summary()
+    assert "warning: no confusion matrix: token_classification gives" in done.err
+
+
 def test_evaluate_file_refuses_a_tag_of_no_training(finished, tmp_path):
     from minilora import MiniloraError
 

@@ -73,6 +73,9 @@ def test_progress_goes_to_stderr_and_names_what_trains(finished):
     assert "training:" not in result.stderr and "evaluating" not in result.stderr  # no terminal
     # PEFT's own line, for the same adapter: 2 x 2 x (8 x 32 + 32 x 8) + a head of 66, kept twice.
     assert "trainable params: 2,114 || all params: 23,620 || trainable%: 8.9500" in result.stderr
+    assert re.search(
+        r"^data: \S+train.tsv, 44 train, .*examples; 4 steps on cpu$", result.stderr, re.M
+    )
 
 
 def test_the_directory_holds_what_the_design_promises(finished):

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from minilora.errors import MiniloraError
 from minilora.training import distributed
 
 Batch = dict[str, Tensor]
@@ -46,6 +47,13 @@ def evaluate_model(
     speed = (seconds, examples / seconds, len(losses) / seconds)
     found |= dict(zip(TIMING_KEYS, speed, strict=True))
     return {f"{prefix}_{name}": float(value) for name, value in found.items()}
+
+
+def check_computed(metric: str, found: dict[str, float]) -> None:
+    """Refuse a metric that is to rank and is none of those `found`."""
+    if metric not in found:
+        computed = ", ".join(name for name in found if not name.endswith(TIMING_KEYS))
+        raise MiniloraError(f"metric_for_best_model: there is no {metric}; computed are {computed}")
 
 
 @contextlib.contextmanager

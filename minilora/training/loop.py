@@ -18,7 +18,7 @@ from torch.amp.grad_scaler import GradScaler
 from minilora.errors import MiniloraError
 from minilora.training import distributed
 from minilora.training.config import TrainConfig
-from minilora.training.evaluation import TIMING_KEYS, Batch
+from minilora.training.evaluation import Batch, check_computed
 from minilora.training.rng import draw_loader_seed
 
 
@@ -234,9 +234,7 @@ def evaluate_and_rank(training: Training, config: TrainConfig, run: Callbacks) -
     log(training, run, metrics)
     if best is None:
         return
-    if best not in metrics:
-        computed = ", ".join(name for name in metrics if not name.endswith(TIMING_KEYS))
-        raise MiniloraError(f"metric_for_best_model: there is no {best}; computed are {computed}")
+    check_computed(best, metrics)
     sign = 1 if config.best_is_greatest() else -1
     score = sign * metrics[best]
     to_beat = -math.inf if state.best_metric is None else sign * state.best_metric

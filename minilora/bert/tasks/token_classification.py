@@ -108,7 +108,7 @@ class TokenClassification:
         for token, tag in zip(row.fields["tokens"], row.label, strict=True):
             if tag not in ids:
                 what = f"token {len(found) + 1}, {token!r}, has the tag {tag!r}, which"
-                raise unknown_label(place, row.line, what, self.labels)
+                raise unknown_label(place, _line(place, row.line, len(found)), what, self.labels)
             inside = ids.get(re.sub("^B-", "I-", tag), ids[tag])
             found.append((ids[tag], inside if self.label_all_tokens else NO_LABEL))
         return np.array(found).T
@@ -189,7 +189,7 @@ class EntityScorer:
 
 
 def _sentences(path: Source, labelled: bool) -> Iterator[Row]:
-    tokens, tags, start = [], [], 1
+    tokens, tags, start, width = [], [], 1, 0
     for line, text in chain(lines_of(path), [(0, "")]):
         text = text.removeprefix("\ufeff")  # of a file that was appended to another
         # Not str.split, which also splits inside tokens, at U+00A0 and U+2028.
@@ -201,8 +201,11 @@ def _sentences(path: Source, labelled: bool) -> Iterator[Row]:
             tokens, tags = [], []
         elif labelled and len(fields) < 2:
             raise bad(path, line, f"{text!r} is one field; a token and its tag are expected")
+        elif not labelled and width not in (0, len(fields)):
+            found = f"{len(fields)} fields where the first line has {width}"
+            raise bad(path, line, f"{found}; texts that are no columns go into a csv or jsonl file")
         else:
-            start = start if tokens else line
+            start, width = start if tokens else line, len(fields)
             tokens.append(fields[0])
             tags.append(fields[-1].strip())
 
@@ -224,13 +227,20 @@ def _row(path: Source, line: int, tokens: list[str], tags: list[str] | None) -> 
     if not tokens:
         raise bad(path, line, "the sentence has no token")
     if "" in tokens:
-        raise bad(path, line, f"token {tokens.index('') + 1} is empty")
+        place = tokens.index("")
+        raise bad(path, _line(path, line, place), f"token {place + 1} is empty")
     if tags is not None and len(tags) != len(tokens):
         raise bad(path, line, f"{len(tokens)} tokens and {len(tags)} tags; each token needs one")
     for place, tag in enumerate(tags or [], start=1):
         if UNFINISHED.fullmatch(tag):
-            raise bad(path, line, f"the tag {tag!r} of token {place} is unfinished")
+            where = _line(path, line, place - 1)
+            raise bad(path, where, f"the tag {tag!r} of token {place} is unfinished")
     return Row(" ".join(tokens), None, tags, None, line, {"tokens": tokens})
+
+
+def _line(path: Source | str, line: int, token: int) -> int:
+    """The line of a sentence's token: in columns, each has its own."""
+    return line + token if str(path).lower().endswith(COLUMNS) else line
 
 
 def _spans(row: Row) -> np.ndarray:

@@ -77,6 +77,13 @@ def test_a_documents_first_line_is_no_token(read):
         ("a.conll", "so\tO\nlong\n", r"a.conll, line 2: 'long' is one field"),
         ("a.conll", "so\tO\n\n\tO\n", r"a.conll, line 3: token 1 is empty"),
         ("a.conll", "so\tO\n\nx\tB-\n", r"a.conll, line 3: the tag 'B-' of token 1 is unfinished"),
+        ("a.conll", "so\tO\n\nx\tO\ny\tB-\n", "line 4: the tag 'B-' of token 2 is unfinished"),
+        ("a.bio", "so\tO\nx\tO\n\tO\n", "line 3: token 3 is empty"),
+        (
+            "a.jsonl",
+            '{"tokens": ["a", "b"], "tags": ["O", "B-"]}',
+            "line 1: the tag 'B-' of token 2",
+        ),
         ("a.conll", "\n\n", "a.conll is empty"),
         ("a.csv", "so,O\n", "suffix '.csv'; allowed are .conll"),
         ("a.jsonl", '{"tokens": ["a", "b"], "tags": ["O"]}', "line 1: 2 tokens and 1 tags"),
@@ -102,6 +109,11 @@ def test_files_without_tags_hold_tokens_or_texts(read):
     assert read("a.csv", "text\nso long\n", False) == [Row("so long", None, None, None, 2)]
 
 
+def test_texts_are_not_taken_for_columns(read):
+    with pytest.raises(MiniloraError, match="a.txt, line 2: 3 fields where the first line has 2"):
+        read("a.txt", "so long\nand thanks again\n", False)
+
+
 def test_a_file_that_holds_both_tokens_and_texts_is_refused(read):
     with pytest.raises(MiniloraError, match="line 2: 'tokens' is None"):
         read("a.jsonl", '{"tokens": ["so"]}\n{"text": "so long"}\n', False)
@@ -118,6 +130,8 @@ def test_a_tag_that_training_does_not_know_is_refused_with_its_place(tokenizer):
     rows = [row_of(["a"], ["O"]), row_of(["a", "film"], ["O", "B-y"], line=7)]
     with pytest.raises(MiniloraError, match="f, line 7: token 2, 'film', has the tag 'B-y', .*B-x"):
         TASK.encode(rows, tokenizer, 8, "f")
+    with pytest.raises(MiniloraError, match="f.conll, line 8: token 2, 'film', has the tag 'B-y'"):
+        TASK.encode(rows, tokenizer, 8, "f.conll")
 
 
 @pytest.mark.parametrize("all_tokens", [False, True])

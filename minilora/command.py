@@ -77,12 +77,11 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         # Whatever else is wrong, such as a flag that is required: it may be the one misspelt.
-        flags = [found[0] for word in self.words if (found := re.match(r"--\w+", word))]
-        if unknown := [flag for flag in flags if flag not in self._option_string_actions]:
-            message += (
-                "" if unknown[0] in re.split("[ =]", message) else f"; {unknown[0]} is no flag"
-            )
-            message += config_file.nearest(unknown[0], self._option_string_actions)
+        known = {"--", *self._option_string_actions}
+        flags = [word.partition("=")[0] for word in self.words]
+        if unknown := [flag for flag in flags if flag.startswith("--") and flag not in known]:
+            told = "" if unknown[0] in re.split("[ =]", message) else f"; {unknown[0]} is no flag"
+            message += told + config_file.nearest(unknown[0], known)
         raise SystemExit(_complain(f"{message} (see --help)"))
 
 

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from minilora.errors import MiniloraError
-from minilora.lora.config import BOOKKEEPING
+from minilora.lora.config import BOOKKEEPING, LoraConfig
 from minilora.options import boolean, unique_keys
+from minilora.training.config import TrainConfig
 
 MAX_BYTES = 4_000_000  # as of any JSON that is read
 # Of a run.json: where the run lay is not where its repetition will, nor is that a resume.
@@ -27,7 +28,7 @@ def set_defaults(parser: argparse.ArgumentParser, path: Path) -> None:
     value that its flag would not take.
     """
     flags, taken = {name[2:]: flag for name, flag in parser._option_string_actions.items()}, set()
-    for name, value in read_values(path).items():
+    for name, value in read_values(path, flags).items():
         key = name.replace("-", "_")
         if key not in flags or key in ("", "config", "help"):
             raise MiniloraError(f"{path}: {name!r} is no flag{nearest(key, flags)}")
@@ -70,8 +71,10 @@ def converted(action: argparse.Action, value: Any) -> Any:
     return found if takes_several else found[0]
 
 
-def read_values(path: Path) -> dict[str, Any]:
-    """The flags that the file gives; of a run.json, those that its run was given or resolved."""
+def read_values(path: Path, flags: Iterable[str]) -> dict[str, Any]:
+    """The flags that the file gives; of a run.json, those that its run was given or resolved, and
+    of train's only what this command takes, too.
+    """
     try:
         if not path.is_file() or path.stat().st_size > MAX_BYTES:
             raise ValueError("it is no file of at most 4 MB")
@@ -88,7 +91,8 @@ def read_values(path: Path) -> dict[str, Any]:
     match values:
         case {"arguments": dict(arguments), "lora": dict(lora)}:
             recorded = {**arguments, **lora}
-            values = {name: recorded[name] for name in recorded if name not in NOT_REPEATED}
+            passed = NOT_REPEATED | (vars(TrainConfig()) | vars(LoraConfig())).keys() - flags
+            values = {name: recorded[name] for name in recorded if name not in passed}
     return values
 
 

@@ -58,12 +58,13 @@ def main() -> int:
         else:
             sweep = sweeping.begin(output_dir, combinations, asked.halving)
         is_done = sweeping.run_sweep(sweep, output_dir, asked.jobs, lambda: bool(received))
-    if is_done:
-        places = [output_dir / run.name for run, _, score in sweep.table() if score is not None]
-        if places:
-            write_report(places, output_dir / "report.html")
+    scored = [output_dir / run.name for run, _, score in sweep.table() if score is not None]
+    if is_done and scored:
+        write_report(scored, output_dir / "report.html")
     print_summary(sweep, output_dir, is_done)
-    return command.INTERRUPTED + received[0] if received else 0
+    if received:
+        return command.INTERRUPTED + received[0]
+    return 0 if scored else 1
 
 
 def parse_arguments(arguments: list[str]) -> argparse.Namespace:

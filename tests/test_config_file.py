@@ -122,6 +122,23 @@ def test_somebodys_run_is_repeated_with_one_flag(command, finished_run, tmp_path
     assert sorted(path.name for path in tmp_path.iterdir()) == ["again", "runs"]
 
 
+@pytest.mark.parametrize("name", ["evaluate", "predict", "merge", "inspect"])
+def test_of_a_run_other_commands_take_what_they_have(name, finished_run, tmp_path, command):
+    """A name that train does not know either is refused all the same."""
+    own = {
+        "evaluate": [finished_run, "--file", finished_run / "none.tsv"],
+        "predict": [finished_run, "--file", finished_run / "none.tsv"],
+        "merge": [finished_run, "--output_dir", tmp_path / "merged"],
+        "inspect": [finished_run],
+    }[name]
+    done = command(name, *own, "--config", finished_run / "run.json")
+    assert "is no flag" not in done.err and (done.code == 0 or "none.tsv" in done.err)
+    record = json.loads((finished_run / "run.json").read_text())
+    record["arguments"]["of_tomorrow"] = 1
+    done = command(name, *own, "--config", write(tmp_path / "other.json", record))
+    assert done.code == 2 and "'of_tomorrow' is no flag" in done.err
+
+
 def test_a_flags_second_name_is_one_here_too(tmp_path):
     assert parse_arguments(["--config", write(tmp_path / "c.yaml", {"lora_r": 4})])[1] == {"r": 4}
     for twice in ({"lora_r": 4, "r": 2}, {"max-steps": 1, "max_steps": 2}):

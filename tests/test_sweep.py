@@ -296,7 +296,8 @@ def test_where_all_fail_none_is_the_best(tmp_path, tiny_model, sentences, comman
     asked = ("--learning_rate", 1e30, 1e35, "--max_steps", 4, "--output_dir", tmp_path / "out")
     done = command("sweep", *flags(tiny_model, sentences), *asked)
     assert [line.split()[2] for line in done.out.splitlines()[1:3]] == ["failed", "failed"]
-    assert done.summary()["finished"] and done.summary()["best"] is None
+    summary = done.summary()
+    assert done.code == 1 and summary["finished"] and summary["best"] is None
     assert "side by side" not in done.out and not (tmp_path / "out" / "report.html").exists()
 
 

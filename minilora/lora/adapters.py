@@ -220,7 +220,7 @@ def _check_addable(adapters: Adapters, config: LoraConfig, adapter_name: str) ->
         raise MiniloraError(f"adapter {adapter_name!r} exists: delete it, or take another name")
     # It becomes a part of modules' names and a directory's; ModuleDict refuses its own methods'
     # ("keys", ...), and "__base__" is a mixed batch's row without an adapter.
-    is_name = re.fullmatch(r"(?!__)[\w-]+", adapter_name)
+    is_name = isinstance(adapter_name, str) and re.fullmatch(r"(?!__)[\w-]+", adapter_name)
     if not is_name or hasattr(nn.ModuleDict(), adapter_name):
         problem = "cannot be a module's name: take letters, digits, - and _"
         raise MiniloraError(f"adapter name {adapter_name!r} {problem}")

@@ -123,7 +123,7 @@ def test_two_heads_cannot_be_active_at_once():
         minilora.set_adapter(model, ["default", "second"])
 
 
-@pytest.mark.parametrize("name", ["", "a.b", "keys"])
+@pytest.mark.parametrize("name", ["", "a.b", "keys", 3, None])
 def test_an_unusable_name_is_refused(name):
     with pytest.raises(MiniloraError, match="cannot be a module's name"):
         minilora.add_adapter(tiny_classifier(), LoraConfig(), name)

@@ -85,6 +85,12 @@ def tiny_classifier(seed: int = 0, **changes) -> BertForSequenceClassification:
     return BertForSequenceClassification(tiny_config(**changes))
 
 
+def recompute(model, **options) -> None:
+    """Its activations from now on, by the name that this transformers has for it."""
+    old_name = model.gradient_checkpointing_enable  # until 5.23
+    getattr(model, "activation_checkpointing_enable", old_name)({"use_reentrant": False, **options})
+
+
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory) -> Path:
     """A model directory as a user would have it: a headless tiny BERT and its tokenizer."""

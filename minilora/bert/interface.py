@@ -88,7 +88,9 @@ def own_forward(model: Any, batch: Batch, layout: Layout, of_sequences: bool) ->
 
 def can_run(model: Any) -> bool:
     """Whether all attention goes by the one config that `prepare` changes: a block that is trained
-    in full is a copy, and so is its config.
+    in full is a copy, and so is its config. Where transformers cannot, as for ModernBERT before
+    5.7, it only logs, and a row's tokens would attend across its sequences.
     """
     configs = [module.config for module in model.base_model.modules() if hasattr(module, "config")]
-    return model.config.model_type in DROPOUT and all(one is model.config for one in configs)
+    known = model.config.model_type in DROPOUT and model._can_set_attn_implementation()
+    return known and all(one is model.config for one in configs)

@@ -28,6 +28,7 @@ from minilora.bert.dropout import FastDropout, MaskStream, use_fast_dropout
 from minilora.bert.examples import Examples
 from minilora.bert.forward import Packed, Padded, can_pack
 from minilora.bert.packing import attention, layout_of
+from tests.conftest import recompute
 
 PAD, VOCABULARY = 0, 60
 SIZES = {
@@ -164,7 +165,7 @@ def compare(family, head, dtype=torch.float64, multiple=1, again=False, **settin
     expected = outcome(Padded(copy.deepcopy(model), PAD), head, examples, indices)
     assert can_pack(model)
     if again:
-        model.activation_checkpointing_enable({"use_reentrant": False})
+        recompute(model)
     found = outcome(Packed(model, PAD, multiple), head, examples, indices)
     # ModernBERT rotates in float32, and a scale of DeBERTa's is float32.
     rounded = family.split()[0] in ("modernbert", "deberta-v2")
@@ -271,6 +272,17 @@ def test_a_head_and_embeddings_may_be_trained_in_full(family, head):
     compare(family, "sequences", modules_to_save=[head])
 
 
+@pytest.mark.parametrize("family", ["distilbert", "albert", "modernbert"])
+def test_a_model_whose_attention_cannot_be_exchanged_is_not_packed(family, monkeypatch):
+    """transformers only logs it then, and keeps its own attention, over the whole row."""
+    model, no = adapted(family, "tokens"), classmethod(lambda cls: False)
+    monkeypatch.setattr(type(model), "_can_set_attn_implementation", no)
+    kept = model.config._attn_implementation
+    model.set_attn_implementation("eager")
+    assert model.config._attn_implementation == kept != "eager"
+    assert not can_pack(model)
+
+
 def test_a_deberta_with_a_convolution_is_not_packed():
     config = AutoConfig.for_model("deberta-v2", **SIZES, conv_kernel_size=3)
     assert not can_pack(AutoModelForTokenClassification.from_config(config))
@@ -298,8 +310,7 @@ def test_recomputed_activations_draw_the_same_masks(family, fast, monkeypatch):
         if fast:
             use_fast_dropout(model, stream)
         if again:
-            contexts = {"context_fn": stream.checkpoint_contexts} if fast else {}
-            model.activation_checkpointing_enable({"use_reentrant": False, **contexts})
+            recompute(model, **{"context_fn": stream.checkpoint_contexts} if fast else {})
         set_seed(5)
         forward = Packed(model, PAD)
         indices = np.arange(len(examples))

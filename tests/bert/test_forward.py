@@ -27,7 +27,7 @@ from minilora.bert.forward import Packed, Padded, can_pack
 from minilora.lora.adapters import set_fused
 from minilora.lora.heads import train_heads_in_float32
 from tests.bert.test_packing import PAD, examples_of
-from tests.conftest import tiny_config
+from tests.conftest import recompute, tiny_config
 
 LENGTHS = {
     "ragged": [7, 3, 20, 11, 3, 9, 5, 5, 16, 4, 2],
@@ -123,7 +123,7 @@ def test_whatever_is_adapted_packed_agrees_with_padded(settings, fused):
 def test_every_family_packed_agrees_with_itself_padded(family, again):
     model = adapted(classifier(family), target_modules="all-linear")
     if again:
-        model.activation_checkpointing_enable({"use_reentrant": False})
+        recompute(model)
     assert_agree(model, examples_of(LENGTHS["ragged"]))
 
 
@@ -235,8 +235,7 @@ def test_recomputed_activations_give_bitwise_the_same_gradients(fast, batches):
         if fast:
             use_fast_dropout(model, stream)
         if again:
-            contexts = {"context_fn": stream.checkpoint_contexts} if fast else {}
-            model.activation_checkpointing_enable({"use_reentrant": False, **contexts})
+            recompute(model, **{"context_fn": stream.checkpoint_contexts} if fast else {})
         forward = batches(model.train(), PAD)
         examples, indices = examples_of(LENGTHS["ragged"]), np.arange(11)
         first = loss_and_gradients(forward, examples, indices)

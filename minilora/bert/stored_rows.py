@@ -6,6 +6,7 @@ They lie as JSON in one array of bytes, which `cache` keeps: memory has those be
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Sequence
+from importlib.metadata import version
 from itertools import islice
 from types import SimpleNamespace
 from typing import Any
@@ -95,6 +96,7 @@ def tokens_key(
     state = tokenizer.backend_tokenizer.to_str()  # pyright: ignore
     names = [type(tokenizer).__name__, tokenizer.model_input_names, tokenizer.truncation_side]
     names += [tokenizer.split_special_tokens, tokenizer.all_special_tokens, tokenizer.mask_token]
+    names += [version("tokenizers"), version("transformers")]  # the state is theirs to carry out
     content = rows.key if isinstance(rows, StoredRows) else _values(rows)
     return ["tokens", task.name, vars(task), max_length, names, state, content]
 

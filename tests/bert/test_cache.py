@@ -10,7 +10,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from minilora import MiniloraError
-from minilora.bert import cache
+from minilora.bert import cache, stored_rows
 from minilora.bert.cache import mapped
 from minilora.bert.dataset import tokenize
 from minilora.bert.examples import Examples
@@ -234,6 +234,19 @@ def test_without_a_home_nothing_is_kept(load, calls, monkeypatch, tmp_path):
 def test_entries_of_other_code_are_not_taken(load, calls, monkeypatch):
     tokens(load())
     monkeypatch.setattr(cache, "_code", lambda: "of a reader that was mended")
+    tokens(load())
+    assert len(calls) == 2
+
+
+@pytest.mark.parametrize("library", ["tokenizers", "transformers"])
+def test_entries_of_other_versions_are_not_taken(library, load, calls, monkeypatch):
+    """The same state may be other tokens to them."""
+    tokens(load())
+    real = stored_rows.version
+    monkeypatch.setattr(
+        stored_rows, "version", lambda name: "0.1" if name == library else real(name)
+    )
+    tokens(load())
     tokens(load())
     assert len(calls) == 2
 

@@ -176,11 +176,13 @@ def recorded_labels(location: str, revision: str | None, count: int) -> list[str
     return [str(name) for _, name in sorted(names.items())]
 
 
-def stored_tensors(location: str) -> Iterator[tuple[str, Tensor]]:
-    """(name, tensor) of each weight of a model, file by file; pickled ones cannot run code."""
+def stored_tensors(location: str, device: str = "cpu") -> Iterator[tuple[str, Tensor]]:
+    """(name, tensor) of each weight of a model, file by file; pickled ones cannot run code. On
+    "meta" no values are read.
+    """
     for file in _weight_files(location):
         try:
-            yield from load_state_dict(file, map_location="cpu", weights_only=True).items()
+            yield from load_state_dict(file, map_location=device, weights_only=True).items()
         except Exception as error:  # damaged bytes fail in many ways, none of them ours
             raise MiniloraError(f"{file} cannot be read safely: {first_line(error)}") from None
 

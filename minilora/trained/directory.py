@@ -2,6 +2,7 @@
 or run, and no model is built.
 """
 
+import contextlib
 import math
 import os
 from pathlib import Path
@@ -119,7 +120,6 @@ def inspect_directory(path: str | Path) -> dict[str, Any]:
     broken = [tensor["name"] for tensor in tensors if tensor["norm"] is None]
     problems += [f"{path}: {name} holds NaN or infinity" for name in broken]
     verified = _verify(directory, problems)
-    trained = sum(tensor.numel() for tensor in directory.tensors.values())
     is_adapter = directory.kind != "model" and directory.config is not None
     return {
         "path": str(path),
@@ -130,7 +130,7 @@ def inspect_directory(path: str | Path) -> dict[str, Any]:
         "config": directory.config,
         **{name: directory.settings.get(name) for name in ("arguments", "labels", "result")},
         "tensors": tensors,
-        "trainable": {"parameters": trained} if is_adapter else None,
+        "trainable": _trainable(directory) if is_adapter else None,
         "log": {"rows": len(directory.log), "last": directory.log[-1] if directory.log else None},
         "resume": None if directory.kind in ("adapter", "model") else _resume(directory.path),
     }
@@ -157,6 +157,18 @@ def _described(name: str, tensor: Tensor) -> dict[str, Any]:
         "dtype": str(tensor.dtype).removeprefix("torch."),
         "norm": norm if math.isfinite(norm) else None,  # JSON has no NaN
     }
+
+
+def _trainable(directory: Directory) -> dict[str, Any]:
+    """`of` how many parameters with the base's, where its files are; percent as PEFT counts."""
+    trained = sum(tensor.numel() for tensor in directory.tensors.values())
+    name, base = (directory.config or {}).get("base_model_name_or_path"), 0
+    with contextlib.suppress(MiniloraError):
+        weights = [tensor for _, tensor in stored_tensors(name, "meta")] if name else []
+        base = sum(tensor.numel() for tensor in weights if tensor.is_floating_point())
+    total = trained + base if base else None
+    percent = total and round(100 * trained / total, 4)
+    return {"parameters": trained, "of": total, "percent": percent}
 
 
 def _resume(path: Path) -> dict[str, Any]:

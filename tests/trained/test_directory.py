@@ -77,7 +77,32 @@ def test_the_trained_parameters_are_those_of_the_adapter_and_its_head(finished_r
     model = AutoModelForSequenceClassification.from_pretrained(tiny_model, num_labels=2)
     load_adapter(model, finished_run)
     adapter = sum(t.numel() for t in adapter_state_dict(model).values())
-    assert inspect_directory(finished_run)["trainable"] == {"parameters": adapter}
+    found = inspect_directory(finished_run)["trainable"]
+    base = load_file(tiny_model / "model.safetensors").values()
+    total = adapter + sum(tensor.numel() for tensor in base if tensor.is_floating_point())
+    share = round(100 * adapter / total, 4)
+    assert found == {"parameters": adapter, "of": total, "percent": share}
+
+
+def test_the_trainable_share_reads_no_weights_and_is_unknown_without_the_base(
+    run_copy,
+):
+    config = run_copy / "adapter_config.json"
+    values = json.loads(config.read_text())
+    sparse = run_copy / "large"
+    sparse.mkdir()
+    header = {
+        "__metadata__": {"format": "pt"},
+        "w": {"dtype": "F32", "shape": [2**32], "data_offsets": [0, 2**34]},
+    }
+    text = json.dumps(header).encode()
+    with (sparse / "model.safetensors").open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + 2**34)
+    for base, of in ((str(sparse), 2**32), (str(run_copy / "gone"), None), (None, None)):
+        config.write_text(json.dumps({**values, "base_model_name_or_path": base}))
+        found = inspect_directory(run_copy)["trainable"]
+        assert found["of"] == (of and of + found["parameters"])
 
 
 def test_a_checkpoint_of_ours_is_described_and_would_be_resumed(run_copy):

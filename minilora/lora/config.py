@@ -95,6 +95,7 @@ def config_from_dict(values: dict[str, Any], place: str = "adapter config") -> L
     known = {field.name for field in dataclasses.fields(LoraConfig)}
     # PEFT's older versions wrote null where newer ones write {} or false.
     given: dict[str, Any] = {"rank_pattern": {}, "alpha_pattern": {}}
+    dropped = list[str]()
     for name, value in values.items():
         if name in known:
             given[name] = given.get(name) if value is None else value
@@ -103,7 +104,9 @@ def config_from_dict(values: dict[str, Any], place: str = "adapter config") -> L
             allowed = f"is {what} by minilora, which knows PEFT {PEFT_VERSION}: it must be unset"
             raise MiniloraError(f"{place}: {name}={value!r} {allowed}")
         elif name not in (*NOT_SUPPORTED, *OBSOLETE):
-            warnings.warn(f"{place}: unknown field {name!r} is unset and dropped", stacklevel=2)
+            dropped.append(name)
+    if dropped:
+        warnings.warn(f"{place}: unknown, unset and dropped: {', '.join(dropped)}", stacklevel=2)
     try:
         return LoraConfig(**given)
     except MiniloraError as error:

@@ -160,7 +160,7 @@ def _described(name: str, tensor: Tensor) -> dict[str, Any]:
 
 
 def _trainable(directory: Directory) -> dict[str, Any]:
-    """`of` how many parameters with the base's, where its files are; percent as PEFT counts."""
+    """What is trained, and `of` how much with all of the base, where its files are here."""
     trained = sum(tensor.numel() for tensor in directory.tensors.values())
     name, base = (directory.config or {}).get("base_model_name_or_path"), 0
     with contextlib.suppress(MiniloraError):

@@ -37,7 +37,8 @@ def write_merged_model(
         for adapter, record in found:
             if (record.arguments.task, record.labels) != (expected.arguments.task, expected.labels):
                 raise MiniloraError(f"{adapter} predicts other labels than {first}")
-            if len({record.model_sha256, expected.model_sha256} - {""}) > 1:
+            bases = {one.model_sha256.partition(" ")[0] for one in (record, expected)}
+            if len(bases - {""}) > 1:
                 raise MiniloraError(f"{adapter} is an adapter for another base model than {first}")
         model, tokenizer = load_base(first, expected)
         if weights is None:

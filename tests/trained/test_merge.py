@@ -124,6 +124,14 @@ def test_several_are_merged_with_weights(finished_run, tiny_model, sentences, tm
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
 
 
+def test_an_adapter_and_what_it_became_are_merged(finished_run, sentences, tmp_path):
+    """The base is the same, although a resume of the second needs the first."""
+    more = train(finished_run, sentences[0], tmp_path / "more")
+    merged = write_merged_model([finished_run, more], tmp_path / "merged", weights=[0.5, 0.5])
+    first, second = (logits_of_run(path) for path in (finished_run, more))
+    assert not torch.equal(first, second) and merged.is_dir()
+
+
 def test_adapters_that_do_not_fit_each_other_are_refused(
     finished_run, tiny_model, sentences, tmp_path, command
 ):

@@ -15,11 +15,18 @@ from minilora.files import commit_directory
 from minilora.lora.config import BOOKKEEPING, LoraConfig
 from minilora.options import differences
 from minilora.training import distributed
-from minilora.training.checkpoint import Stored, first_valid, read_checkpoint, sorted_checkpoints
+from minilora.training.checkpoint import (
+    Stored,
+    first_valid,
+    is_trainer_checkpoint,
+    is_written,
+    read_checkpoint,
+    sorted_checkpoints,
+)
 from minilora.training.config import TrainConfig, reconcile, refuse_bending
 from minilora.training.metrics_file import METRICS_NAME
 from minilora.training.record import BASE_NAME, CHECKPOINT, MANIFEST_NAME, RUN_NAME, RunRecord
-from minilora.training.trainer_files import recorded_arguments
+from minilora.training.trainer_files import STATE_NAME, recorded_arguments
 
 NOTHING = f"holds neither a complete checkpoint-<step> nor a {RUN_NAME}"
 
@@ -94,7 +101,9 @@ def directories(path: Path, asked: str | None) -> tuple[Path | None, Path]:
     elif (path / MANIFEST_NAME).exists():
         own = None
     elif not (path / RUN_NAME).is_file() and not sorted_checkpoints(path):
-        raise MiniloraError(f"resume_from_checkpoint {str(path)!r} {NOTHING}")
+        if not (is_trainer_checkpoint(path) and is_written(path / STATE_NAME)):
+            raise MiniloraError(f"resume_from_checkpoint {str(path)!r} {NOTHING}")
+        own = None
     if asked is None and own is None:
         advice = "say with --output_dir where to go on"
         raise MiniloraError(f"{path} is no run's own checkpoint-<step>: {advice}")

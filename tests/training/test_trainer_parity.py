@@ -410,6 +410,23 @@ def test_a_checkpoint_of_trainers_is_continued_in_the_default_mode(
     assert run_fine_tuning(flags, {}, lambda: False).global_step == STEPS
 
 
+def test_a_copy_of_trainers_checkpoint_is_a_starting_point_under_any_name(
+    tmp_path, tiny_model, sentences, whole
+):
+    """Beside which nothing is touched; what `save_model` alone has left is none."""
+    directory, expected, _ = whole
+    best = shutil.copytree(directory / "checkpoint-5", tmp_path / "copies" / "best")
+    flags = flags_to_resume(tiny_model, sentences, best)
+    with pytest.raises(MiniloraError, match="best is no run's own .* --output_dir"):
+        run_fine_tuning(flags, {}, lambda: False)
+    new = {"output_dir": str(tmp_path / "new")}
+    assert compared(run_fine_tuning(flags | new, {}, lambda: False).log_history) == expected
+    assert [path.name for path in best.parent.iterdir()] == ["best"]
+    (best / "trainer_state.json").unlink()
+    with pytest.raises(MiniloraError, match="holds neither a complete"):
+        run_fine_tuning(flags | {"output_dir": str(tmp_path / "other")}, {}, lambda: False)
+
+
 def test_the_base_is_the_one_that_trainers_adapter_names_and_another_is_said(
     tmp_path, tiny_model, sentences, whole, capsys
 ):

@@ -29,7 +29,7 @@ from minilora.lora.targets import is_saved, resolve_config, saved_modules
 from minilora.training import distributed
 from minilora.training.config import LORA_DEFAULTS, TrainConfig
 from minilora.training.progress import say
-from minilora.training.record import BASE_NAME
+from minilora.training.record import BASE_NAME, WAITING_BASE
 
 # Rows are filled up to a multiple of this: oneDNN prepares its bfloat16 products for each new shape
 # and keeps what it prepared. Without it, 60 different lengths took the process from 0.7 to 1.5 GB
@@ -144,7 +144,7 @@ def keep_merged(start: StartingModel, config: TrainConfig, place: Path) -> None:
     if start.adapter is None or config.on_adapter == "continue":
         return
     start.model.name_or_path = str(place.resolve())
-    with new_directory(place) as directory, disk_errors(place):
+    with new_directory(place.with_name(WAITING_BASE)) as directory, disk_errors(place):
         start.model.save_pretrained(directory)
         start.tokenizer.save_pretrained(directory)
 

@@ -16,6 +16,8 @@ import minilora
 from minilora import MiniloraError
 from minilora.fine_tuning import run_fine_tuning
 from minilora.trained.directory import inspect_directory
+from minilora.training import checkpoint
+from minilora.training.record import RunRecord
 from tests.conftest import read_rows
 
 
@@ -186,6 +188,32 @@ def test_a_merged_base_that_is_gone_is_written_again_from_the_adapter(first, tmp
     assert (tmp_path / "out" / "base" / "model.safetensors").read_bytes() == weights
     again = adapter(tmp_path / "out")
     assert all(torch.equal(whole[name], again[name]) for name in whole)
+
+
+def test_a_run_that_never_began_leaves_no_merged_base_in_the_way(
+    first, tmp_path, sentences, monkeypatch
+):
+    """Neither an error nor a kill before there is a run.json, and of a resume not either."""
+    out, new = tmp_path / "out", tmp_path / "new"
+    with pytest.raises(MiniloraError, match="matches nothing"):
+        train(first, sentences, out, {"target_modules": ["nothing"]}, on_adapter="merge")
+    with monkeypatch.context() as patched:
+        patched.setattr(RunRecord, "write", lambda self, output_dir: sys.exit(137))
+        with pytest.raises(SystemExit):
+            train(first, sentences, out, on_adapter="merge")
+    train(first, sentences, out, on_adapter="merge", max_steps=2, save_strategy="steps")
+    assert [path.name for path in out.glob(".tmp-*")] == [] and (out / "base").is_dir()
+    resume = {"resume_from_checkpoint": str(out), "output_dir": str(new)}
+    longer = {**resume, "max_steps": 3, "extend": True}
+    with pytest.raises(MiniloraError, match="unlike"), monkeypatch.context() as patched:
+        patched.setattr(checkpoint, "_checked_state", refuse)
+        run_fine_tuning(longer, {}, lambda: False)
+    assert run_fine_tuning(longer, {}, lambda: False).global_step == 3
+    assert f'"{new}/base"' in (new / "adapter_config.json").read_text()
+
+
+def refuse(*_):
+    raise MiniloraError("unlike")
 
 
 def test_a_run_of_an_older_version_which_kept_no_merged_base_is_resumed(first, tmp_path, sentences):

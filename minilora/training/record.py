@@ -4,10 +4,12 @@ run.json is a `RunRecord`, minilora.json a `Manifest`, which has a checksum of i
 no signature: whoever edits it can compute it. So its contents are checked like any other's.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import importlib.metadata
 import json
+import os
 import platform
 import re
 import typing
@@ -36,6 +38,7 @@ from minilora.training.trainer_files import (
 
 RUN_NAME, MANIFEST_NAME = "run.json", "minilora.json"
 BASE_NAME = "base"  # the directory of a base into which an adapter was merged first
+WAITING_BASE = f".tmp-{BASE_NAME}-00000000"  # until run.json stands beside it: else a leftover
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 SCHEMA_VERSION = 1
 PARTS = (WEIGHTS_NAME, CONFIG_NAME, *REQUIRED, STATE_NAME)
@@ -81,9 +84,13 @@ class RunRecord:
         return {n: value for n, value in values.items() if value or n not in ("result", "resumed")}
 
     def write(self, output_dir: Path) -> None:
-        """As run.json, before the first step, also of a resume, and with the result at the end."""
+        """As run.json, before the first step, also of a resume, and with the result at the end. A
+        merged base that waits for it gets its name.
+        """
         text = json_text(self.to_json(), indent=2)
         write_file(output_dir / RUN_NAME, f"{text}\n".encode())
+        with contextlib.suppress(FileNotFoundError):
+            os.rename(output_dir / WAITING_BASE, output_dir / BASE_NAME)
 
     @staticmethod
     def read(output_dir: Path) -> "RunRecord":

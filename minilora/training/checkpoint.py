@@ -87,15 +87,15 @@ class Stored:
 
 
 def save_checkpoint(
-    output_dir: str | Path, training: Training, record: RunRecord | None = None
+    output_dir: str | Path, training: Training, run: RunRecord | None = None
 ) -> Path:
     """Write `output_dir/checkpoint-<global_step>` and return its path. After a crash at any moment
     it is complete or absent; an `OSError` (disk full, read-only) leaves nothing of it. `train`
-    resumes it by the run's `record`, which a loop of your own does not need. Of several processes
-    all call it, the first writes, and it holds the generators of all.
+    resumes it by the record of its `run`, which a loop of your own does not need. Of several
+    processes all call it, the first writes, and it holds the generators of all.
     """
     generators = distributed.gathered(rng_state(training.model))
-    return distributed.by_first(lambda: _write(Path(output_dir), training, record, generators))
+    return distributed.by_first(lambda: _write(Path(output_dir), training, run, generators))
 
 
 def _write(

@@ -343,7 +343,7 @@ def test_a_resume_of_a_compiled_run_says_that_it_may_not_be_exact(tmp_path):
     for compiled in (True, False):
         config = TrainConfig(torch_compile=compiled)
         record = RunRecord(config, LoraConfig(), None, False, {}, "toy", environment())
-        path = save_checkpoint(tmp_path / str(compiled), own_loop(), record)
+        path = save_checkpoint(tmp_path / str(compiled), own_loop(), run=record)
         found[compiled] = resume_room.plan_resume(path).warnings
     (warning,) = found[True]
     assert "torch_compile chooses kernels anew" in warning and found[False] == []

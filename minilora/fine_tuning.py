@@ -124,8 +124,6 @@ def fine_tune(train_config: TrainConfig, lora_config: LoraConfig | None = None) 
         resumes = train_config.resume_from_checkpoint is not None
         lora_arguments = changed(lora_config) if resumes else dataclasses.asdict(lora_config)
     given = changed(train_config)
-    if "save_steps" in given:  # which alone would mean save_strategy steps
-        given["save_strategy"] = train_config.save_strategy
     if train_config.extend and train_config.max_steps <= 0:  # to the default, too
         given["num_train_epochs"] = train_config.num_train_epochs
     return run_fine_tuning(given, lora_arguments, should_stop=lambda: False)

@@ -89,10 +89,8 @@ class TrainConfig:
     resume_from_checkpoint: str | None = free(None, "a run or its checkpoint; needs no other flag")
     extend: bool = free(False, "resume, and train to a higher max_steps or num_train_epochs")
     allow_inexact_resume: bool = free(False, "take a checkpoint of HF Trainer's that lacks a part")
-    save_strategy: str | None = free(
-        None, "when to write a checkpoint; by default epoch, with save_steps steps",
-        choices=STRATEGIES)
-    save_steps: int | None = free(None, "steps between checkpoints; by default 500", least=1)
+    save_strategy: str = free("epoch", "when to write a checkpoint", choices=STRATEGIES)
+    save_steps: int = free(500, "with save_strategy steps, optimizer steps between them", least=1)
     save_total_limit: int | None = free(None, "checkpoints kept, newest and best always", least=1)
     logging_steps: int | None = free(
         None, "steps between rows of metrics.jsonl; by default 10, with hf_parity 500", least=1)
@@ -157,10 +155,6 @@ class TrainConfig:
         for name, value in vars(self).items():
             if isinstance(value, Path):
                 object.__setattr__(self, name, str(value))
-        by_default = {"save_strategy": "epoch" if self.save_steps is None else "steps"}
-        for name, value in {**by_default, "save_steps": 500}.items():
-            if getattr(self, name) is None:
-                object.__setattr__(self, name, value)
         check(self, _relations)
 
     def best_metric(self) -> str | None:
@@ -203,8 +197,6 @@ def reconcile(recorded: TrainConfig, given: dict[str, Any]) -> TrainConfig:
             raise MiniloraError(f"extend: {advice}")
         fixed -= {end}
     refuse_bending(differences(recorded, {name: given[name] for name in fixed & given.keys()}))
-    if "save_steps" in given:
-        given = {"save_strategy": "steps", **given}
     return dataclasses.replace(recorded, **given)
 
 
@@ -244,7 +236,7 @@ def _relations(c: TrainConfig) -> list[tuple[Any, str]]:
          "load_best_model_at_end needs a checkpoint at each evaluation: eval_strategy is "
          f"{evaluates}, save_strategy is {c.save_strategy}; make them the same"),
         (c.load_best_model_at_end and evaluates == c.save_strategy == "steps"
-         and c.eval_steps % (c.save_steps or 1),
+         and c.eval_steps % max(c.save_steps, 1),
          "load_best_model_at_end needs a checkpoint at each evaluation: eval_steps "
          f"({c.eval_steps}) must be a multiple of save_steps ({c.save_steps})"),
     ]  # fmt: skip

@@ -81,7 +81,7 @@ def plan_timetable(
         logging_steps=config.logging_steps or 0,
         eval_steps=config.eval_steps if eval_strategy == "steps" else 0,
         eval_each_epoch=eval_strategy == "epoch",
-        save_steps=config.save_steps or 0 if config.save_strategy == "steps" else 0,
+        save_steps=config.save_steps if config.save_strategy == "steps" else 0,
         save_each_epoch=config.save_strategy == "epoch",
     )
 

@@ -60,17 +60,6 @@ def test_bad_arguments_are_refused_with_what_is_allowed(settings, message):
 STEPS = {"load_best_model_at_end": True, "save_strategy": "steps", "eval_strategy": "steps"}
 
 
-def test_save_steps_alone_asks_for_checkpoints_by_steps():
-    """As with TrainingArguments, whose save_strategy is steps; of a new run and of a resumed."""
-    assert (TrainConfig().save_strategy, TrainConfig().save_steps) == ("epoch", 500)
-    assert TrainConfig(save_steps=2).save_strategy == TrainConfig(save_steps=500).save_strategy
-    assert TrainConfig(save_steps=2).save_strategy == "steps"
-    assert TrainConfig(save_steps=2, save_strategy="epoch").save_strategy == "epoch"
-    assert reconcile(TrainConfig(), {"save_steps": 2}).save_strategy == "steps"
-    asked = {"save_steps": 2, "save_strategy": "no"}
-    assert reconcile(TrainConfig(), asked).save_strategy == "no"
-
-
 @pytest.mark.parametrize(
     ("eval_steps", "save_steps", "fits"),
     [(500, 250, True), (500, 300, False), (4, 2, True), (4, 3, False), (4, 0, False)],
@@ -102,7 +91,7 @@ def test_a_record_that_cannot_be_is_refused_by_its_place(recorded):
 
 def test_a_resume_may_change_only_what_no_number_depends_on():
     recorded = TrainConfig(learning_rate=0.1, seed=1)
-    free = {"output_dir": "elsewhere", "logging_steps": 3, "train_file": "moved.tsv", "seed": 1}
+    free = {"output_dir": "elsewhere", "save_steps": 3, "train_file": "moved.tsv", "seed": 1}
     assert reconcile(recorded, free) == dataclasses.replace(recorded, **free)
     with pytest.raises(MiniloraError, match="learning_rate: 0.1 -> 0.2, seed: 1 -> 2: leave"):
         reconcile(recorded, {**free, "learning_rate": 0.2, "seed": 2})

@@ -39,7 +39,10 @@ def parse_arguments(arguments: list[str]) -> tuple[dict[str, Any], dict[str, Any
     add_flags(parser, TrainConfig)
     add_flags(parser, LoraConfig, defaults=LORA_DEFAULTS)
     namespace = parser.parse_args(arguments)
-    return given_flags(TrainConfig, namespace), given_flags(LoraConfig, namespace)
+    train = given_flags(TrainConfig, namespace)
+    if "save_steps" in train:  # alone it means this, as with TrainingArguments
+        train.setdefault("save_strategy", "steps")
+    return train, given_flags(LoraConfig, namespace)
 
 
 def print_summary(result: "TrainResult", stopped: bool) -> None:

@@ -403,6 +403,14 @@ def test_the_rank_has_two_names(flag):
     assert train.parse_arguments([flag, "4"]) == ({}, {"r": 4})
 
 
+def test_save_steps_alone_asks_for_checkpoints_by_steps():
+    """As with TrainingArguments, whose save_strategy is steps."""
+    asked = ["--save_steps", "2"]
+    assert train.parse_arguments(asked)[0] == {"save_steps": 2, "save_strategy": "steps"}
+    given, _ = train.parse_arguments([*asked, "--save_strategy", "no"])
+    assert given == {"save_steps": 2, "save_strategy": "no"}
+
+
 @pytest.mark.parametrize(("flags", "is_shown"), [((), True), (("--disable_tqdm",), False)])
 def test_on_a_terminal_there_is_a_bar_unless_it_is_disabled(
     flags, is_shown, tiny_model, sentences, tmp_path

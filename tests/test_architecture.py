@@ -33,7 +33,7 @@ COMMANDS = [*FLOORS[-3], *FLOORS[-2]]
 FORBIDDEN_NAMES = ("utils", "util", "common", "helpers", "helper", "misc", "base", "manager")
 
 # Budgets: lines of minilora/, and of the core that README names.
-LINES, CORE_LINES = 11_417, 2_292
+LINES, CORE_LINES = 11_421, 2_292
 LINES_OF_A_FILE, LINES_OF_A_FUNCTION, PARAMETERS = 300, 50, 6
 
 

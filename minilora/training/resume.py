@@ -234,6 +234,9 @@ def _arguments(
         told = recorded_arguments(stored.progress, stored.parts, stored.path)
     if record is not None:
         config, lora = reconcile(record.arguments, train_arguments), record.lora
+        named = stored and stored.adapter.config.base_model_name_or_path
+        if named and str(Path(named).resolve()) == config.model_name_or_path:
+            config = dataclasses.replace(config, model_name_or_path=named)  # as it was given
         if config.extend and stored is not None and stored.stopped_early():
             raise MiniloraError(f"extend: {stored.path} is where the run stopped early")
     elif stored is not None and told:

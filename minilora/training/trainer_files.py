@@ -53,7 +53,8 @@ def progress_bytes(training: Training, arguments: TrainConfig, output_dir: Path)
     know, and fails later without `stateful_callbacks`, those of early stopping included.
     """
     state, timetable = training.state, training.timetable
-    best = None if state.best_step is None else str(output_dir / f"checkpoint-{state.best_step}")
+    place = output_dir.resolve()  # as a resume knows it
+    best = None if state.best_step is None else str(place / f"checkpoint-{state.best_step}")
     control = {
         "should_epoch_stop": False,
         "should_evaluate": False,

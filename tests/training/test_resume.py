@@ -101,6 +101,26 @@ def test_a_run_stopped_at_any_step_resumes_to_the_same_bits(
     assert_same_run(tmp_path / "run", uninterrupted)
 
 
+def test_a_resume_leaves_no_trace_where_paths_were_relative(
+    tmp_path, tiny_model, sentences, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(tiny_model, "base")
+    values = arguments("base", sentences, metric_for_best_model="loss", max_steps=4)
+    values |= {"eval_strategy": "steps", "eval_steps": 1}
+    stop_at(STEPS, values, Path("run"))
+    Path("run").rename("whole")
+    stop_at(2, values, Path("run"))
+    fine_tune(TrainConfig(resume_from_checkpoint="run"))
+    last = Path("checkpoint-4")
+    config, state = last / "adapter_config.json", last / "trainer_state.json"
+    assert ("run" / config).read_bytes() == ("whole" / config).read_bytes()
+    states = [json.loads((run / state).read_text()) for run in (Path("run"), Path("whole"))]
+    for one in states:
+        del one["log_history"]  # the times of its evaluations
+    assert states[0] == states[1] and states[0]["best_model_checkpoint"]
+
+
 def test_a_resume_is_noted_in_run_json_and_leaves_no_trace_in_a_checkpoint(
     tmp_path, tiny_model, sentences, uninterrupted
 ):

@@ -44,8 +44,8 @@ SWEEP_NAME = "sweep.json"
 PACKAGED = SENTENCES / "validation.tsv"
 # What of a run's arguments may be wrong in a way that its model, or its labels, tell.
 BEGINNING = (
-    "model_name_or_path", "model_revision", "on_adapter", "class_weights", "max_length", "device",
-    "dtype",
+    "model_name_or_path", "model_revision", "on_adapter", "class_weights", "max_length", "stride",
+    "device", "dtype",
 )  # fmt: skip
 Scores = dict[str, float | None]  # the metric that ranks, by a run's name; None of one that failed
 
@@ -151,8 +151,8 @@ def begin(output_dir: Path, combinations: list[Any], halving: int | None) -> Swe
 
 
 def try_out(runs: list[Run], splits: Splits) -> None:
-    """Raise what one of the runs would before its first step, or as its metric is not computed. Of
-    those that begin alike, such as with other learning rates, the first is tried.
+    """Raise what one of the runs would because of its model, adapter or tokens, or of a metric that
+    is not computed. Of those that begin alike, such as with other learning rates, one is tried.
     """
     tried = []
     for run in runs:

@@ -229,6 +229,7 @@ def test_seeds_are_runs_of_their_own(tiny_model, sentences):
         (["--class_weights", "good=2", "--r", 2, 4], "there is no class 'good'"),
         (["--dtype", "float32", "float16"], "float16 needs a GPU"),
         (["--max_length", 16, 1000], "max_length is 1000"),
+        (["--max_length", 16, "--stride", 4, 14], "stride is 14"),
         (["--target_modules", "query", "query no_such", "--exclude_modules", "query"], "matches"),
         (["--r", 2, 4, 2], "--r has '2' twice"),
         (["--metric_for_best_model", "acuracy", "--r", 2, 4], "there is no eval_acuracy; computed"),

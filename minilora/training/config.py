@@ -90,7 +90,7 @@ class TrainConfig:
     extend: bool = free(False, "resume, and train to a higher max_steps or num_train_epochs")
     allow_inexact_resume: bool = free(False, "take a checkpoint of HF Trainer's that lacks a part")
     save_strategy: str = free("epoch", "when to write a checkpoint", choices=STRATEGIES)
-    save_steps: int = free(500, "between checkpoints; alone it means save_strategy steps", least=1)
+    save_steps: int = free(500, "between checkpoints; its flag means save_strategy steps", least=1)
     save_total_limit: int | None = free(None, "checkpoints kept, newest and best always", least=1)
     logging_steps: int | None = free(
         None, "steps between rows of metrics.jsonl; by default 10, with hf_parity 500", least=1)

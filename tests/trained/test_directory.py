@@ -84,9 +84,7 @@ def test_the_trained_parameters_are_those_of_the_adapter_and_its_head(finished_r
     assert found == {"parameters": adapter, "of": total, "percent": share}
 
 
-def test_the_trainable_share_reads_no_weights_and_is_unknown_without_the_base(
-    run_copy,
-):
+def test_the_trainable_share_reads_no_weights_and_is_unknown_without_the_base(run_copy):
     config = run_copy / "adapter_config.json"
     values = json.loads(config.read_text())
     sparse = run_copy / "large"
